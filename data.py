@@ -1,0 +1,402 @@
+"""
+What can be asked for: the toy world's classes and captions, ImageNet's class names, files of prompts.
+
+The toy world is 64x64 renders of coloured shapes on dark grey backgrounds, small enough that a laptop can learn
+to draw it and simple enough that a program can say, without any neural network, whether a picture shows what its
+caption asks. That program is the *verifier*, `satisfies(image, caption)`. It only evaluates: training against it
+would turn the study of learned judges into a study of a perfect one.
+
+    c2i   40 classes, 5 shapes x 8 colours: "red circle"
+    t2i   123 captions in the six categories of GenEval (arXiv 2310.11513), 3 shapes x 4 colours:
+          single object   a photo of a circle              counting   a photo of two circles
+          colour          a photo of a red circle          position   a photo of a circle left of a square
+          two objects     a photo of a circle and a square binding    a photo of a red circle and a blue square
+
+The t2i world is the smaller one on purpose. An earlier version with every shape and colour left the base model so
+weak at positions and bindings (1% and 3%) that a group of eight samples almost never held a right one, and GRPO
+learns from differences inside a group only: no right sample, no signal.
+
+Everything is drawn from the generator that the caller passes: same generator state, same pictures, no files.
+
+    python data.py        # draws one picture a category and prints what the verifier says of it
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+IMAGE_SIZE = 64  # px; 8x8 tokens after the toy tokenizer's 8-fold downsampling
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLOURS = {  # RGB in [0, 1]; the brightest channel of each is far above the lightest background's 0.30
+    "red": (0.90, 0.15, 0.15), "green": (0.15, 0.75, 0.20), "blue": (0.20, 0.35, 0.95),
+    "yellow": (0.95, 0.90, 0.15), "cyan": (0.15, 0.85, 0.90), "magenta": (0.90, 0.20, 0.85),
+    "orange": (0.95, 0.52, 0.10), "white": (0.95, 0.95, 0.95),
+}  # fmt: skip
+T2I_SHAPES, T2I_COLOURS = SHAPES[:3], tuple(COLOURS)[:4]
+COUNTS = {"two": 2, "three": 3}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y), y grows downwards
+CATEGORIES = ("single object", "colour", "two objects", "counting", "position", "binding")
+TOY_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Captions. One grammar makes them, reads them and turns them wrong.
+
+
+def parse(caption):
+    """
+    The toy caption as (objects, relation): objects is a list of (count, colour or None, shape), relation one of
+    RELATIONS or None. "A photo of" and articles may be left out, so class names parse too.
+
+    Raises ValueError, naming the part that is not in the toy world's grammar.
+    """
+    text = re.sub(r"^(a|the)?\s*(photo|picture) of\s+", "", caption.lower().strip().rstrip("."))
+    found = re.split(rf"\s+(and|{'|'.join(RELATIONS)})\s+", text)
+    if len(found) not in (1, 3):
+        raise ValueError(f"{caption!r}: the toy world draws one kind of object, or two joined by 'and' or a position")
+    objects = []
+    for part in found[::2]:
+        words = [word for word in part.split() if word not in ("a", "an", "one")]
+        count = COUNTS[words.pop(0)] if words and words[0] in COUNTS else 1
+        colour = words.pop(0) if words and words[0] in COLOURS else None
+        shape = words[0] if len(words) == 1 else None
+        if count > 1:
+            shape = {f"{s}es" if s.endswith("s") else f"{s}s": s for s in SHAPES}.get(shape)
+        if shape not in SHAPES:
+            raise ValueError(
+                f"{part!r} is not in the toy world; it has the shapes {', '.join(SHAPES)}, the colours "
+                f"{', '.join(COLOURS)} and the numbers {', '.join(COUNTS)}"
+            )
+        objects.append((count, colour, shape))
+    relation = found[1] if len(found) == 3 and found[1] != "and" else None
+    return objects, relation
+
+
+def write(objects, relation):
+    """The caption that `parse` reads as this; the one form that the toy's text encoder and CLIP were trained on."""
+    names, phrases = {n: word for word, n in COUNTS.items()}, []
+    for n, colour, shape in objects:
+        plural = "" if n == 1 else "es" if shape.endswith("s") else "s"
+        phrases.append(" ".join(filter(None, (names.get(n, "a"), colour, shape + plural))))
+    return "a photo of " + f" {relation or 'and'} ".join(phrases)
+
+
+def category_of(caption):
+    """GenEval's category of a toy caption. Raises ValueError where `parse` does."""
+    objects, relation = parse(caption)
+    if relation:
+        return "position"
+    if len(objects) == 2:
+        return "binding" if objects[0][1] or objects[1][1] else "two objects"
+    count, colour, _ = objects[0]
+    return "counting" if count > 1 else "colour" if colour else "single object"
+
+
+def meaning(caption):
+    """
+    A caption's sense, the same for captions that say the same ("A left of B" and "B right of A"). Two captions of one
+    category with different meanings exclude each other. Raises ValueError where `parse` does.
+    """
+    objects, relation = parse(caption)
+    if relation in ("right of", "below"):
+        return tuple(objects[::-1]), {"right of": "left of", "below": "above"}[relation]
+    return (tuple(objects) if relation else tuple(sorted(objects, key=str))), relation
+
+
+def _captions_of(category):
+    pairs = [(a, b) for a in T2I_SHAPES for b in T2I_SHAPES if a != b]
+    colour_pairs = [(a, b) for a in T2I_COLOURS for b in T2I_COLOURS if a != b]
+    phrases = {
+        "single object": [f"a {s}" for s in T2I_SHAPES],
+        "colour": [f"a {c} {s}" for c in T2I_COLOURS for s in T2I_SHAPES],
+        "two objects": [f"a {a} and a {b}" for a, b in pairs],
+        "counting": [f"{n} {s}s" for n in COUNTS for s in T2I_SHAPES],
+        "position": [f"a {a} {relation} a {b}" for relation in RELATIONS for a, b in pairs],
+        "binding": [f"a {c} {a} and a {d} {b}" for a, b in pairs for c, d in colour_pairs],
+    }[category]
+    return tuple(f"a photo of {phrase}" for phrase in phrases)
+
+
+T2I_CAPTIONS = {category: _captions_of(category) for category in CATEGORIES}
+
+
+def class_caption(name):
+    """What the judges are told about a class: the official code's "a photo of {class}", with its article."""
+    return f"a photo of {'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def toy_caption(caption):
+    """
+    A user's caption as the t2i toy knows it: "a red circle" becomes "a photo of a red circle". Raises ValueError if
+    it is none of the 123, with those that come nearest.
+    """
+    known = [caption for captions in T2I_CAPTIONS.values() for caption in captions]
+    written = write(*parse(caption))
+    if written not in known:
+        near = difflib.get_close_matches(written, known, n=2, cutoff=0)
+        raise ValueError(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")
+    return written
+
+
+def sample_captions(n, rng, categories=CATEGORIES):
+    """n t2i captions, every category equally often in expectation. rng: numpy Generator."""
+    picks = (T2I_CAPTIONS[categories[k]] for k in rng.integers(len(categories), size=n))
+    return [captions[rng.integers(len(captions))] for captions in picks]
+
+
+def balanced_captions(n):
+    """The n captions that evaluation uses: fixed, the six categories in turn, each walking through its captions."""
+    order = {c: np.random.default_rng(0).permutation(T2I_CAPTIONS[c]) for c in CATEGORIES}
+    return [str(order[c := CATEGORIES[k % 6]][k // 6 % len(order[c])]) for k in range(n)]
+
+
+def wrong_caption(caption, rng):
+    """
+    A caption that is false of every right picture of `caption`, wrong in one attribute: colour, shape, number or
+    position, colours swapped between objects. What a judge must tell apart, and what the verifier is tested on.
+    """
+    (objects, relation), t2i = parse(caption), caption in T2I_CAPTIONS[category_of(caption)]
+    shapes, colours = (T2I_SHAPES, T2I_COLOURS) if t2i else (SHAPES, tuple(COLOURS))
+    objects = [list(entry) for entry in objects]
+    k = int(rng.integers(len(objects)))
+    ways = ["shape"]
+    ways += ["colour"] if objects[k][1] else []
+    ways += ["count"] if objects[k][0] > 1 else []
+    ways += ["swap"] if len(objects) == 2 and objects[0][1] != objects[1][1] else []
+    ways += ["relation", "relation"] if relation else []  # twice: it is what a CLIP is slowest to learn
+    way = ways[rng.integers(len(ways))]
+    if way == "shape":  # a shape that neither object has, so that no re-reading of the picture makes it right
+        objects[k][2] = str(rng.choice([s for s in shapes if s not in [o[2] for o in objects]]))
+    elif way == "colour":
+        objects[k][1] = str(rng.choice([c for c in colours if c not in [o[1] for o in objects]]))
+    elif way == "count":
+        objects[k][0] = int(rng.choice([n for n in COUNTS.values() if n != objects[k][0]]))
+    elif way == "swap":
+        objects[0][1], objects[1][1] = objects[1][1], objects[0][1]
+    elif way == "relation":
+        relation = str(rng.choice([r for r in RELATIONS if r != relation]))
+    return write(objects, relation)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Renders. A shape is a signed distance in px (negative inside); clipping 0.5 - distance to [0, 1] anti-aliases it.
+
+_AREA = {  # of a shape of radius 1
+    "circle": np.pi, "square": 1.7**2, "triangle": 3**1.5 * 0.62**2, "cross": 8 * 0.34 - 4 * 0.34**2,
+    "ring": 0.75 * np.pi,
+}  # fmt: skip
+_ROWS, _COLS = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5  # pixel centres
+
+
+def coverage(shape, dx, dy, radius):
+    """How much of each pixel the shape covers, in [0, 1]; dx, dy: from the shape's centroid to the pixels, px."""
+    if shape == "circle":
+        distance = np.hypot(dx, dy) - radius
+    elif shape == "square":
+        distance = np.maximum(abs(dx), abs(dy)) - 0.85 * radius
+    elif shape == "triangle":  # equilateral, pointing up: three half-planes at 0.62 radius from the centroid
+        distance = np.maximum(dy, abs(dx) * np.sqrt(0.75) - dy / 2) - 0.62 * radius
+    elif shape == "cross":  # the union of two bars
+        long, wide = radius, 0.34 * radius
+        distance = np.minimum(np.maximum(abs(dx) - long, abs(dy) - wide), np.maximum(abs(dx) - wide, abs(dy) - long))
+    elif shape == "ring":
+        distance = abs(np.hypot(dx, dy) - 0.75 * radius) - 0.25 * radius
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def _background(rng):
+    """A dark grey picture (64, 64) in [0.04, 0.30]: plain, or with a gradient, stripes or a checkerboard."""
+    grey, kind = rng.uniform(0.08, 0.24), rng.integers(4)
+    if kind == 0:
+        return np.full((IMAGE_SIZE, IMAGE_SIZE), grey, np.float32)
+    if kind == 1:
+        angle = rng.uniform(0, 2 * np.pi)
+        slope = (np.cos(angle) * (_COLS - 32) + np.sin(angle) * (_ROWS - 32)) / 45
+        return grey + 0.06 * slope
+    period = rng.integers(4, 9)  # px
+    across, down = np.floor(_COLS / period) % 2, np.floor(_ROWS / period) % 2
+    pattern = (across if rng.integers(2) else down) if kind == 2 else (across + down) % 2
+    return grey + 0.05 * (2 * pattern - 1)
+
+
+def _layout(n, relation, rng):
+    """Centres and radii, px, for n objects that cannot touch each other or the border."""
+    if n == 1:
+        radius = rng.uniform(14, 20)
+        room = 31 - 1.25 * radius  # 1.25: the triangle's top is 1.24 radii above its centroid
+        return [(32 + rng.uniform(-room, room), 32 + rng.uniform(-room, room), radius)]
+    if n == 2:
+        sign = RELATIONS[relation] if relation else list(RELATIONS.values())[rng.integers(4)]
+        off, side = rng.uniform(14.5, 16.5), rng.uniform(-6, 6, 2)  # along the axis; across it
+        ends = [(32 - off, 32 + side[0]), (32 + off, 32 + side[1])]  # left, right
+        ends = ends if sign[0] else [(y, x) for x, y in ends]  # top, bottom
+        ends = ends if sum(sign) < 0 else ends[::-1]  # the first object is the left or top one
+        return [(x, y, rng.uniform(10, 12)) for x, y in ends]
+    corners = rng.permutation([(17, 17), (47, 17), (17, 47), (47, 47)])[:n]
+    return [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2), rng.uniform(10, 11.5)) for x, y in corners]
+
+
+def render(captions, rng):
+    """
+    One picture a caption, (N, 3, 64, 64) float32 in [0, 1]; what a caption leaves open (colours, sizes, places,
+    background) is drawn from rng. Objects of one kind share a colour. Raises ValueError where `parse` does.
+    """
+    images = np.empty((len(captions), 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for image, caption in zip(images, captions, strict=True):
+        objects, relation = parse(caption)
+        palette = COLOURS if len(objects) == 1 and objects[0][2] not in T2I_SHAPES else T2I_COLOURS
+        kinds = [(c or str(rng.choice(list(palette))), s) for n, c, s in objects for _ in range(n)]
+        if len(objects) == 1:  # "two circles" share one colour
+            kinds = [kinds[0]] * len(kinds)
+        image[:] = _background(rng)
+        for (colour, shape), (x, y, radius) in zip(kinds, _layout(len(kinds), relation, rng), strict=True):
+            alpha = coverage(shape, _COLS - x, _ROWS - y, radius)
+            image += alpha * (np.array(COLOURS[colour], np.float32)[:, None, None] - image)
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The verifier. Reads a picture with geometry alone: what is bright, in which pieces, of which shape and colour.
+
+MIN_PIXELS = 40  # a component below this is stray; the smallest object drawn has about 200
+MAX_STRAY = 0.02  # of the picture's pixels
+MIN_IOU = 0.72  # soft intersection over union with the ideal shape of equal area and centroid
+MIN_PURITY = 0.80  # share of an object's pixels whose nearest colour is the object's
+
+
+def find_objects(image):
+    """
+    The objects in a picture (3, 64, 64) in [0, 1], as a list of dicts (shape, colour, x, y in px, iou, purity),
+    and the number of bright pixels that belong to none.
+    """
+    image = np.asarray(image, np.float32)
+    brightest = image.max(0)
+    # Every colour's brightest channel is 0.75-0.95 and every background's at most 0.30, so 0.5 is about half cover.
+    ground = np.median(np.concatenate([brightest[0], brightest[-1], brightest[:, 0], brightest[:, -1]]))
+    labels, _ = ndimage.label(brightest > 0.5)  # 4-connected
+    found, stray = [], 0
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), np.float32)
+    for k, box in enumerate(ndimage.find_objects(labels), 1):
+        if (size := int((labels[box] == k).sum())) < MIN_PIXELS:
+            stray += size
+            continue
+        box = tuple(slice(max(0, side.start - 3), side.stop + 3) for side in box)  # with its anti-aliased rim
+        pixels, window = labels[box] == k, brightest[box]
+        near = ndimage.binary_dilation(pixels, iterations=2)
+        peak = np.median(window[pixels])
+        alpha = np.where(near, np.clip((window - ground) / max(peak - ground, 0.2), 0, 1), 0)
+        area = alpha.sum()
+        x, y = (alpha * _COLS[box]).sum() / area, (alpha * _ROWS[box]).sum() / area
+        dx, dy = _COLS[box] - x, _ROWS[box] - y
+        iou = {}
+        for shape in SHAPES:
+            ideal = coverage(shape, dx, dy, np.sqrt(area / _AREA[shape]))
+            iou[shape] = np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()
+        core = pixels & (alpha > 0.85)  # inside the anti-aliased rim, where colours are not mixed with grey
+        core = core if core.any() else pixels
+        colours = image[(slice(None), *box)][:, core].T  # (pixels, 3)
+        nearest = np.linalg.norm(colours[:, None] - palette, axis=-1).argmin(1)
+        votes = np.bincount(nearest, minlength=len(names))
+        shape = max(iou, key=iou.get)
+        purity = votes.max() / votes.sum()
+        found.append(dict(shape=shape, colour=names[votes.argmax()], x=x, y=y, iou=iou[shape], purity=purity))
+    return found, stray
+
+
+def _fits(seen, asked):
+    return seen["shape"] == asked[2] and asked[1] in (None, seen["colour"])
+
+
+def satisfies(image, caption):
+    """
+    Whether the picture (3, 64, 64) in [0, 1], array or CPU tensor, shows exactly what the caption asks: these
+    objects and no others, well formed, of these colours, in this relation. Raises ValueError where `parse` does.
+    """
+    objects, relation = parse(caption)
+    found, stray = find_objects(image)
+    if stray > MAX_STRAY * IMAGE_SIZE**2 or len(found) != sum(n for n, _, _ in objects):
+        return False
+    if any(o["iou"] < MIN_IOU or o["purity"] < MIN_PURITY for o in found):
+        return False
+    if len(objects) == 1:
+        return all(_fits(seen, objects[0]) for seen in found)
+    for first, second in (found, found[::-1]):
+        if _fits(first, objects[0]) and _fits(second, objects[1]):
+            dx, dy = first["x"] - second["x"], first["y"] - second["y"]
+            along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+            # As GenEval: the offset along the asked axis must be the clear one.
+            if relation is None or (abs(along) > abs(across) and np.sign(along) == sum(RELATIONS[relation])):
+                return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What users write: class names or numbers, captions, files of them.
+
+
+def imagenet_classes():
+    """The 1,000 names of ImageNet's classes in label order, as open_clip carries them."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES)
+
+
+def find_class(text, names):
+    """The label of a class given by name or by number. Raises ValueError with the nearest names."""
+    text = str(text).strip()
+    if re.fullmatch(r"-?\d+", text):
+        if 0 <= int(text) < len(names):
+            return int(text)
+        raise ValueError(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
+    lowered = [name.lower() for name in names]
+    if text.lower() in lowered:
+        return lowered.index(text.lower())
+    near = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the first names are {', '.join(names[:5])}"
+    raise ValueError(f"no class is called {text!r}; {hint}")
+
+
+def read_prompts(path):
+    """
+    The prompts of a file: .txt, one a line; .json, a list; .jsonl, one a line. JSON entries are strings or objects
+    with the text under "prompt", "caption" or "text". Raises ValueError for anything else, FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such prompt file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            entries = text.splitlines()
+        elif path.suffix == ".json":
+            entries = json.loads(text)
+        elif path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            raise ValueError("a prompt file ends in .txt, .json or .jsonl")
+        if not isinstance(entries, list):
+            raise ValueError("the file must hold a list of prompts")
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+        raise ValueError(f"{path}: {error}") from None
+    prompts = []
+    for k, entry in enumerate(entries, 1):
+        if isinstance(entry, dict):
+            entry = next((entry[key] for key in ("prompt", "caption", "text") if key in entry), None)
+        if not isinstance(entry, str):
+            raise ValueError(f"{path}: entry {k} is neither a string nor an object with a prompt, caption or text")
+        if entry.strip():
+            prompts.append(entry.strip())
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it")
+    return prompts
+
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    for caption in [class_caption("red ring")] + [T2I_CAPTIONS[c][0] for c in CATEGORIES]:
+        right, wrong = render([caption], rng)[0], wrong_caption(caption, rng)
+        print(f"{caption:48} {satisfies(right, caption)!s:6} {wrong:48} {satisfies(right, wrong)}")

@@ -1,0 +1,398 @@
+"""
+The transformer: LlamaGen (arXiv 2406.06525), a Llama that writes an image as N = grid_size^2 tokens in raster order.
+
+    [P conditioning positions][N image tokens]        p(tokens | cond) = prod_t p(token_t | cond, tokens_<t)
+
+The output at the last conditioning position predicts token 0; there is no BOS, no EOS and no padding of image
+tokens. c2i conditions on a class (P = 1, a row of an embedding table), t2i on T5 features (P = 120, through a
+two-layer projection). Both know "no condition" as well, which classifier-free guidance needs: the last row of the
+table, or learned features.
+
+The policy is `policy_logprobs(logits, ...)`: guidance, then temperature. The sampler (`generate`) and the scorer
+(grpo.token_logprobs) both call it, so what is trained is what was sampled. Filtering by top-k or top-p exists
+for sampling pictures only.
+
+Module attributes bear LlamaGen's own parameter names, so that official files load without conversion.
+Shapes: B sequences, P conditioning positions, N image tokens, T = P + N, C width, H heads, D = C/H, V codes.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tokenizer import load_strict, read_weights
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class ModelConfig:
+    task: str  # "c2i" or "t2i"
+    n_layer: int
+    n_head: int
+    dim: int  # C
+    vocab_size: int = 16384  # V, the tokenizer's codebook_size
+    grid_size: int = 16  # N = grid_size^2
+    num_classes: int = 1000  # c2i only
+    caption_dim: int = 2048  # t2i only: width of the text features
+    cond_len: int = 1  # P: 1 for c2i, 120 for LlamaGen's t2i
+
+    @property
+    def num_tokens(self):
+        return self.grid_size**2
+
+
+SIZES = {  # layers, heads, C              parameters at the grid and vocabulary that the size was released for
+    "toy-c2i": (6, 5, 160),  # 2.3M
+    "toy-t2i": (6, 5, 160),  # 2.3M
+    "GPT-B": (12, 12, 768),  # 111M
+    "GPT-L": (24, 16, 1024),  # 343M
+    "GPT-XL": (36, 20, 1280),  # 775M
+    "GPT-XXL": (48, 24, 1536),  # 1.4B
+    "GPT-3B": (24, 32, 3200),  # 3.1B
+}
+
+
+class Linear(nn.Linear):
+    """
+    nn.Linear without bias. For a single position on a CPU the product is taken as W x^T, not x W^T: decoding a token
+    costs what reading the weights costs, and this way round MKL reads them in order (1.4 times as fast for GPT-B).
+    """
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):  # (B, S, n_in) -> (B, S, n_out)
+        if x.device.type == "cpu" and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return (self.weight @ x[:, 0].T).T[:, None]
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain over the last dimension, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_2d(config, base=10000):
+    """
+    Cosines and sines of the 2D rotary embedding, each (T, D/2): a token's row turns the first half of the angles, its
+    column the second. Conditioning positions get cos = sin = 0, which makes their queries and keys zero *vectors*:
+    every image token attends to all of the text with the same score, so word order must be in the features.
+    """
+    half = config.dim // config.n_head // 2
+    frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # (D/4,)
+    place = torch.arange(config.grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, D/4)
+    rows = place[:, None].expand(-1, config.grid_size, -1)
+    angles = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)  # (N, D/2)
+    table = torch.stack([angles.cos(), angles.sin()]).float()
+    return F.pad(table, (0, 0, config.cond_len, 0))  # (2, T, D/2)
+
+
+def rotate(x, cos, sin):
+    """Rotates channel pairs (2i, 2i+1) of x (..., S, D) by the angles in cos and sin (S, D/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # interleaved pairs, each (..., S, D/2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.wqkv = Linear(config.dim, 3 * config.dim)
+        self.wo = Linear(config.dim, config.dim)
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        """
+        x (B, S, C) are positions start .. start+S-1; rope (2, S, D/2); mask (B, 1, S, start+S), or None for causal.
+        With a cache (2, B, H, T, D), keys and values are written into it and only its filled part is read.
+        """
+        B, S, C = x.shape
+        qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
+        (q, k), v = rotate(qkv[:2], *rope), qkv[2]  # each (B, H, S, D)
+        if cache is not None:
+            cache[0, :, :, start : start + S], cache[1, :, :, start : start + S] = k, v
+            k, v = cache[:, :, :, : start + S]
+        # One new query may see everything before it, so it needs a causal mask no more than a text mask demands.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)
+        return self.wo(y.transpose(1, 2).reshape(B, S, C))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x), hidden width 8C/3 rounded up to a multiple of 256."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
+        self.w1, self.w3 = Linear(dim, hidden), Linear(dim, hidden)
+        self.w2 = Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config.dim)
+        self.attention_norm, self.ffn_norm = RMSNorm(config.dim), RMSNorm(config.dim)
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)  # the last row is "no class"
+
+    def forward(self, labels):  # (B,) -> (B, 1, C)
+        return self.embedding_table(labels)[:, None]
+
+    def null(self, labels):
+        return torch.full_like(labels, self.embedding_table.num_embeddings - 1)
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, caption_dim, dim):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(caption_dim, dim), Linear(dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.cap_proj = CaptionProjection(config.caption_dim, config.dim)
+        self.uncond_embedding = nn.Parameter(torch.randn(config.cond_len, config.caption_dim) / config.caption_dim**0.5)
+
+    def forward(self, features):  # (B, P, caption_dim) -> (B, P, C)
+        return self.cap_proj(features)
+
+    def null(self, features):
+        return self.uncond_embedding.to(features.dtype).expand_as(features)
+
+
+class Transformer(nn.Module):
+    """
+    cond is (B,) int64 labels for c2i and (B, P, caption_dim) text features for t2i; cond_mask (B, P), t2i only, is
+    True where there is text. In a t2i mask key j is visible to query i if (j <= i and j is not padding) or i == j.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = (ClassEmbedding if config.task == "c2i" else CaptionEmbedding)(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim)
+        self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
+        self.register_buffer("rope", rope_2d(config), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def mask(self, cond_mask):
+        """cond_mask (B, P) -> (B, 1, T, T), True where attention is allowed; None stays None, which means causal."""
+        if cond_mask is None:
+            return None
+        total = self.rope.shape[1]
+        real = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, T)
+        ones = torch.ones(total, total, dtype=torch.bool, device=cond_mask.device)
+        return ((ones.tril() & real[:, None]) | ones.diag().diag())[:, None]
+
+    def with_null(self, cond, cond_mask):
+        """The batch followed by itself without its condition (the mask stays): what guidance needs, in one pass."""
+        cond_mask = None if cond_mask is None else torch.cat([cond_mask, cond_mask])
+        return torch.cat([cond, self.cls_embedding.null(cond)]), cond_mask
+
+    def forward(self, cond, tokens, cond_mask=None):
+        """
+        Teacher forcing: logits (B, N, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the
+        tokens before it. The logits are the largest tensor of training: B*N*V*4 bytes, and again for their gradient.
+        """
+        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, T-1, C)
+        S, mask = x.shape[1], self.mask(cond_mask)
+        mask = None if mask is None else mask[..., :S, :S]
+        for layer in self.layers:
+            x = layer(x, self.rope[:, :S], mask)
+        return self.output(self.norm(x[:, self.config.cond_len - 1 :])).float()
+
+    @torch.no_grad()
+    def generate(
+        self, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, generator=None
+    ):
+        """
+        Samples tokens (B, N), int64, and returns them with the log-probabilities (B, N), nats, float32, that the
+        distribution they were drawn from gave them.
+
+        cfg_scale     above 1 guides every token (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale
+        cfg_interval  k >= 0 guides token 0 and the next k + 1 only; -1 guides all
+        temperature   0 takes the likeliest token (log-probabilities then are those of temperature 1)
+        top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
+        generator     a torch.Generator on cond's device
+
+        Memory: the cache takes 2 * layers * B * T * C floats, twice that with guidance.
+        """
+        config, B = self.config, len(cond)
+        if cfg_scale > 1:
+            cond, cond_mask = self.with_null(cond, cond_mask)
+        mask = self.mask(cond_mask)
+        x, start = self.cls_embedding(cond), 0  # (B or 2B, P, C)
+        shape = (config.n_layer, 2, len(x), config.n_head, self.rope.shape[1], config.dim // config.n_head)
+        cache = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        tokens = torch.empty(B, config.num_tokens, dtype=torch.long, device=x.device)
+        logprobs = torch.empty(B, config.num_tokens, device=x.device)
+        for i in range(config.num_tokens):
+            end = start + x.shape[1]
+            rows = None if mask is None else mask[..., start:end, :end]
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x = layer(x, self.rope[:, start:end], rows, layer_cache, start)
+            logits = self.output(self.norm(x[:, -1:]))[:, 0].float()  # (B or 2B, V)
+            guided = cfg_interval < 0 or i <= cfg_interval + 1
+            scale = cfg_scale if guided else 1.0
+            logp = policy_logprobs(logits if guided else logits[:B], scale, temperature or 1.0)  # (B, V)
+            if temperature == 0:
+                tokens[:, i] = logp.argmax(-1)
+            else:
+                logp = keep_likeliest(logp, top_k, top_p)
+                tokens[:, i] = sample_row(logp, generator)
+            logprobs[:, i] = logp.gather(-1, tokens[:, i : i + 1])[:, 0]
+            x, start = self.tok_embeddings(tokens[:, i : i + 1]), end  # (B, 1, C)
+            if cfg_scale > 1:  # both halves of the batch go on with the token that was drawn
+                x = x.repeat(2, 1, 1)
+        return tokens, logprobs
+
+
+def policy_logprobs(logits, cfg_scale=1.0, temperature=1.0):
+    """
+    The policy: log softmax((uncond + (cond - uncond) * cfg_scale) / temperature), nats, over the last dimension.
+    logits (2B, ..., V), conditional half first, if cfg_scale > 1; else (B, ..., V), conditional. Returns (B, ..., V).
+    """
+    if cfg_scale > 1:
+        cond, uncond = logits.chunk(2)
+        logits = uncond + (cond - uncond) * cfg_scale
+    return F.log_softmax(logits / temperature, -1)
+
+
+def sample_row(logp, generator=None):
+    """
+    One draw a row from log-probabilities (B, V) -> (B,), int64, by inverting the distribution function: one random
+    number a row, where torch.multinomial draws V.
+    """
+    mass = logp.exp().cumsum(-1)  # (B, V)
+    u = torch.rand(len(logp), 1, device=logp.device, generator=generator) * mass[:, -1:]
+    # right=True: a draw of exactly 0 must not fall on a token of probability 0
+    return torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
+
+
+def keep_likeliest(logp, top_k=0, top_p=1.0):
+    """
+    Log-probabilities (B, V), nats, with all but the top_k, then all but the nucleus of mass top_p (arXiv 1904.09751)
+    at -inf, renormalised.
+    """
+    if top_k > 0:
+        kth = logp.topk(min(top_k, logp.shape[-1]), -1).values[:, -1:]
+        logp = F.log_softmax(logp.masked_fill(logp < kth, -torch.inf), -1)
+    if top_p < 1:
+        ordered, order = logp.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of what is likelier; the likeliest always stays
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p)
+        logp = F.log_softmax(logp.masked_fill(drop, -torch.inf), -1)
+    return logp
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text conditioning: a frozen T5 encoder. FLAN-T5-XL for LlamaGen, a two-layer one for the toy.
+
+
+class TextEncoder:
+    """
+    Captions -> (features (B, P, caption_dim) float32, mask (B, P) bool), both *left*-padded: LlamaGen was trained
+    with the text next to the image, because token 0 is predicted from position P - 1. Padding features are zero.
+    """
+
+    def __init__(self, path, cond_len, device="cpu"):
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        self.words, self.cond_len, self.device = AutoTokenizer.from_pretrained(path), cond_len, device
+        self.t5 = T5EncoderModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False).to(device)
+
+    def ids(self, captions):
+        options = dict(max_length=self.cond_len, padding="max_length", truncation=True, return_tensors="pt")
+        found = self.words([caption.lower() for caption in captions], **options)
+        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
+
+    def __call__(self, captions):
+        ids, mask = self.ids(captions)
+        return left_pad(self.t5(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+
+
+def left_pad(features, mask):
+    """Right-padded features (B, P, C) and mask (B, P) -> the same with padding zeroed and moved to the left."""
+    order = mask.argsort(dim=-1, stable=True)  # padding (0) first, text (1) last in its own order
+    mask = mask.gather(-1, order).bool()
+    features = features.gather(1, order[..., None].expand_as(features))
+    return features * mask[..., None], mask
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The models by name, and their weights.
+
+
+@dataclass
+class ModelRow:
+    config: ModelConfig
+    tokenizer: str  # a row of tokenizer.TOKENIZERS
+    image_size: int  # px
+    ckpt: Path
+    vq_ckpt: Path
+    text_encoder: Path = None  # t2i only: a folder in transformers' form
+
+
+MODELS = {
+    "toy-c2i": ModelRow(
+        ModelConfig("c2i", *SIZES["toy-c2i"], vocab_size=512, grid_size=8, num_classes=40),
+        "toy", 64, HERE / "weights/toy-c2i.safetensors", HERE / "weights/toy-vq.safetensors",
+    ),
+    "toy-t2i": ModelRow(
+        ModelConfig("t2i", *SIZES["toy-t2i"], vocab_size=512, grid_size=8, caption_dim=64, cond_len=12),
+        "toy", 64, HERE / "weights/toy-t2i.safetensors", HERE / "weights/toy-vq.safetensors", HERE / "weights/toy-t5",
+    ),
+}  # fmt: skip
+
+
+def load_model(name, path=None, device="cpu"):
+    """
+    The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
+    Raises FileNotFoundError, or ValueError naming the first weight that does not fit.
+    """
+    path = path or MODELS[name].ckpt
+    model = Transformer(MODELS[name].config)
+    return load_strict(model, read_weights(path), path, ignore=("freqs_cis",)).eval().to(device)
+
+
+def weights_model(path):
+    """The MODELS name that a file of ours carries in its header; None for anybody else's. Raises as `read_weights`."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("model")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None

@@ -1,0 +1,445 @@
+"""
+Makes every weight of the toy world from nothing: the tokenizer, the two base transformers, the judges.
+
+    python pretrain.py                       # everything, in order, under 2 hours on 2 cores; writes weights/
+    python pretrain.py --stages clip critic  # some of it; later stages read what earlier ones wrote
+    python pretrain.py --quick --out /tmp/w  # a few steps of each: does it run?
+
+Nobody needs this to use the project, since its results are in weights/, each with a JSON that says how it was made and
+how good it is. It is here so that nothing about the toy is a secret. Every stage has its own seed and reads only files,
+so stages can be run one by one with the same result.
+
+The bases are stopped early on purpose. Reinforcement learning needs a policy that is right often enough to have right
+samples in most groups and wrong often enough to have something to learn, as the real models are.
+
+Shapes: B images, N = 64 tokens, V = 512 codes.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import trange
+
+import data
+from evaluate import fixed_asked, verifier_accuracy
+from model import MODELS, TextEncoder, Transformer, load_model
+from rewards import clip_image_features, clip_judge, critic_network
+from sample import captions_of, draw, make_encoder
+from tokenizer import TOKENIZERS, VQModel, load_tokenizer
+
+
+def world_captions(n, rng):
+    """n captions, half of c2i's classes and half of t2i's: what tokenizer and judges must serve."""
+    names = [data.TOY_CLASSES[k] for k in rng.integers(len(data.TOY_CLASSES), size=n - n // 2)]
+    return [data.class_caption(name) for name in names] + data.sample_captions(n // 2, rng)
+
+
+def renders(captions, rng):
+    """Renders of captions as a tensor (B, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(data.render(captions, rng)) * 2 - 1
+
+
+def set_lr(optimizer, step, steps, lr, warmup=50):
+    """Linear warm-up, then a cosine down to a tenth."""
+    now = lr * min(1, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = now
+
+
+def save_half(state, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def report(args, name, path, figures, seed, seconds):
+    """Writes weights/NAME.json beside the weights at `path`: command, seed, seconds, figures, sha256."""
+    facts = dict(
+        command=" ".join(["python pretrain.py", *sys.argv[1:]]), seed=seed, seconds=round(seconds),
+        threads=torch.get_num_threads(), figures=figures, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )  # fmt: skip
+    (args.out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {seconds:.0f} s, {json.dumps(figures)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The tokenizer
+
+
+def patch_discriminator():
+    """PatchGAN (arXiv 1611.07004): images (B, 3, 64, 64) -> one "real?" logit for each 22 px patch (B, 1, 16, 16)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 64, 4, 2, 1), nn.GroupNorm(8, 64), nn.LeakyReLU(0.2),
+        nn.Conv2d(64, 1, 3, 1, 1),
+    )  # fmt: skip
+
+
+def train_vq(args, steps=1100, batch=32, lr=1e-3, adversarial=0.004, seed=1):
+    """
+    VQGAN's loss (arXiv 2012.09841, eq. 4-6), with L1 + L2 in place of LPIPS, whose weights would be a download:
+    reconstruction + codebook |sg(z) - e|^2 + 0.25 commitment |z - sg(e)|^2, and from half time on a hinge GAN.
+    """
+    torch.manual_seed(seed)
+    rng, start = np.random.default_rng(seed), time.time()
+    model, critic = VQModel(TOKENIZERS["toy"]), patch_discriminator()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=lr / 4, betas=(0.5, 0.9), weight_decay=0)
+    for step in (bar := trange(steps, desc="tokenizer")):
+        set_lr(optimizer, step, steps, lr)
+        images = renders(world_captions(batch, rng), rng)
+        latents = model.latents(images)  # (B, N, D)
+        codes = model.quantize.vectors()[model.nearest(latents)]  # (B, N, D)
+        output = model.render(latents + (codes - latents).detach())  # straight-through: d output / d latents = 1
+        commitment = (codes - latents.detach()).square().mean() + 0.25 * (codes.detach() - latents).square().mean()
+        loss = (output - images).square().mean() + 0.2 * (output - images).abs().mean() + commitment
+        if step >= steps // 2:
+            loss = loss - adversarial * critic(output).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step >= steps // 2 - 100:  # a head start, so that its first word is worth something
+            real, fake = critic(images), critic(output.detach())
+            critic_optimizer.zero_grad()
+            (F.relu(1 - real) + F.relu(1 + fake)).mean().backward()
+            critic_optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(psnr=f"{psnr(output.detach(), images):.1f}", refresh=False)
+    path = args.out / "toy-vq.safetensors"
+    save_half(model.state_dict(), path)
+    model = load_tokenizer("toy", path)  # the figures are those of the float16 weights that are shipped
+    rng = np.random.default_rng(seed + 1000)
+    captions = world_captions(args.eval_images, rng)
+    images = renders(captions, rng)
+    with torch.no_grad():
+        tokens = torch.cat([model.encode(part) for part in images.split(64)])
+        output = torch.cat([model.decode(part) for part in tokens.split(64)]).clamp(-1, 1)
+    right = [data.satisfies(image / 2 + 0.5, caption) for image, caption in zip(output, captions, strict=True)]
+    used = torch.bincount(tokens.flatten(), minlength=512) > 0
+    figures = dict(
+        images=len(captions), psnr_db=round(psnr(output, images), 2), codes_used=int(used.sum()), codes=512,
+        verifier_on_round_trips=float(np.mean(right)),
+    )  # fmt: skip
+    report(args, "toy-vq", path, figures, seed, time.time() - start)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio, dB, of images in [-1, 1]."""
+    return float(10 * torch.log10(4 / (a.clamp(-1, 1) - b).square().mean()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. The base transformers
+
+
+def write_words(folder):
+    """
+    Saves the tokenizer of the toy's captions, one token a word, in the form that transformers reads. The end of text
+    has the highest number because CLIP pools the text where the number is highest.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    plurals = [shape + "s" for shape in data.SHAPES]
+    words = ["a", "an", "photo", "of", "and", "left", "right", "above", "below", *data.COUNTS, *data.COLOURS]
+    words += [*data.SHAPES, *plurals]
+    vocabulary = {word: k for k, word in enumerate(["<pad>", "<unk>", *words, "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return vocabulary
+
+
+def slots(caption):
+    """A caption's meaning as six class numbers: count, colour, shape, second colour, second shape, relation."""
+    objects, relation = data.meaning(caption)
+    (count, colour, shape), (_, colour2, shape2) = (*objects, (0, None, None))[:2]
+    choices = [(None, *data.COLOURS), data.SHAPES, (None, *data.COLOURS), (None, *data.SHAPES), (None, *data.RELATIONS)]
+    said = (colour, shape, colour2, shape2, relation)
+    return [count] + [options.index(value) for options, value in zip(choices, said, strict=True)]
+
+
+def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
+    """
+    The toy's text encoder: a two-layer T5 with random weights learns, from captions alone, to parse: at every word's
+    position a linear layer must read off the meaning of the whole caption. FLAN-T5 brings as much to LlamaGen.
+
+    It has to be at every position because image tokens attend to all of the text alike (see model.rope_2d). A T5
+    that learned only through the pictures was tried first, and after 1,200 steps colours were still at chance.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    rng, start = np.random.default_rng(seed), time.time()
+    row, folder = MODELS["toy-t2i"], args.out / "toy-t5"
+    vocabulary = write_words(folder)
+    T5EncoderModel(
+        T5Config(
+            vocab_size=len(vocabulary), d_model=row.config.caption_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=len(vocabulary) - 1,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    encode = TextEncoder(folder, row.config.cond_len)
+    sizes = [4, 9, 5, 9, 6, 5]  # how many classes each slot has
+    head = nn.Linear(row.config.caption_dim, sum(sizes))
+    parameters = [*encode.t5.requires_grad_(True).parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    right = []
+    for step in trange(steps, desc="t5"):
+        set_lr(optimizer, step, steps, lr)
+        captions = data.sample_captions(batch, rng)
+        features, mask = encode(captions)  # (B, P, C), (B, P)
+        target = torch.tensor([slots(caption) for caption in captions])[:, None].expand(-1, mask.shape[1], -1)[mask]
+        logits = head(features[mask]).split(sizes, -1)  # six times (words of the batch, classes)
+        loss = sum(F.cross_entropy(part, target[:, k]) for k, part in enumerate(logits))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        found = torch.stack([part.argmax(-1) for part in logits], -1)
+        right.append(float((found == target).all(-1).float().mean()))
+    path = folder / "model.safetensors"
+    save_half(encode.t5.state_dict(), path)
+    figures = dict(words_that_know_the_whole_meaning=round(float(np.mean(right[-20:])), 4))
+    report(args, "toy-t5", path, figures, seed, time.time() - start)
+
+
+def train_base(args, name, steps, batch, lr, seed, go_on=False):
+    """
+    Maximum likelihood on tokens of fresh renders, the condition dropped with probability 0.1, for `steps` steps;
+    from random weights, or with go_on from those that an earlier stage wrote.
+    """
+    torch.manual_seed(seed)
+    rng, start = np.random.default_rng(seed), time.time()
+    tokenizer, model = load_tokenizer("toy", args.out / "toy-vq.safetensors"), Transformer(MODELS[name].config)
+    if MODELS[name].config.task == "c2i":
+        encode = make_encoder(name)
+    else:
+        encode = TextEncoder(args.out / "toy-t5", MODELS[name].config.cond_len)
+    path = args.out / f"{name}.safetensors"
+    if go_on:
+        model = load_model(name, path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
+    fakes, losses = [], []
+    for step in (bar := trange(steps, desc=name)):
+        set_lr(optimizer, step, steps, lr)
+        asked = sample_asked(name, batch, rng)
+        with torch.no_grad():
+            tokens = tokenizer.encode(renders(captions_of(name, asked), rng))
+        cond, cond_mask = encode(asked)
+        dropped = torch.from_numpy(rng.random(batch) < 0.1).view(-1, *[1] * (cond.dim() - 1))
+        cond = torch.where(dropped, model.cls_embedding.null(cond), cond)
+        loss = F.cross_entropy(model(cond, tokens, cond_mask).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 20 == 0:
+            bar.set_postfix(nats=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+        if step + 1 in (steps * 6 // 10, steps * 8 // 10, steps):  # what the critic will learn to tell from real
+            with torch.no_grad():
+                fakes.append(draw(model, tokenizer, encode, sample_asked(name, args.eval_images, rng), seed=step)[1])
+            if args.verbose:
+                print(f"step {step + 1}: {verifier_figures(args, name, model, tokenizer, encode, 1.0)}")
+    np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
+    save_half(model.state_dict(), path)
+    model.half().float()  # the figures are those of the float16 weights that are shipped
+    figures = dict(loss_nats_per_token=round(float(np.mean(losses[-50:])), 3), images=args.eval_images, steps=steps)
+    figures |= {f"cfg{cfg:g}": verifier_figures(args, name, model, tokenizer, encode, cfg) for cfg in (1.0, 2.0)}
+    report(args, name, path, figures, seed, time.time() - start)
+
+
+def sample_asked(name, n, rng):
+    """n random labels or captions, as the model `name` takes them."""
+    if MODELS[name].config.task == "c2i":
+        return rng.integers(MODELS[name].config.num_classes, size=n).tolist()
+    return data.sample_captions(n, rng)
+
+
+def verifier_figures(args, name, model, tokenizer, encode, cfg_scale):
+    """Verifier accuracy on the fixed samples of evaluation, in all and by shape or category."""
+    asked = fixed_asked(name, args.eval_images)
+    images, _ = draw(model, tokenizer, encode, asked, cfg_scale=cfg_scale)
+    found = verifier_accuracy(images, captions_of(name, asked), MODELS[name].config.task)
+    return {kind: round(share, 3) for kind, share in found.items()}
+
+
+def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
+    train_base(args, "toy-c2i", steps, batch, lr, seed)
+
+
+def train_t2i(args, steps=2200, batch=32, lr=2e-3, seed=3):
+    train_base(args, "toy-t2i", steps, batch, lr, seed)
+
+
+def train_t2i_more(args, steps=1400, batch=32, lr=1e-3, seed=7):
+    """A second cosine for the t2i base: after the first, positions and bindings were right in 16 and 5% only."""
+    train_base(args, "toy-t2i", steps, batch, lr, seed, go_on=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. The judges
+
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 64, "layers": 4, "width": 96, "head_width": 32, "patch_size": 8},
+        # hf_tokenizer_name only says that the words are in transformers' form: open_clip reads them from its folder
+        "text_cfg": {"context_length": 12, "hf_tokenizer_name": "toy", "width": 64, "heads": 4, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}  # fmt: skip
+
+
+def malform(images, rng):
+    """Images (B, 3, 64, 64) with shapes pulled out of shape: moved by a smooth random field of 2.5 to 5 px (rms)."""
+    B, side = len(images), images.shape[-1]
+    field = torch.from_numpy(rng.standard_normal((B, 2, 6, 6), dtype=np.float32))
+    field = F.interpolate(field, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)  # (B, H, W, 2)
+    pixels = torch.from_numpy(rng.uniform(3, 6, (B, 1, 1, 1)).astype(np.float32))
+    ticks = torch.linspace(-1, 1, side)
+    still = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)  # (H, W, 2), x first
+    return F.grid_sample(images, still + field * pixels * 2 / side, padding_mode="border", align_corners=True)
+
+
+def exclusive_losses(logits, captions, texts):
+    """
+    CLIP's two cross-entropies where captions repeat and can be true together. A pair (image, text) is positive if the
+    image's caption means the same, negative if it is of the same category and means otherwise, and is left out
+    between categories ("a circle" is also true of "a red circle"). Each positive is set against the negatives of its
+    row, then of its column, never against other positives.
+
+    logits (B, M) of B images and M texts; captions: B strings, or None for a malformed image, true of no text.
+    """
+    key = {t: (data.category_of(t), data.meaning(t)) for t in {*texts, *filter(None, captions)}}
+    same_kind = torch.tensor([[c is None or key[c][0] == key[t][0] for t in texts] for c in captions])
+    positive = torch.tensor([[c is not None and key[c] == key[t] for t in texts] for c in captions])
+    negatives = logits.masked_fill(~same_kind | positive, -1e4)
+    by_row = F.softplus(negatives.logsumexp(1, keepdim=True) - logits)
+    by_column = F.softplus(negatives.logsumexp(0, keepdim=True) - logits)
+    return by_row[positive].mean() + by_column[positive].mean()
+
+
+def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
+    """
+    A CLIP on round trips of renders, made to see what GRPO needs seen: each image meets captions wrong in one
+    attribute (NegCLIP, arXiv 2210.01936; without them CLIP learns no left and right), each caption malformed images.
+    """
+    import open_clip
+
+    torch.manual_seed(seed)
+    rng, start = np.random.default_rng(seed), time.time()
+    folder = args.out / "toy-clip"
+    vocabulary = write_words(folder)
+    CLIP_CONFIG["model_cfg"]["text_cfg"]["vocab_size"] = len(vocabulary)
+    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    path = folder / "open_clip_model.safetensors"
+    path.unlink(missing_ok=True)
+    model, words = open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}")
+    tokenizer = load_tokenizer("toy", args.out / "toy-vq.safetensors")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    losses = []
+    for step in (bar := trange(steps, desc="clip")):
+        set_lr(optimizer, step, steps, lr, warmup=200)
+        captions = world_captions(batch, rng)
+        images = renders(captions, rng)
+        bent = malform(images[::4], rng)
+        with torch.no_grad():
+            images = tokenizer.decode(tokenizer.encode(torch.cat([images, bent]))).clamp(-1, 1) / 2 + 0.5
+        texts = list(dict.fromkeys(captions + [data.wrong_caption(c, rng) for c in captions for _ in range(2)]))
+        text_features = model.encode_text(words(texts), normalize=True)
+        logits = model.logit_scale.exp() * clip_image_features(model, images) @ text_features.T
+        loss = exclusive_losses(logits, captions + [None] * len(bent), texts)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # as CLIP
+        losses.append(loss.item())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", scale=f"{model.logit_scale.exp():.0f}", refresh=False)
+    save_half(model.state_dict(), path)
+    judge = clip_judge("cpu", f"local-dir:{folder}")
+    figures = dict(images=args.eval_images, loss=round(float(np.mean(losses[-50:])), 3))
+    rng = np.random.default_rng(seed + 1000)
+    for category in data.CATEGORIES:
+        captions = data.sample_captions(args.eval_images // 4, rng, [category])
+        wrong = [data.wrong_caption(caption, rng) for caption in captions]
+        with torch.no_grad():
+            images = tokenizer.decode(tokenizer.encode(renders(captions, rng))).clamp(-1, 1) / 2 + 0.5
+            gap = judge(images, captions) - judge(images, wrong)
+        figures[f"right caption above wrong, {category}"] = round(float((gap > 0).float().mean()), 3)
+    report(args, "toy-clip", path, figures, seed, time.time() - start)
+
+
+def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
+    """Real round trips against what the c2i base drew at 60, 80 and 100% of its training: cross-entropy, half each."""
+    torch.manual_seed(seed)
+    rng, start = np.random.default_rng(seed), time.time()
+    tokenizer, network = load_tokenizer("toy", args.out / "toy-vq.safetensors"), critic_network()
+    fakes = torch.from_numpy(np.load(args.out / "toy-c2i-fakes.npz")["tokens"].astype(np.int64))  # (drawn, N)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
+    hits = []
+    for step in (bar := trange(steps, desc="critic")):
+        set_lr(optimizer, step, steps, lr)
+        with torch.no_grad():
+            captions = captions_of("toy-c2i", sample_asked("toy-c2i", batch // 2, rng))
+            real = tokenizer.encode(renders(captions, rng))
+            fake = fakes[rng.integers(len(fakes), size=batch // 2)]
+            images = tokenizer.decode(torch.cat([real, fake])).clamp(-1, 1)
+        target = torch.cat([torch.ones(len(real)), torch.zeros(len(fake))])
+        logits = network(images)[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        hits.append(float(((logits > 0) == (target > 0)).float().mean()))
+        if step % 20 == 0:
+            bar.set_postfix(accuracy=f"{np.mean(hits[-20:]):.3f}", refresh=False)
+    path = args.out / "toy-critic.safetensors"
+    save_half(network.state_dict(), path)
+    report(args, "toy-critic", path, dict(accuracy=round(float(np.mean(hits[-50:])), 3)), seed, time.time() - start)
+
+
+STAGES = {
+    "vq": train_vq,
+    "t5": train_t5,
+    "c2i": train_c2i,
+    "t2i": train_t2i,
+    "t2i-more": train_t2i_more,
+    "clip": train_clip,
+    "critic": train_critic,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="folder to write to")
+    parser.add_argument("--quick", action="store_true", help="three steps a stage and few images: a check that it runs")
+    parser.add_argument("--verbose", action="store_true", help="verifier figures during the bases' training too")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.eval_images = 48 if args.quick else 1024
+    for stage in args.stages:
+        STAGES[stage](args, **(dict(steps=5) if args.quick else {}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""
+Draws pictures: load, encode what is asked, generate tokens, decode, save a labelled grid.
+
+    python sample.py                                              # the toy base, at once
+    python sample.py --ckpt out/c2i --compare                     # base above tuned, same seeds
+    python sample.py --classes "red circle" 7 --num 8 --cfg-scale 2
+    python sample.py --task t2i --prompts "a red circle and a blue square"
+    python sample.py --task t2i --prompts my_prompts.txt --npz samples.npz
+
+What can be asked for: classes by name or number (c2i), captions or a file of them (t2i). Same seed, same pictures, on
+one machine and batch size; base and tuned model then draw from the same random numbers.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+from model import MODELS, TextEncoder, load_model, weights_model
+from tokenizer import load_tokenizer, to_uint8
+
+# One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
+DEFAULT_CLASSES = ["red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
+                   "orange triangle", "white circle"]  # fmt: skip
+
+
+def class_names(name):
+    """The class names of a c2i model: the toy's 40 or ImageNet's 1,000."""
+    return data.TOY_CLASSES if name.startswith("toy") else data.imagenet_classes()
+
+
+def captions_of(name, asked):
+    """What the judges read: t2i captions as they are, c2i labels as "a photo of a red circle"."""
+    if MODELS[name].config.task == "t2i":
+        return list(asked)
+    names = class_names(name)
+    return [data.class_caption(names[label]) for label in asked]
+
+
+def make_encoder(name, device="cpu"):
+    """
+    The function from what is asked, a list of B labels or B captions, to (cond, cond_mask), the transformer's
+    conditioning: labels (B,) and None, or text features (B, P, caption_dim) and (B, P).
+    """
+    row = MODELS[name]
+    if row.config.task == "t2i":
+        return TextEncoder(row.text_encoder, row.config.cond_len, device)
+    return lambda labels: (torch.tensor(labels, device=device), None)
+
+
+@torch.no_grad()
+def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, **sampling):
+    """
+    One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, N), on the CPU.
+    `sampling` goes to Transformer.generate. The pictures depend on seed and batch_size.
+    """
+    device = model.output.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    images, tokens = [], []
+    for k in range(0, len(asked), batch_size):
+        cond, cond_mask = encode(asked[k : k + batch_size])
+        drawn, _ = model.generate(cond, cond_mask, generator=generator, **sampling)
+        images.append((tokenizer.decode(drawn) / 2 + 0.5).clamp(0, 1).cpu())
+        tokens.append(drawn.cpu())
+    return torch.cat(images), torch.cat(tokens)
+
+
+def save_grid(path, images, labels, columns, title=""):
+    """
+    Writes a PNG of images (n, 3, H, W) in [0, 1], `columns` wide, each with its label (may have newlines) below it.
+    """
+    n, _, height, width = images.shape
+    zoom = max(1, 128 // width)
+    lines = max(label.count("\n") + 1 for label in labels)
+    font = ImageFont.load_default(11)
+    cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
+    top = 20 if title else 0
+    sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 3), title, fill="black", font=font)
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = k % columns * cell_w + 3, top + k // columns * cell_h + 3
+        pixels = to_uint8(image * 2 - 1).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
+        for j, text in enumerate(label.split("\n")):
+            while text and pen.textlength(text, font=font) > width * zoom:  # cut what would run into the neighbour
+                text = text[:-1]
+            pen.text((x, y + height * zoom + 13 * j), text, fill="black", font=font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def resolve_ckpt(ckpt, model_name, task):
+    """
+    (model name, weights path) from --ckpt, --model and --task: a folder stands for the policy inside it, and our own
+    files say which model they are. Raises ValueError if the three disagree, FileNotFoundError.
+    """
+    path = Path(ckpt) if ckpt else None
+    if path and path.is_dir():
+        path = path / "policy.safetensors"
+    if path and not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    written_by = weights_model(path) if path else None
+    name = model_name or (f"toy-{task}" if task else written_by or "toy-c2i")
+    if written_by and written_by != name:
+        raise ValueError(f"{path} holds a {written_by} model, not {name}; leave out --task and --model, or change them")
+    if task and MODELS[name].config.task != task:
+        raise ValueError(f"--model {name} is a {MODELS[name].config.task} model, but --task is {task}")
+    return name, path
+
+
+def read_asked(name, classes, prompts):
+    """What --classes and --prompts ask of the model `name`: a list of labels or of captions. Raises ValueError."""
+    task = MODELS[name].config.task
+    if (prompts if task == "c2i" else classes) is not None:
+        flag, other = ("--prompts", "--classes") if task == "c2i" else ("--classes", "--prompts")
+        raise ValueError(f"{name} is a {task} model: it takes {other}, not {flag}")
+    if task == "c2i":
+        names = class_names(name)
+        return [data.find_class(c, names) for c in classes or (DEFAULT_CLASSES if len(names) == 40 else range(8))]
+    found = []
+    for prompt in prompts or data.balanced_captions(6):
+        is_file = prompt.endswith((".txt", ".json", ".jsonl"))
+        found += data.read_prompts(prompt) if is_file else [prompt]
+    if name.startswith("toy"):  # in the one form that its text encoder has read; refuses what would draw nonsense
+        found = [data.toy_caption(caption) for caption in found]
+    return found
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # what is drawn
+    add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
+    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
+    add("--compare", action="store_true", help="draw the base too, above the model of --ckpt, with the same seeds")
+    add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers")
+    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or .txt, .json and .jsonl files of them")
+    add("--num", type=int, default=4, help="images for each class or prompt (default 4)")
+    # how
+    add("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none (default 1, what the toy is trained at)")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token always (default 1)")
+    add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default 0)")
+    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
+    add("--seed", type=int, default=0, help="of the random numbers that tokens are drawn with (default 0)")
+    add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
+    # where to
+    add("--out", default="out/samples.png", help="the grid (default out/samples.png)")
+    add("--npz", metavar="FILE", help="also write uint8 images (n, H, W, 3) as arr_0, tokens, and labels or prompts")
+    args = parser.parse_args(argv)
+    if args.num < 1 or args.batch_size < 1:
+        parser.error("--num and --batch-size must be at least 1")
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.cfg_scale < 1:
+        parser.error("needed: --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1, --cfg-scale >= 1")
+    if args.compare and not args.ckpt:
+        parser.error("--compare sets the model of --ckpt against its base, so it needs --ckpt")
+    return args
+
+
+def run(args):
+    name, path = resolve_ckpt(args.ckpt, args.model, args.task)
+    asked = [entry for entry in read_asked(name, args.classes, args.prompts) for _ in range(args.num)]
+    tokenizer = load_tokenizer(MODELS[name].tokenizer, MODELS[name].vq_ckpt, args.device)
+    encode = make_encoder(name, args.device)
+    labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
+    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    rows = []  # one (images, tokens, label prefix) a model
+    for which, weights in ([("base: ", None)] if args.compare else []) + [("tuned: " if args.compare else "", path)]:
+        model = load_model(name, weights, args.device)
+        images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, **sampling)
+        rows.append((images, tokens, which))
+    # a line of the grid: the num pictures of one class or prompt; with --compare the base's line comes first
+    order = [(row, k) for k in range(0, len(asked), args.num) for row in rows]
+    images = torch.cat([row[0][k : k + args.num] for row, k in order])
+    captions = [row[2] + labels[j] for row, k in order for j in range(k, k + args.num)]
+    columns = args.num if args.compare or args.num > 1 else min(len(asked), 8)
+    if not args.compare and columns <= 4:  # two classes side by side make a squarer sheet
+        columns *= 2
+    save_grid(args.out, images, captions, columns, f"{name}, cfg {args.cfg_scale:g}, seed {args.seed}")
+    print(f"{args.out}: {len(images)} pictures of {name}, cfg {args.cfg_scale:g}, temperature {args.temperature:g}")
+    if args.npz:
+        key = "labels" if MODELS[name].config.task == "c2i" else "prompts"
+        pixels = to_uint8(rows[-1][0] * 2 - 1).permute(0, 2, 3, 1).numpy()
+        np.savez(args.npz, arr_0=pixels, tokens=rows[-1][1].numpy(), **{key: np.array(asked)})
+        print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(rows[-1][1].shape)}, {key}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
+        sys.exit(f"sample.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

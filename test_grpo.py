@@ -1,0 +1,551 @@
+"""
+The invariants, one a test. Each names the bug that it keeps out. No network, no mocks, tiny seeded models.
+
+    pytest -q test_grpo.py
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import rewards
+import sample
+import train
+from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, token_logprobs
+from model import MODELS, SIZES, ModelConfig, Transformer, keep_likeliest, left_pad, load_model, policy_logprobs
+from tokenizer import TOKENIZERS, VQConfig, VQModel, load_tokenizer, to_uint8
+
+HERE = Path(__file__).parent
+C2I = ModelConfig("c2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, num_classes=5)
+T2I = ModelConfig("t2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, caption_dim=16, cond_len=6)
+
+
+def tiny(config, seed=0):
+    """A random model with sharp enough outputs that a wrong position or mask shows."""
+    torch.manual_seed(seed)
+    model = Transformer(config).eval()
+    for p in model.parameters():
+        p.data.mul_(5 if p.ndim == 2 else 1)
+    return model
+
+
+def tiny_cond(config, n=4):
+    if config.task == "c2i":
+        return torch.arange(n) % config.num_classes, None
+    mask = torch.arange(config.cond_len)[None] >= torch.tensor([0, 2, 4, 5] * n)[:n, None]  # left-padded
+    return torch.randn(n, config.cond_len, config.caption_dim) * mask[..., None], mask
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+@pytest.mark.parametrize("config", [C2I, T2I], ids=["c2i", "t2i"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_cached_decoding_equals_the_full_forward_pass(config, cfg_scale):
+    """A cache that is off by one position still draws plausible pictures; only the full pass shows it."""
+    model, (cond, mask) = tiny(config), tiny_cond(config)
+    tokens, logprobs = model.generate(cond, mask, cfg_scale=cfg_scale, generator=torch.Generator().manual_seed(1))
+    both, both_mask = model.with_null(cond, mask) if cfg_scale > 1 else (cond, mask)
+    logits = model(both, tokens.repeat(len(both) // len(cond), 1), both_mask)
+    full = policy_logprobs(logits, cfg_scale).gather(-1, tokens[..., None])[..., 0]
+    assert (logprobs - full).abs().max() < 1e-4
+    greedy, _ = model.generate(cond, mask, cfg_scale=cfg_scale, temperature=0)
+    logits = model(both, greedy.repeat(len(both) // len(cond), 1), both_mask)
+    assert (policy_logprobs(logits, cfg_scale).argmax(-1) == greedy).all()
+
+
+def test_padding_of_a_caption_is_invisible():
+    """Whatever stands at padding positions must not reach an image token, and text must."""
+    model, (cond, mask) = tiny(T2I), tiny_cond(T2I)
+    tokens = torch.randint(24, (4, 9))
+    noise = torch.randn_like(cond)
+    same, other = torch.where(mask[..., None], cond, noise), torch.where(mask[..., None], noise, cond)
+    assert torch.allclose(model(cond, tokens, mask), model(same, tokens, mask), atol=1e-5)
+    assert (model(cond, tokens, mask) - model(other, tokens, mask)).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_conditioning_positions_have_zero_queries_and_keys():
+    """LlamaGen's cos = sin = 0 there: leaving the text unrotated instead draws other pictures from official weights."""
+    cos, sin = tiny(T2I).rope
+    assert not cos[:6].any() and not sin[:6].any()
+    assert torch.allclose(cos[6:] ** 2 + sin[6:] ** 2, torch.ones(9, 8))
+
+
+def test_guidance_interval_guides_token_0_and_the_next_k_plus_1():
+    model, (cond, _) = tiny(C2I), tiny_cond(C2I)
+    free, _ = model.generate(cond, temperature=0)
+    guided, _ = model.generate(cond, temperature=0, cfg_scale=4)
+    some, logprobs = model.generate(cond, temperature=0, cfg_scale=4, cfg_interval=1)
+    assert (some[:, :3] == guided[:, :3]).all() and not (free == guided).all()
+    unguided = policy_logprobs(model(cond, some)).gather(-1, some[..., None])[..., 0]
+    assert torch.allclose(logprobs[:, 3:], unguided[:, 3:], atol=1e-4)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logp = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert keep_likeliest(logp, top_k=2).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert keep_likeliest(logp, top_p=0.6).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert keep_likeliest(logp, top_p=1e-9).exp()[0].tolist() == pytest.approx([1, 0, 0, 0])  # never empty
+
+
+def test_left_padding_moves_the_text_next_to_the_image():
+    features, mask = torch.arange(1.0, 9).view(2, 4, 1), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    moved, moved_mask = left_pad(features, mask)
+    assert moved[..., 0].tolist() == [[0, 0, 1, 2], [5, 6, 7, 8]] and moved_mask.tolist()[0] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("GPT-B", 111), ("GPT-L", 343), ("GPT-XL", 775), ("GPT-XXL", 1411), ("GPT-3B", 3100)]
+)
+def test_sizes_have_the_published_parameter_counts(name, millions):
+    """A wrong hidden width would only surface when a user's download fails to load."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig("c2i", *SIZES[name]))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the tokenizer
+
+
+def test_vq16_has_the_official_shape():
+    with torch.device("meta"):
+        model = VQModel(TOKENIZERS["vq-16"])
+    state = model.state_dict()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(71.9, rel=0.01)
+    assert tuple(state["encoder.conv_blocks.4.attn.1.proj_out.weight"].shape) == (512, 512, 1, 1)
+    assert tuple(state["decoder.conv_blocks.0.upsample.conv.weight"].shape) == (512, 512, 3, 3)
+    assert "encoder.conv_blocks.4.downsample.conv.weight" not in state
+
+
+def test_every_patch_size_keeps_the_grid():
+    for config in (VQConfig((1, 1), 16, 32, 4, ch=32), VQConfig((1,), 16, 32, 4, ch=32, patch=2)):
+        model = VQModel(config)
+        tokens = model.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+        assert tokens.shape == (2, 64) and model.decode(tokens).shape == (2, 3, 16, 16) and config.downsampling == 2
+
+
+def test_the_toy_tokenizer_round_trips():
+    """A tokenizer that loses shapes or colours would put a ceiling on every result without a word."""
+    tokenizer = load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)
+    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
+    images = torch.from_numpy(data.render(captions, np.random.default_rng(7))) * 2 - 1
+    with torch.no_grad():
+        output = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
+    assert 10 * torch.log10(4 / (output - images).square().mean()) > 22  # dB
+    assert np.mean([data.satisfies(i / 2 + 0.5, c) for i, c in zip(output, captions, strict=True)]) > 0.95
+
+
+def test_pixels_are_truncated_as_officially():
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# GRPO
+
+
+@pytest.mark.parametrize("config", [C2I, T2I], ids=["c2i", "t2i"])
+@pytest.mark.parametrize("cfg_scale, temperature", [(1.0, 1.0), (2.0, 1.0), (3.0, 0.7)])
+def test_sampler_and_scorer_are_one_policy(config, cfg_scale, temperature):
+    """The official release samples with guidance and scores without: its ratio says 1 while the two differ by 0.86."""
+    model, (cond, mask) = tiny(config), tiny_cond(config, 2)
+    cond, mask, tokens, old = sample_groups(
+        model, cond, mask, 3, torch.Generator().manual_seed(0), cfg_scale, temperature
+    )
+    new, entropy = token_logprobs(model, cond, tokens, mask, cfg_scale, temperature)
+    assert tokens.shape == old.shape == new.shape == entropy.shape == (6, 9)
+    assert ((new - old).exp() - 1).abs().max() < 1e-4
+    if cfg_scale > 1:
+        unguided, _ = token_logprobs(model, cond, tokens, mask, 1.0, temperature)
+        assert ((unguided - old).exp() - 1).abs().mean() > 0.05
+
+
+def loss_gradient(model, cond, tokens, old, ref, advantages, micro_batch):
+    model.zero_grad()
+    for rows in torch.arange(len(tokens)).split(micro_batch):
+        logprobs, _ = token_logprobs(model, cond[rows], tokens[rows])
+        loss, _ = grpo_loss(logprobs, old[rows], ref[rows], advantages[rows], kl_coef=0.1)
+        (loss * len(rows) / len(tokens)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_the_micro_batch_size_does_not_change_the_gradient():
+    """A mean of means weighs the images of a short last micro-batch more than the others."""
+    model, other = tiny(C2I), tiny(C2I, seed=1)
+    cond, _, tokens, old = sample_groups(model, torch.arange(2), None, 4, torch.Generator().manual_seed(0))
+    ref, advantages = token_logprobs(other, cond, tokens)[0].detach(), torch.randn(8)
+    whole = loss_gradient(model, cond, tokens, old, ref, advantages, 8)
+    for size in (1, 3, 4):
+        assert torch.allclose(loss_gradient(model, cond, tokens, old, ref, advantages, size), whole, atol=1e-6)
+
+
+def test_at_ratio_1_the_gradient_is_reinforce_with_a_group_baseline():
+    model = tiny(C2I)
+    cond, _, tokens, old = sample_groups(model, torch.arange(2), None, 4, torch.Generator().manual_seed(0))
+    advantages = group_advantages(torch.randn(8), 4)
+    logprobs, _ = token_logprobs(model, cond, tokens)
+    loss, _ = grpo_loss(logprobs, old, old, advantages, kl_coef=0.0)
+    ours = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+    reinforce = torch.autograd.grad(
+        -(advantages[:, None] * logprobs).mean(), list(model.parameters()), allow_unused=True
+    )
+    for a, b in zip(ours, reinforce, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_equal_rewards_give_exactly_zero_advantage():
+    """Rounding of the mean, divided by 1e-4, would otherwise push the policy about at random."""
+    for value in (0.1, 1 / 3, 1e6, -7.7):
+        assert not group_advantages(torch.full((24,), value), 8).any()
+        assert not decoupled_advantages({"a": torch.full((24,), value)}, {"a": 1.0}, 8).any()
+
+
+def test_advantages_compare_inside_the_group_only():
+    r = torch.tensor([1.0, 2, 3, 101, 102, 103])
+    a = group_advantages(r, 3)
+    assert torch.allclose(a[:3], a[3:], atol=1e-3) and a[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-3)
+
+
+def test_decoupled_advantages_let_a_small_reward_speak():
+    """Summed, a judge with a hundredth of the other's spread is not heard; normalised first, it weighs the same."""
+    loud, quiet = torch.tensor([0.0, 1, 0, 1]), torch.tensor([0.0, 0, 0.01, 0.01])
+    a = decoupled_advantages({"loud": loud, "quiet": quiet}, {"loud": 1.0, "quiet": 1.0}, 4)
+    assert a[1].item() == pytest.approx(a[2].item(), abs=0.05) and a[3] > 0.5
+    summed = group_advantages(loud + quiet, 4)
+    assert summed[1] - summed[2] > 1
+    with_nan = decoupled_advantages({"loud": torch.tensor([0.0, 1, torch.nan, 1])}, {"loud": 1.0}, 4)
+    assert with_nan.isfinite().all()
+
+
+def test_kl_is_never_negative_and_zero_at_the_start():
+    logprobs = torch.randn(64, 9) * 3
+    assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
+    kls = [
+        grpo_loss(logprobs[k : k + 1], logprobs[k : k + 1], torch.randn(1, 9) * 3, torch.zeros(1))[1]["kl"]
+        for k in range(64)
+    ]
+    assert min(kls) > 0
+
+
+@pytest.mark.parametrize(
+    "advantage, log_ratio, gradient", [(1, 1, False), (1, -1, True), (-1, -1, False), (-1, 1, True)]
+)
+def test_clipping_acts_on_the_right_side_for_each_sign(advantage, log_ratio, gradient):
+    """Clipping both sides for both signs would forbid undoing a bad update."""
+    logprobs = torch.full((1, 1), float(log_ratio), requires_grad=True)
+    zero = torch.zeros(1, 1)
+    loss, stats = grpo_loss(logprobs, zero, zero, torch.tensor([float(advantage)]), clip_eps=0.2, kl_coef=0.0)
+    loss.backward()
+    assert bool(logprobs.grad.any()) == gradient and stats["clip_frac"] == (not gradient)
+
+
+def test_a_bandit_sized_run_learns():
+    """The parts together, by the loop's own steps: reward = share of even tokens. Signs and baselines fail here."""
+    model, generator = tiny(C2I), torch.Generator().manual_seed(0)
+    ref = tiny(C2I)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    history = []
+    for _ in range(40):
+        cond, _, tokens, old = sample_groups(model, torch.arange(4), None, 8, generator)
+        reward = (tokens % 2 == 0).float().mean(1)
+        logprobs, _ = token_logprobs(model, cond, tokens)
+        with torch.no_grad():
+            ref_logprobs, _ = token_logprobs(ref, cond, tokens)
+        loss, _ = grpo_loss(logprobs, old, ref_logprobs, group_advantages(reward, 8), kl_coef=0.01)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(reward.mean().item())
+    assert np.mean(history[-5:]) > np.mean(history[:5]) + 0.25
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the toy world
+
+
+def test_the_verifier_is_right_on_renders_and_on_wrong_captions():
+    rng = np.random.default_rng(3)
+    captions = [data.class_caption(name) for name in data.TOY_CLASSES] * 3 + data.balanced_captions(240)
+    images = data.render(captions, rng)
+    assert np.mean([data.satisfies(i, c) for i, c in zip(images, captions, strict=True)]) >= 0.99
+    assert (
+        np.mean([data.satisfies(i, data.wrong_caption(c, rng)) for i, c in zip(images, captions, strict=True)]) <= 0.01
+    )
+
+
+def test_the_verifier_refuses_malformed_pictures():
+    """A verifier that forgives blobs, strays or a second object would reward the very things that RL hacks."""
+    rng = np.random.default_rng(0)
+    image, other = data.render(["a red circle", "two circles"], rng)
+    assert data.satisfies(image, "a red circle") and not data.satisfies(other, "a circle")
+    half = image.copy()
+    half[:, :, : int(data.find_objects(image)[0][0]["x"])] = 0.1
+    assert not data.satisfies(half, "a red circle")
+    noise = rng.random((3, 64, 64)).astype(np.float32)
+    assert not data.satisfies(noise, "a circle") and not data.satisfies(np.zeros((3, 64, 64)), "a circle")
+
+
+def test_renders_are_a_function_of_the_generator():
+    captions = data.balanced_captions(12)
+    a, b = (data.render(captions, np.random.default_rng(5)) for _ in range(2))
+    assert (a == b).all() and a.min() >= 0 and a.max() <= 1
+
+
+def test_captions_parse_and_wrong_ones_exclude_them():
+    rng = np.random.default_rng(0)
+    for category, captions in data.T2I_CAPTIONS.items():
+        for caption in captions:
+            assert data.category_of(caption) == category
+            wrong = data.wrong_caption(caption, rng)
+            assert data.category_of(wrong) == category and data.meaning(wrong) != data.meaning(caption)
+    assert data.meaning("a circle left of a square") == data.meaning("a square right of a circle")
+    assert data.parse("two crosses") == ([(2, None, "cross")], None)
+    assert data.toy_caption("Two circles.") == "a photo of two circles"
+    for caption in ("a red banana", "a cyan circle", "a red circle left of a blue square"):
+        with pytest.raises(ValueError, match=r"banana|never learned"):
+            data.toy_caption(caption)
+
+
+def test_classes_by_name_or_number():
+    assert data.find_class("Red Circle", data.TOY_CLASSES) == data.find_class("0", data.TOY_CLASSES) == 0
+    with pytest.raises(ValueError, match="red circle"):
+        data.find_class("red circel", data.TOY_CLASSES)
+    with pytest.raises(ValueError, match="0 to 39"):
+        data.find_class("40", data.TOY_CLASSES)
+    assert data.find_class("goldfish", data.imagenet_classes()) == 1
+
+
+def test_prompt_files_of_every_form(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "a.json").write_text('["one", {"prompt": "two"}]')
+    (tmp_path / "a.jsonl").write_text('{"caption": "one"}\n"two"\n')
+    assert all(data.read_prompts(tmp_path / f"a.{form}") == ["one", "two"] for form in ("txt", "json", "jsonl"))
+    (tmp_path / "bad.json").write_text("[1")
+    (tmp_path / "empty.txt").write_text("\n")
+    for name in ("bad.json", "empty.txt", "a.csv", "none.txt"):
+        (tmp_path / "a.csv").write_text("x")
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
+            data.read_prompts(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the judges
+
+
+def test_scores_that_are_not_finite_are_left_out():
+    scores = {"a": torch.tensor([1.0, torch.nan]), "b": torch.tensor([1.0, 2.0])}
+    assert rewards.weighted_sum(scores, {"a": 2.0, "b": 1.0}).tolist() == [3, 2]
+
+
+def test_the_toy_judges_rank_right_above_wrong():
+    judges = rewards.load_judges(["clip", "critic"])
+    rng = np.random.default_rng(0)
+    single = [data.class_caption(name) for name in data.TOY_CLASSES]  # the critic knows these alone
+    captions = single + data.balanced_captions(60)
+    images = torch.from_numpy(data.render(captions, rng)) * 2 - 1
+    tokenizer = load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)  # judges only ever see what it decoded
+    with torch.no_grad():
+        images = (tokenizer.decode(tokenizer.encode(images)) / 2 + 0.5).clamp(0, 1)
+    right, _ = rewards.score(judges, images, captions)
+    wrong, seconds = rewards.score(judges, images, [data.wrong_caption(c, rng) for c in captions])
+    noise, _ = rewards.score(judges, torch.rand(100, 3, 64, 64), captions)
+    assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "critic"}
+    assert right["critic"][:40].mean() > noise["critic"].mean() + 0.2
+
+
+def test_clip_scores_do_not_depend_on_the_batch():
+    """Text features are computed once per distinct prompt; an index off by one would give everyone another's."""
+    judge = rewards.load_judges(["clip"])["clip"]
+    captions = ["a photo of a red circle", "a photo of two squares", "a photo of a red circle"]
+    images = torch.from_numpy(data.render(captions, np.random.default_rng(0)))
+    alone = torch.cat([judge(i[None], [c]) for i, c in zip(images, captions, strict=True)])
+    assert torch.allclose(judge(images, captions), alone, atol=1e-5)
+
+
+def test_any_pyiqa_metric_is_a_judge():
+    """Higher must be better: piqe is a distortion, so a clean picture has to come out above noise or blocks."""
+    judge = rewards.load_judges(["pyiqa:piqe"])["pyiqa:piqe"]
+    scores = judge(torch.rand(2, 3, 64, 64), ["a", "b"])
+    assert scores.shape == (2,) and (scores <= 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the scripts, through their own main
+
+TINY_RUN = ["--prompts-per-step", "2", "--group-size", "2", "--sample-every", "2", "--save-every", "1"]
+TWO = {"c2i": ["--classes", "red circle", "7"], "t2i": ["--prompts", "two circles", "a circle above a square"]}
+
+
+def read_metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
+
+
+@pytest.mark.parametrize("task", ["c2i", "t2i"])
+def test_train_sample_and_evaluate_run(task, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(["--task", task, "--steps", "2", "--out", str(run), "--updates-per-batch", "2", *TINY_RUN, *TWO[task]])
+    assert {"before.png", "after.png", "curves.png", "policy.safetensors", "state.pt"} < {p.name for p in run.iterdir()}
+    assert list(run.glob("events*")) and list(run.glob("samples/*.png"))
+    first, second = read_metrics(run)
+    assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
+    assert first["kl"] > 0 and first["ratio"] != 1  # the second update of a batch scores a policy that has moved
+    readme = (HERE / "README.md").read_text()
+    for key in first:  # the glossary explains what is logged
+        assert f"`{re.sub('^(clip|critic)_', 'NAME_', key)}`" in readme
+    sample.main(
+        [
+            "--ckpt",
+            str(run),
+            "--compare",
+            "--num",
+            "1",
+            "--out",
+            str(tmp_path / "s.png"),
+            "--npz",
+            str(tmp_path / "s.npz"),
+        ]
+    )
+    found = np.load(tmp_path / "s.npz")
+    assert (
+        found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == (64, 64, 3) and found["tokens"].shape[1] == 64
+    )
+    evaluate.main(["--ckpt", str(run), "--num", "48", "--cfg-scale", "1"])
+    columns = json.loads((run / "evaluation.json").read_text())["columns"]
+    assert set(columns) == {"base, cfg 1", "tuned, cfg 1", "renders, round trip"}
+    assert columns["renders, round trip"]["right: all"] > 0.9 and "recall" in columns["base, cfg 1"]
+
+
+def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
+    """Resuming without optimizer, learning rate or random state gives a curve that only looks the same."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train.main(["--steps", "5", "--out", str(whole), *TINY_RUN, *TWO["c2i"]])
+    command = [sys.executable, HERE / "train.py", "--steps", "5", "--out", str(broken), *TINY_RUN, *TWO["c2i"]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (broken / "state.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # and in the middle of a line, after the last save
+    train.main(["--steps", "5", "--out", str(broken), "--resume", *TINY_RUN, *TWO["c2i"]])
+    assert read_metrics(whole) == read_metrics(broken)
+    start = read_metrics(whole)[0]
+    assert start["kl"] == 0 and start["ratio"] == pytest.approx(1, abs=1e-4)
+    a, b = (load_model("toy-c2i", folder / "policy.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_the_same_seed_draws_the_same_pictures():
+    model, tokenizer = load_model("toy-c2i"), load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)
+    encode = sample.make_encoder("toy-c2i")
+    (a, s), (b, t), (_, u) = (sample.draw(model, tokenizer, encode, [0, 1], seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(s, t) and torch.equal(a, b) and not torch.equal(s, u)
+
+
+def test_precision_and_recall_know_the_extremes():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((200, 4)), rng.standard_normal((200, 4))
+    assert min(evaluate.precision_recall(a, b)) > 0.85 and evaluate.precision_recall(a + 100, b) == (0, 0)
+    collapsed = np.repeat(b[:1], 200, 0) + 1e-3 * a
+    precision, recall = evaluate.precision_recall(collapsed, b)
+    assert precision == 1 and recall < 0.1
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet_distance(a + 1, a) == pytest.approx(4, rel=1e-6)
+
+
+def test_shipped_weights_are_what_their_reports_describe():
+    reports = {path.stem: json.loads(path.read_text()) for path in (HERE / "weights").glob("*.json")}
+    assert set(reports) == {"toy-vq", "toy-t5", "toy-c2i", "toy-t2i", "toy-clip", "toy-critic"}
+    folders = {
+        "toy-t5": "toy-t5/model",
+        "toy-clip": "toy-clip/open_clip_model",
+    }  # in transformers' and open_clip's form
+    for name, found in reports.items():
+        path = HERE / f"weights/{folders.get(name, name)}.safetensors"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == found["sha256"] and found["seed"] is not None
+    assert sum(p.stat().st_size for p in (HERE / "weights").rglob("*") if p.is_file()) < 20e6
+
+
+def test_the_readme_holds():
+    """Commands that no longer parse and links to the wrong line are what makes people stop reading."""
+    readme = (HERE / "README.md").read_text()
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    assert len(links) > 5
+    for name, path, line in links:
+        assert name in (HERE / path).read_text().splitlines()[int(line) - 1], f"{name} is not at {path}:{line}"
+    commands = re.findall(r"^python (\w+)\.py *(.*?) *(?:#.*)?$", readme, re.MULTILINE)
+    assert {"train", "sample", "evaluate", "pretrain", "bench"} <= {script for script, _ in commands}
+    parsers = {"train": train.parse_args, "sample": sample.parse_args, "evaluate": evaluate.parse_args}
+    for script, flags in commands:
+        if script in parsers and "--ckpt" not in flags:
+            parsers[script](shlex.split(flags))
+
+
+def wrong_files(folder):
+    (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
+    (folder / "cut.pt").write_bytes(b"PK\x03\x04 not whole")
+    torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, folder / "code.pt")
+    (folder / "prompts.json").write_text("{")
+    (folder / "run").mkdir()
+    (folder / "run/state.pt").write_bytes(b"x")
+
+
+WRONG = [  # (script, flags, a part of its one sentence)
+    (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
+    (sample, ["--ckpt", "{}/cut.safetensors"], "not a whole safetensors file"),
+    (sample, ["--ckpt", "{}/cut.pt"], "truncated"),
+    (sample, ["--ckpt", "{}/code.pt"], "more than tensors"),
+    (sample, ["--ckpt", str(HERE / "weights/toy-t2i.safetensors")], "another model"),
+    (sample, ["--ckpt", str(HERE / "weights/toy-vq.safetensors")], "another model"),
+    (sample, ["--classes", "red circel"], "did you mean 'red circle'"),
+    (sample, ["--classes", "99"], "0 to 39"),
+    (sample, ["--prompts", "a red circle"], "--classes, not --prompts"),
+    (sample, ["--task", "t2i", "--prompts", "a dog"], "not in the toy world"),
+    (sample, ["--task", "t2i", "--prompts", "{}/prompts.json"], "prompts.json"),
+    (sample, ["--task", "t2i", "--model", "toy-c2i"], "--task is t2i"),
+    (sample, ["--top-p", "0"], "--top-p"),
+    (sample, ["--compare"], "--ckpt"),
+    (sample, ["--out", "/proc/none/grid.png"], "/proc/none"),
+    (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
+    (train, ["--rewards", "clip=x"], "not a number"),
+    (train, ["--rewards", "pyiqa:nonsense"], "no no-reference metric"),
+    (train, ["--group-size", "1"], "at least 2"),
+    (train, ["--score-cfg", "some"], "some"),
+    (train, ["--lr", "0"], "above 0"),
+    (train, ["--stepz", "3"], "unrecognized"),
+    (train, ["--out", "{}/run"], "holds a run"),
+    (train, ["--out", "{}/run", "--resume"], "cannot be read"),
+    (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),
+    (evaluate, ["--num", "3"], "--num"),
+    (evaluate, ["--ckpt", "{}/none"], "no such weights file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script, flags, sentence", WRONG, ids=[f"{s.__name__} {' '.join(f)}"[-60:] for s, f, _ in WRONG]
+)
+def test_what_a_user_can_do_wrong_ends_in_one_sentence(script, flags, sentence, tmp_path, capsys, monkeypatch):
+    wrong_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script.main([flag.replace("{}", str(tmp_path)) for flag in flags])
+    said = capsys.readouterr().err.strip().splitlines()[-1:] if stop.value.code == 2 else [str(stop.value.code)]
+    assert stop.value.code != 0 and sentence in said[0] and "\n" not in said[0] and "Traceback" not in said[0]

@@ -1,0 +1,263 @@
+"""
+The image tokenizer: LlamaGen's VQGAN (arXiv 2406.06525, section 2.1; VQGAN: arXiv 2012.09841).
+
+    image (3, H, W) -> encoder -> (z, h, w) -> quant_conv -> (D, h, w) -> nearest code of V -> tokens (h*w,)
+    tokens (h*w,) -> code vectors (D, h, w) -> post_quant_conv -> decoder -> image (3, H, W)
+
+The transformer never sees a pixel and the tokenizer never sees a class: `encode` and `decode` are all that the two
+share. Both the code vectors and the encoder's output are l2-normalised before they are compared, so "nearest" is
+"highest cosine"; with D = 8 that keeps nearly all of the codebook in use.
+
+Module attributes bear LlamaGen's own names so that official files load without conversion. Where we differ: `patch`
+(1 in every official model). The toy folds 4x4 pixels into channels before the first convolution, because on a CPU
+convolutions over many pixels and few channels run at a tenth of the speed of those over few pixels and many.
+
+Shapes: B images, H x W px, h x w = N tokens, D = codebook_dim, V = codebook_size.
+"""
+
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VQConfig:
+    ch_mult: tuple = (1, 1, 2, 2, 4)  # channels of each resolution level, times ch; one halving between levels
+    z_channels: int = 256
+    codebook_size: int = 16384  # V
+    codebook_dim: int = 8  # D
+    ch: int = 128
+    patch: int = 1  # px folded into channels on each side, before the encoder and after the decoder
+
+    @property
+    def downsampling(self):
+        """px per token along each side."""
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+
+TOKENIZERS = {  # parameters without usage buffers
+    "toy": VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4),  # 0.9M, 64 px -> 64 tokens
+    "vq-16": VQConfig(ch_mult=(1, 1, 2, 2, 4)),  # 72M, 256 px -> 256 tokens
+    "vq-8": VQConfig(ch_mult=(1, 2, 2, 4)),  # 70M, 256 px -> 1024 tokens
+}
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):  # (B, c_in, h, w) -> (B, c_out, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of a feature map."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = group_norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):  # (B, C, h, w)
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # each (B, hw, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # scale C^-0.5
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Resample(nn.Module):
+    """Halves (stride-2 convolution) or doubles (nearest neighbour, then convolution) height and width."""
+
+    def __init__(self, c, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        if self.up:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only: the official padding
+
+
+class Level(nn.Module):
+    """The residual blocks (and, at the coarsest level, attention blocks) of one resolution, then the resampling."""
+
+    def __init__(self, c_in, c_out, n_blocks, attention, resample):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out) for j in range(n_blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(n_blocks if attention else 0))
+        if resample:
+            setattr(self, resample, Resample(c_out, up=resample == "upsample"))
+        self.resample = resample
+
+    def forward(self, x):
+        for j, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        return getattr(self, self.resample)(x) if self.resample else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(c_in, c, 2, attention=i == last, resample="downsample" if i < last else None)
+            for i, (c_in, c) in enumerate(zip([config.ch, *widths], widths, strict=False))
+        )
+        top = widths[-1]
+        self.mid = nn.ModuleList([ResBlock(top, top), AttnBlock(top), ResBlock(top, top)])
+        self.norm_out, self.conv_out = group_norm(top), nn.Conv2d(top, config.z_channels, 3, padding=1)
+
+    def forward(self, x):  # (B, 3*patch^2, H/patch, W/patch) -> (B, z, h, w)
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in reversed(config.ch_mult)]  # coarsest first
+        last, top = len(widths) - 1, widths[0]
+        self.conv_in = nn.Conv2d(config.z_channels, top, 3, padding=1)
+        self.mid = nn.ModuleList([ResBlock(top, top), AttnBlock(top), ResBlock(top, top)])
+        self.conv_blocks = nn.ModuleList(
+            Level(c_in, c, 3, attention=i == 0, resample="upsample" if i < last else None)
+            for i, (c_in, c) in enumerate(zip([top, *widths], widths, strict=False))
+        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
+
+    def forward(self, z):  # (B, z, h, w) -> (B, 3*patch^2, H/patch, W/patch)
+        z = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            z = block(z)
+        return self.conv_out(F.silu(self.norm_out(z)))
+
+
+class Codebook(nn.Module):
+    def __init__(self, size, dim):
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)  # as the official code
+
+    def vectors(self):
+        return F.normalize(self.embedding.weight, dim=-1)  # (V, D)
+
+
+class VQModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.codebook_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    def latents(self, images):
+        """The encoder's unit vectors before quantisation: images (B, 3, H, W) in [-1, 1] -> (B, N, D)."""
+        z = self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.patch)))  # (B, D, h, w)
+        return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)
+
+    def nearest(self, latents):
+        """The code of highest cosine for each latent (B, N, D) -> tokens (B, N). Peak memory: B*N*V floats."""
+        return (latents @ self.quantize.vectors().T).argmax(-1)
+
+    def render(self, codes):
+        """Code vectors (B, N, D) of a square grid -> images (B, 3, H, W), about [-1, 1]."""
+        side = math.isqrt(codes.shape[1])
+        z = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, D, h, w)
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, N), int64, in raster order."""
+        return self.nearest(self.latents(images))
+
+    def decode(self, tokens):
+        """Tokens (B, N) of a square grid, 0 <= token < V -> images (B, 3, H, W), about [-1, 1] (not clamped)."""
+        return self.render(self.quantize.vectors()[tokens])
+
+
+def to_uint8(images):
+    """Images in [-1, 1] -> uint8, rounded as the official code does: clamp(127.5 x + 128), truncated."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights. Shared by every model of the project.
+
+
+def read_weights(path):
+    """
+    The tensors of a .safetensors or official .pt file, by name, on the CPU. Nothing is unpickled as code.
+
+    Raises FileNotFoundError, or ValueError when the file is truncated, holds more than tensors or is of neither form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: truncated, or holds more than tensors ({reason}); fetch it again") from None
+    for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path}: holds no named tensors")
+    return found
+
+
+def load_strict(module, weights, source, ignore=()):
+    """
+    Copies `weights` (a dict of tensors) into `module`. Every name and shape must agree, but for names in `ignore`.
+    Raises ValueError with the first offender; `source` is the file's name for the sentence.
+    """
+    expected = module.state_dict()
+    weights = {name: value for name, value in weights.items() if name not in ignore}
+    for name, value in expected.items():
+        if name not in weights:
+            raise ValueError(f"{source}: {name} is missing; this is a file of another model")
+        if weights[name].shape != value.shape:
+            ours, theirs = list(value.shape), list(weights[name].shape)
+            raise ValueError(f"{source}: {name} is {theirs}, not {ours}; this is a file of another model or size")
+    for name in weights:
+        if name not in expected:
+            raise ValueError(f"{source}: {name} is unknown; this is a file of another model")
+    module.load_state_dict(weights)
+    return module
+
+
+def load_tokenizer(name, path, device="cpu"):
+    """The tokenizer `name` of TOKENIZERS with the weights at `path`, frozen, in float32. Raises as the two above."""
+    model = load_strict(VQModel(TOKENIZERS[name]), read_weights(path), path, ignore=("quantize.codebook_used",))
+    return model.eval().requires_grad_(False).to(device)

@@ -1,0 +1,394 @@
+"""
+AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image model, from sampling to update.
+
+    python train.py --task c2i                        # toy classes, no download, minutes on a laptop
+    python train.py --task t2i                        # toy captions
+    python train.py --task c2i --resume               # go on with a run that was stopped
+    python train.py --task c2i --rewards clip=1,critic=0.25,pyiqa:piqe=0.01 --kl-coef 0.1 --out out/mine
+
+    max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
+
+A folder of results (out/TASK): before.png, after.png, curves.png, metrics.jsonl (a line a step; the README explains
+every entry), samples/ (the same prompts and seeds as training goes on), TensorBoard events, policy.safetensors and
+state.pt for --resume.
+
+Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
+images (--score-cfg; see grpo.py), weights are float32, and every random number comes from (seed, step), so a
+resumed run draws what the unbroken one would have drawn.
+
+Shapes: B prompts a step, G = group_size samples each, N = B*G images, T image tokens, V codes.
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+from grpo import decoupled_advantages, frozen_logprobs, group_advantages, grpo_loss, sample_groups, token_logprobs
+from model import MODELS, load_model
+from rewards import load_judges, parse_rewards, score, weighted_sum
+from sample import captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
+from tokenizer import load_tokenizer
+
+# What a bare `--task` means. Measured on the toy (README, "Results"); the command line wins.
+DEFAULTS = {
+    "c2i": dict(steps=200, lr=2e-4, kl_coef=0.04, rewards="clip=1,critic=0.25"),
+    "t2i": dict(steps=200, lr=2e-4, kl_coef=0.04, rewards="clip=1"),  # the critic knows single objects only
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    # what is trained, on what
+    add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
+    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add("--ckpt", metavar="PATH", help="start from these weights, also the KL's reference (default: the model's base)")
+    add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers (default: all)")
+    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (default: the toy's captions)")
+    # how many
+    add("--steps", type=int, help="updates of the policy in all (default 200, some minutes on two cores)")
+    add("--prompts-per-step", type=int, default=8, help="B (default 8; the release used 4 for c2i and 8 for t2i)")
+    add("--group-size", type=int, default=8, help="G, samples a prompt (default 8, the paper's)")
+    add("--micro-batch", type=int, default=64, help="images a backward pass; changes memory, not the result (64)")
+    # sampling and scoring: one policy
+    add("--temperature", type=float, default=1.0, help="of sampling and scoring (default 1, the paper's)")
+    add("--cfg-scale", type=float, default=1.0, help="guidance while sampling; 1 is none (default 1; the paper's: 2)")
+    add("--score-cfg", default="same", help="guidance while scoring: 'same' (default), or a number; the release: 1")
+    # judging
+    add("--rewards", help="judge=weight,... (default for c2i clip=1,critic=0.25, for t2i clip=1)")
+    add(
+        "--reward-norm",
+        choices=("sum", "each"),
+        default="sum",
+        help="sum: add the rewards, then normalise in the group (GRPO, default); each: normalise each first (GDPO)",
+    )
+    # learning
+    add("--lr", type=float, help="AdamW's learning rate (default 2e-4 for the toy; the release: 1e-5)")
+    add(
+        "--lr-schedule",
+        choices=("linear", "constant"),
+        default="linear",
+        help="linear (default): down to 0 over --steps, which takes the noise out again; constant: the release's",
+    )
+    add("--kl-coef", type=float, help="the paper's beta (default 0.04 for the toy; the release: 0.1 and 1.0)")
+    add("--clip-eps", type=float, default=0.2, help="epsilon of the clipped ratio (default 0.2, the paper's)")
+    add("--updates-per-batch", type=int, default=1, help="above 1 the ratio leaves 1 and clipping acts (default 1)")
+    add("--max-grad-norm", type=float, default=1.0, help="(default 1, the release's)")
+    # bookkeeping
+    add("--seed", type=int, default=0, help="of prompts and sampling (default 0)")
+    add("--out", help="folder to write to (default out/TASK)")
+    add("--sample-every", type=int, default=50, help="steps between grids of the same prompts and seeds (default 50)")
+    add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
+    add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
+    args = parser.parse_args(argv)
+    try:
+        args.model, args.ckpt = resolve_ckpt(args.ckpt, args.model, args.task)
+        args.task = MODELS[args.model].config.task
+        for name, value in DEFAULTS[args.task].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.weights = parse_rewards(args.rewards)
+        args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args.out = Path(args.out or f"out/{args.task}")
+    at_least = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, sample_every=1,
+                    save_every=1, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0)  # fmt: skip
+    for name, least in at_least.items():
+        if not getattr(args, name) >= least:  # also catches NaN
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not (args.temperature > 0 and args.lr > 0 and args.max_grad_norm > 0):
+        parser.error("--temperature, --lr and --max-grad-norm must be above 0")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bookkeeping
+
+
+def lap(seconds, part, since, device):
+    """Adds the time since `since` to seconds[part] and returns now. Waits for the GPU, whose work is asynchronous."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    seconds[part] = seconds.get(part, 0) + now - since
+    return now
+
+
+def peak_memory_gb(device):
+    """GB at the worst moment so far: of the GPU, or of the whole process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def pick_prompts(args, pool, step):
+    """The B labels or captions of a step, a function of (seed, step) alone. Distinct where the pool allows it."""
+    rng = np.random.default_rng([args.seed, step])
+    if pool is None:  # the toy's captions: every category equally often
+        return data.sample_captions(args.prompts_per_step, rng)
+    picks = rng.choice(len(pool), args.prompts_per_step, replace=len(pool) < args.prompts_per_step)
+    return [pool[k] for k in picks]
+
+
+def write_whole(path, write):
+    """write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_policy(args, policy, step):
+    state = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
+    header = dict(format="pt", model=args.model, step=str(step))  # sample.py and evaluate.py read the model's name
+    write_whole(args.out / "policy.safetensors", lambda path: save_file(state, path, metadata=header))
+
+
+def flags_that_matter(args):
+    """The flags that a resumed run must share with the first to draw the same curve."""
+    free = ["out", "resume", "device", "sample_every", "save_every", "micro_batch"]
+    free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate
+    return {name: str(value) for name, value in vars(args).items() if name not in free}
+
+
+def save_state(args, policy, optimizer, step):
+    """state.pt: all that --resume needs. Random state is not in it because (seed, step) is all the random state."""
+    state = dict(step=step, flags=flags_that_matter(args), policy=policy.state_dict(), optimizer=optimizer.state_dict())
+    write_whole(args.out / "state.pt", lambda path: torch.save(state, path))
+
+
+def load_state(args, policy, optimizer):
+    """Restores policy and optimizer and returns the next step. Raises FileNotFoundError, or ValueError."""
+    path = args.out / "state.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to resume; leave out --resume to start a run in {args.out}")
+    try:
+        state = torch.load(path, map_location=args.device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not whole
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); delete {args.out} to start again") from None
+    now = flags_that_matter(args)
+    for name, value in state["flags"].items():
+        if now.get(name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {now.get(name)}, but the run in {args.out} began with {value}"
+            )
+    policy.load_state_dict(state["policy"])
+    optimizer.load_state_dict(state["optimizer"])
+    lines = (args.out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    write_whole(args.out / "metrics.jsonl", lambda path: path.write_text("".join(lines[: state["step"]])))
+    return state["step"]
+
+
+def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
+    """The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it."""
+    images, _ = draw(model, tokenizer, encode, asked, seed=1234, cfg_scale=args.cfg_scale, temperature=args.temperature)
+    captions = captions_of(args.model, asked)
+    scores, _ = score(judges, images.to(args.device), captions)
+    labels = []
+    for k, caption in enumerate(captions):
+        said = "  ".join(f"{name.removeprefix('pyiqa:')} {values[k]:.2f}" for name, values in scores.items())
+        labels.append(f"{caption.removeprefix('a photo of ')}\n{said}")
+    columns = len(data.CATEGORIES) if args.task == "t2i" else 10  # a category a column; two of the toy's colours a row
+    save_grid(path, images, labels, columns, title=title)
+
+
+def plot_curves(args):
+    """curves.png from metrics.jsonl: a dot a step and a running mean over a tenth of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    panels = [("reward", "reward"), ("kl", "KL to the reference, nats/token"), ("entropy", "entropy, nats/token")]
+    panels += [("verifier", "share right, by the verifier")] if "verifier" in rows[0] else []
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        values, width = np.array([row[key] for row in rows]), max(1, len(rows) // 10)
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        axis.plot(values, ".", markersize=2, alpha=0.4)
+        axis.plot(np.arange(width - 1, len(values)) - (width - 1) / 2, smooth)
+        axis.set(title=title, xlabel="step")
+    figure.savefig(args.out / "curves.png", dpi=90)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    if not args.resume and (args.out / "state.pt").exists():
+        raise ValueError(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
+    started, row, device = time.perf_counter(), MODELS[args.model], args.device
+    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+
+    # build: the policy, its frozen copy, the tokenizer, the judges
+    policy = load_model(args.model, args.ckpt, device)
+    ref_model = copy.deepcopy(policy).requires_grad_(False)
+    tokenizer = load_tokenizer(row.tokenizer, row.vq_ckpt, device)
+    encode = make_encoder(args.model, device)
+    judges = load_judges(args.weights, device)
+    # No weight decay: the KL already says where the weights should stay. (0.9, 0.95): the toy's gradients change fast.
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    generator = torch.Generator(device)
+    start_step = load_state(args, policy, optimizer) if args.resume else 0
+    pool = None  # what prompts are picked from; None: the toy's captions
+    if args.classes or args.prompts:
+        pool = read_asked(args.model, args.classes, args.prompts)
+    elif args.task == "c2i":
+        pool = list(range(row.config.num_classes))
+
+    # say what will happen
+    B, G, T = args.prompts_per_step, args.group_size, row.config.num_tokens
+    N = B * G
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
+    print(f"{args.model}: {millions:.1f}M parameters, {T} tokens an image, on {device}")
+    print(f"{N} images/step = {B} prompts x {G} samples, {-(-N // args.micro_batch)} micro-batches, "
+          f"{args.updates_per_batch} update(s) a batch, {args.steps - start_step} steps")  # fmt: skip
+    print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
+          f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
+    is_toy = args.model.startswith("toy")
+    shown = pool[:: -(-len(pool) // 40)] if pool else data.balanced_captions(24)  # what the grids show
+    since = time.perf_counter()
+    if start_step == 0:
+        draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, "before: the base model")
+        # A step samples N images and learns from them; learning costs about 1.5 times what sampling does.
+        minutes = (time.perf_counter() - since) / len(shown) * N * 2.5 * args.steps / 60
+        print(f"about {minutes:.0f} min, going by before.png; stop at any time, and continue with --resume")
+
+    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
+
+    events = SummaryWriter(args.out, purge_step=start_step)
+    if start_step == 0:
+        (args.out / "metrics.jsonl").write_text("")
+    for step in (bar := tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, unit="step")):
+        seconds, since = {}, time.perf_counter()
+
+        # 1. sample G images per prompt from the current policy
+        asked = pick_prompts(args, pool, step)
+        prompts = [caption for caption in captions_of(args.model, asked) for _ in range(G)]
+        cond, cond_mask = encode(asked)  # (B, ...), once a prompt
+        generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what this one would have drawn
+        cond, cond_mask, tokens, old_logprobs = sample_groups(
+            policy, cond, cond_mask, G, generator, args.cfg_scale, args.temperature
+        )  # (N, ...), (N, P), (N, T), (N, T)
+        since = lap(seconds, "sample", since, device)
+
+        # 2. judge: decode, score, compare inside each group
+        with torch.no_grad():
+            images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)
+        since = lap(seconds, "decode", since, device)
+        scores, judge_seconds = score(judges, images, prompts)  # {name: (N,)}
+        rewards = weighted_sum(scores, args.weights)  # (N,)
+        if args.reward_norm == "sum":
+            advantages = group_advantages(rewards, G)  # (N,)
+        else:
+            advantages = decoupled_advantages(scores, args.weights, G)
+        since = lap(seconds, "judge", since, device)
+
+        # what the frozen reference gives the same tokens; and the policy, where the sampler spoke for another one
+        scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
+        sampled_logprobs = old_logprobs  # (N, T)
+        ref_logprobs = frozen_logprobs(ref_model, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
+        if args.score_cfg != args.cfg_scale:
+            old_logprobs = frozen_logprobs(policy, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
+        since = lap(seconds, "reference", since, device)
+
+        # 3. learn: --updates-per-batch updates on this batch, each accumulated over micro-batches
+        sums, lr = {}, args.lr * (1 - step / args.steps if args.lr_schedule == "linear" else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(args.updates_per_batch):
+            optimizer.zero_grad()
+            for rows in torch.arange(N, device=device).split(args.micro_batch):
+                mask = None if cond_mask is None else cond_mask[rows]
+                logprobs, entropy = token_logprobs(policy, cond[rows], tokens[rows], mask, **scoring)  # (n, T) each
+                loss, stats = grpo_loss(
+                    logprobs, old_logprobs[rows], ref_logprobs[rows], advantages[rows], args.clip_eps, args.kl_coef
+                )
+                share = len(rows) / N  # a mean of means would be wrong for an uneven last micro-batch
+                (loss * share).backward()
+                for name, value in (stats | {"entropy": entropy.mean()}).items():
+                    sums[name] = sums.get(name, 0) + value.item() * share / args.updates_per_batch
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            if not grad_norm.isfinite():
+                raise ValueError(f"step {step}: the gradient is not finite; start again with a lower --lr")
+            optimizer.step()
+        since = lap(seconds, "learn", since, device)
+
+        # 4. report
+        spread = rewards.view(B, G)
+        metrics = dict(step=step, reward=rewards.mean().item(), reward_std=rewards.std().item(), **sums)
+        for name, values in scores.items():
+            finite = values[values.isfinite()]
+            metrics |= {f"{name}_mean": finite.mean().item(), f"{name}_std": finite.std().item()}
+            metrics |= {f"{name}_not_finite": len(values) - len(finite), f"{name}_seconds": judge_seconds[name]}
+        if is_toy:  # for the curves only; the policy never hears of it
+            right = [data.satisfies(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
+            metrics["verifier"] = float(np.mean(right))
+        metrics |= dict(
+            grad_norm=grad_norm.item(), lr=lr,
+            advantage_std=advantages.std().item(), advantage_max=advantages.abs().max().item(),
+            equal_groups=(spread == spread[:, :1]).all(1).float().mean().item(),
+            # what the logged ratio cannot show: the scored distribution against the one that drew the tokens
+            sampler_gap=((old_logprobs - sampled_logprobs).exp() - 1).abs().mean().item(),
+            peak_memory_gb=peak_memory_gb(device),
+        )  # fmt: skip
+        lap(seconds, "report", since, device)
+        metrics |= {f"seconds_{part}": value for part, value in seconds.items()}
+        metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
+        with open(args.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            events.add_scalar(name, value, step)
+        judged = " ".join(f"{name} {metrics[name + '_mean']:6.3f}" for name in scores)
+        verified = f" right {metrics['verifier']:4.0%}" if is_toy else ""
+        bar.write(
+            f"step {step:4d}  reward {metrics['reward']:6.3f} ({judged}){verified}  kl {metrics['kl']:.4f}  "
+            f"entropy {metrics['entropy']:.3f}  ratio {metrics['ratio']:.4f}  grad {metrics['grad_norm']:5.2f}  "
+            f"{sum(seconds.values()):.2f} s ({' '.join(f'{part} {value:.2f}' for part, value in seconds.items())})"
+        )
+
+        # 5. save
+        if (step + 1) % args.sample_every == 0:
+            path = args.out / f"samples/step_{step + 1:05d}.png"
+            draw_grid(args, path, policy, tokenizer, encode, judges, shown, f"after {step + 1} steps")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_policy(args, policy, step + 1)
+            save_state(args, policy, optimizer, step + 1)
+    events.close()
+
+    title = f"after {args.steps} steps of GRPO"
+    draw_grid(args, args.out / "after.png", policy, tokenizer, encode, judges, shown, title)
+    plot_curves(args)
+    print(f"{(time.perf_counter() - started) / 60:.1f} min. Look at {args.out}/before.png, after.png and curves.png; "
+          f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        train(args)
+    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\ntrain.py: stopped; the same command with --resume goes on from the last save in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
