@@ -27,7 +27,7 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    toy = f"{args.size}" in MODELS
+    toy = args.size in MODELS
     config = MODELS[args.size].config if toy else ModelConfig("c2i", *SIZES[args.size], grid_size=args.grid)
     if config.task != "c2i":
         parser.error("only class-conditional sizes: a caption's length would be one more thing to choose")

@@ -18,7 +18,7 @@ learns from differences inside a group only: no right sample, no signal.
 
 Everything is drawn from the generator that the caller passes: same generator state, same pictures, no files.
 
-    python data.py        # draws one picture a category and prints what the verifier says of it
+    python data.py        # renders one picture a category and prints what the verifier says of it
 """
 
 import difflib

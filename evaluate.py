@@ -27,7 +27,7 @@ import torch
 
 import data
 from grpo import token_logprobs
-from model import MODELS, load_model
+from model import MODELS, check_device, load_model
 from rewards import clip_image_features, load_clip, load_judges, parse_rewards, score
 from sample import captions_of, draw, make_encoder, resolve_ckpt
 from tokenizer import load_tokenizer
@@ -111,7 +111,9 @@ def as_table(columns):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--task", choices=("c2i", "t2i"), help="(default: what --ckpt is, else c2i)")
     add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
@@ -130,12 +132,13 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
     args = parser.parse_args(argv)
-    if args.num < 48 or min(args.cfg_scale) < 1:
-        parser.error("needed: --num >= 48, --cfg-scale >= 1")
+    if args.num < 48 or min(args.cfg_scale) < 1 or args.batch_size < 1:
+        parser.error("needed: --num >= 48, --cfg-scale >= 1, --batch-size >= 1")
     return args
 
 
 def run(args):
+    check_device(args.device)
     name, _ = resolve_ckpt(args.ckpt[0] if args.ckpt else None, args.model, args.task)
     paths = [resolve_ckpt(ckpt, name, args.task)[1] for ckpt in args.ckpt]
     row, device = MODELS[name], args.device

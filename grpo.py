@@ -73,20 +73,28 @@ def group_advantages(rewards, group_size):
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
+def fill_missing(score, group_size):
+    """
+    A judge's scores (N,) with those that are not finite set to the mean of their group's finite ones (0 if it has
+    none), where they neither help nor hurt. A plain 0 would be the best score of a metric that is never positive.
+    """
+    groups = score.view(-1, group_size)
+    finite = groups.isfinite()
+    mean = torch.where(finite, groups, 0).sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(finite, groups, mean).flatten()
+
+
 def decoupled_advantages(scores, weights, group_size):
     """
     GDPO (arXiv 2601.05242): normalise each reward inside its group, then sum, then normalise over the batch, so that
     a reward of small spread is not drowned by one of large spread.
 
-    scores, weights   {name: (N,)} and {name: float}; a score that is not finite counts as its group's mean
+    scores, weights   {name: (N,)}, finite, and {name: float}
     Returns advantages (N,), unitless.
     """
     total = 0
     for name, score in scores.items():
-        groups = score.view(-1, group_size)
-        finite = groups.isfinite()
-        mean = torch.where(finite, groups, 0).sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
-        total = total + weights[name] * group_advantages(torch.where(finite, groups, mean).flatten(), group_size)
+        total = total + weights[name] * group_advantages(score, group_size)
     return (total - total.mean()) / (total.std() + 1e-4) if total.abs().max() > 0 else total
 
 

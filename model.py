@@ -357,7 +357,6 @@ def left_pad(features, mask):
 class ModelRow:
     config: ModelConfig
     tokenizer: str  # a row of tokenizer.TOKENIZERS
-    image_size: int  # px
     ckpt: Path
     vq_ckpt: Path
     text_encoder: Path = None  # t2i only: a folder in transformers' form
@@ -366,13 +365,21 @@ class ModelRow:
 MODELS = {
     "toy-c2i": ModelRow(
         ModelConfig("c2i", *SIZES["toy-c2i"], vocab_size=512, grid_size=8, num_classes=40),
-        "toy", 64, HERE / "weights/toy-c2i.safetensors", HERE / "weights/toy-vq.safetensors",
+        "toy", HERE / "weights/toy-c2i.safetensors", HERE / "weights/toy-vq.safetensors",
     ),
     "toy-t2i": ModelRow(
         ModelConfig("t2i", *SIZES["toy-t2i"], vocab_size=512, grid_size=8, caption_dim=64, cond_len=12),
-        "toy", 64, HERE / "weights/toy-t2i.safetensors", HERE / "weights/toy-vq.safetensors", HERE / "weights/toy-t5",
+        "toy", HERE / "weights/toy-t2i.safetensors", HERE / "weights/toy-vq.safetensors", HERE / "weights/toy-t5",
     ),
 }  # fmt: skip
+
+
+def check_device(device):
+    """Raises ValueError unless torch can put a tensor on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises depends on how it was built
+        raise ValueError(f"--device {device}: no such device here; leave it out to take what there is") from None
 
 
 def load_model(name, path=None, device="cpu"):
@@ -393,6 +400,7 @@ def weights_model(path):
 
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("model")
+            name = (file.metadata() or {}).get("model")
+            return name if name in MODELS else None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None

@@ -2,7 +2,7 @@
 Makes every weight of the toy world from nothing: the tokenizer, the two base transformers, the judges.
 
     python pretrain.py                       # everything, in order, under 2 hours on 2 cores; writes weights/
-    python pretrain.py --stages clip critic  # some of it; later stages read what earlier ones wrote
+    python pretrain.py --stages clip         # one of its stages; later ones read what earlier ones wrote
     python pretrain.py --quick --out /tmp/w  # a few steps of each: does it run?
 
 Nobody needs this to use the project, since its results are in weights/, each with a JSON that says how it was made and
@@ -250,16 +250,21 @@ def train_base(args, name, steps, batch, lr, seed, go_on=False):
         losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(nats=f"{np.mean(losses[-20:]):.3f}", refresh=False)
-        if step + 1 in (steps * 6 // 10, steps * 8 // 10, steps):  # what the critic will learn to tell from real
+        if name == "toy-c2i" and step + 1 in (
+            steps * 6 // 10,
+            steps * 8 // 10,
+            steps,
+        ):  # what the critic will learn to tell from real
             with torch.no_grad():
                 fakes.append(draw(model, tokenizer, encode, sample_asked(name, args.eval_images, rng), seed=step)[1])
-            if args.verbose:
-                print(f"step {step + 1}: {verifier_figures(args, name, model, tokenizer, encode, 1.0)}")
-    np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
+    if fakes:
+        np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
     save_half(model.state_dict(), path)
-    model.half().float()  # the figures are those of the float16 weights that are shipped
+    model = load_model(name, path)  # the figures are those of the float16 weights that are shipped
     figures = dict(loss_nats_per_token=round(float(np.mean(losses[-50:])), 3), images=args.eval_images, steps=steps)
     figures |= {f"cfg{cfg:g}": verifier_figures(args, name, model, tokenizer, encode, cfg) for cfg in (1.0, 2.0)}
+    if go_on:
+        figures["before"] = json.loads((args.out / f"{name}.json").read_text())
     report(args, name, path, figures, seed, time.time() - start)
 
 
@@ -392,7 +397,10 @@ def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
     tokenizer, network = load_tokenizer("toy", args.out / "toy-vq.safetensors"), critic_network()
-    fakes = torch.from_numpy(np.load(args.out / "toy-c2i-fakes.npz")["tokens"].astype(np.int64))  # (drawn, N)
+    file = args.out / "toy-c2i-fakes.npz"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: the samples to tell from real ones come from --stages c2i; run that first")
+    fakes = torch.from_numpy(np.load(file)["tokens"].astype(np.int64))  # (drawn, N)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
     hits = []
     for step in (bar := trange(steps, desc="critic")):
@@ -429,16 +437,22 @@ STAGES = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="folder to write to")
-    parser.add_argument("--quick", action="store_true", help="three steps a stage and few images: a check that it runs")
-    parser.add_argument("--verbose", action="store_true", help="verifier figures during the bases' training too")
+    parser.add_argument(
+        "--quick", action="store_true", help="five steps a stage and few images: a check that it runs; needs --out"
+    )
     args = parser.parse_args(argv)
+    if args.quick and args.out == parser.get_default("out"):
+        parser.error("--quick needs --out: it would overwrite the shipped weights")
     args.out.mkdir(parents=True, exist_ok=True)
     args.eval_images = 48 if args.quick else 1024
-    for stage in args.stages:
-        STAGES[stage](args, **(dict(steps=5) if args.quick else {}))
+    try:
+        for stage in args.stages:
+            STAGES[stage](args, **(dict(steps=5) if args.quick else {}))
+    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
+        sys.exit(f"pretrain.py: {error}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ judge computes text features once per distinct prompt. Adding a judge is a facto
     critic       toy only: probability that the picture is real and not sampled: does it look right?
     pyiqa:NAME   any no-reference quality metric of pyiqa, negated where lower is better (piqe needs no download)
 
-`--rewards clip=1,critic=0.25` is their weighted sum. A score that is not finite is left out of its image's sum and
-counted, never turned into a zero in silence: the official code scores an unreadable answer like the worst picture.
+`--rewards clip=1,critic=0.25` is their weighted sum. A score that is not finite has no say (it counts as its
+group's mean) and is counted in the log; the official code scores an unreadable answer like the worst picture.
 """
 
 import math
@@ -152,5 +152,5 @@ def score(judges, images, prompts):
 
 
 def weighted_sum(scores, weights):
-    """Rewards (N,): the sum over judges of weight x score, scores that are not finite left out."""
-    return sum(weights[name] * torch.where(s.isfinite(), s, 0.0) for name, s in scores.items())
+    """Rewards (N,): the sum over judges of weight x score. Missing scores are for grpo.fill_missing to see to."""
+    return sum(weights[name] * values for name, values in scores.items())

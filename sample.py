@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from model import MODELS, TextEncoder, load_model, weights_model
+from model import MODELS, TextEncoder, check_device, load_model, weights_model
 from tokenizer import load_tokenizer, to_uint8
 
 # One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
@@ -132,7 +132,9 @@ def read_asked(name, classes, prompts):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     # what is drawn
     add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
@@ -164,6 +166,7 @@ def parse_args(argv=None):
 
 
 def run(args):
+    check_device(args.device)
     name, path = resolve_ckpt(args.ckpt, args.model, args.task)
     asked = [entry for entry in read_asked(name, args.classes, args.prompts) for _ in range(args.num)]
     tokenizer = load_tokenizer(MODELS[name].tokenizer, MODELS[name].vq_ckpt, args.device)

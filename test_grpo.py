@@ -19,10 +19,11 @@ import torch
 
 import data
 import evaluate
+import pretrain
 import rewards
 import sample
 import train
-from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, token_logprobs
+from grpo import decoupled_advantages, fill_missing, group_advantages, grpo_loss, sample_groups, token_logprobs
 from model import MODELS, SIZES, ModelConfig, Transformer, keep_likeliest, left_pad, load_model, policy_logprobs
 from tokenizer import TOKENIZERS, VQConfig, VQModel, load_tokenizer, to_uint8
 
@@ -139,7 +140,7 @@ def test_every_patch_size_keeps_the_grid():
     for config in (VQConfig((1, 1), 16, 32, 4, ch=32), VQConfig((1,), 16, 32, 4, ch=32, patch=2)):
         model = VQModel(config)
         tokens = model.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
-        assert tokens.shape == (2, 64) and model.decode(tokens).shape == (2, 3, 16, 16) and config.downsampling == 2
+        assert tokens.shape == (2, 64) and model.decode(tokens).shape == (2, 3, 16, 16)
 
 
 def test_the_toy_tokenizer_round_trips():
@@ -230,8 +231,6 @@ def test_decoupled_advantages_let_a_small_reward_speak():
     assert a[1].item() == pytest.approx(a[2].item(), abs=0.05) and a[3] > 0.5
     summed = group_advantages(loud + quiet, 4)
     assert summed[1] - summed[2] > 1
-    with_nan = decoupled_advantages({"loud": torch.tensor([0.0, 1, torch.nan, 1])}, {"loud": 1.0}, 4)
-    assert with_nan.isfinite().all()
 
 
 def test_kl_is_never_negative_and_zero_at_the_start():
@@ -349,9 +348,12 @@ def test_prompt_files_of_every_form(tmp_path):
 # the judges
 
 
-def test_scores_that_are_not_finite_are_left_out():
-    scores = {"a": torch.tensor([1.0, torch.nan]), "b": torch.tensor([1.0, 2.0])}
-    assert rewards.weighted_sum(scores, {"a": 2.0, "b": 1.0}).tolist() == [3, 2]
+def test_scores_that_are_not_finite_have_no_say():
+    """Set to 0, an unreadable image would win its group under a metric that is never positive."""
+    score = torch.tensor([-3.0, torch.nan, -1, -2, torch.inf, torch.nan, torch.nan, torch.nan])
+    assert fill_missing(score, 4).tolist() == [-3, -2, -1, -2, 0, 0, 0, 0]
+    assert group_advantages(fill_missing(score, 4), 4)[[1, 4, 5, 6, 7]].tolist() == [0, 0, 0, 0, 0]
+    assert rewards.weighted_sum({"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, {"a": 2.0, "b": 1.0}) == 4
 
 
 def test_the_toy_judges_rank_right_above_wrong():
@@ -536,6 +538,10 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),
     (evaluate, ["--num", "3"], "--num"),
+    (train, ["--device", "warp"], "no such device"),
+    (sample, ["--device", "warp"], "no such device"),
+    (pretrain, ["--quick"], "overwrite the shipped weights"),
+    (pretrain, ["--stages", "critic", "--out", "{}"], "weights file"),
     (evaluate, ["--ckpt", "{}/none"], "no such weights file"),
 ]  # fmt: skip
 

@@ -34,14 +34,9 @@ class VQConfig:
     ch: int = 128
     patch: int = 1  # px folded into channels on each side, before the encoder and after the decoder
 
-    @property
-    def downsampling(self):
-        """px per token along each side."""
-        return self.patch * 2 ** (len(self.ch_mult) - 1)
-
 
 TOKENIZERS = {  # parameters without usage buffers
-    "toy": VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4),  # 0.9M, 64 px -> 64 tokens
+    "toy": VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4),  # 1.0M, 64 px -> 64 tokens
     "vq-16": VQConfig(ch_mult=(1, 1, 2, 2, 4)),  # 72M, 256 px -> 256 tokens
     "vq-8": VQConfig(ch_mult=(1, 2, 2, 4)),  # 70M, 256 px -> 1024 tokens
 }

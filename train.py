@@ -34,8 +34,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from grpo import decoupled_advantages, frozen_logprobs, group_advantages, grpo_loss, sample_groups, token_logprobs
-from model import MODELS, load_model
+from grpo import (
+    decoupled_advantages,
+    fill_missing,
+    frozen_logprobs,
+    group_advantages,
+    grpo_loss,
+    sample_groups,
+    token_logprobs,
+)
+from model import MODELS, check_device, load_model
 from rewards import load_judges, parse_rewards, score, weighted_sum
 from sample import captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
 from tokenizer import load_tokenizer
@@ -59,7 +67,7 @@ def parse_args(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (default: the toy's captions)")
     # how many
-    add("--steps", type=int, help="updates of the policy in all (default 200, some minutes on two cores)")
+    add("--steps", type=int, help="batches sampled and learned from in all (default 200, some minutes on two cores)")
     add("--prompts-per-step", type=int, default=8, help="B (default 8; the release used 4 for c2i and 8 for t2i)")
     add("--group-size", type=int, default=8, help="G, samples a prompt (default 8, the paper's)")
     add("--micro-batch", type=int, default=64, help="images a backward pass; changes memory, not the result (64)")
@@ -103,6 +111,7 @@ def parse_args(argv=None):
                 setattr(args, name, value)
         args.weights = parse_rewards(args.rewards)
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
+        check_device(args.device)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     args.out = Path(args.out or f"out/{args.task}")
@@ -269,7 +278,7 @@ def train(args):
         draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, "before: the base model")
         # A step samples N images and learns from them; learning costs about 1.5 times what sampling does.
         minutes = (time.perf_counter() - since) / len(shown) * N * 2.5 * args.steps / 60
-        print(f"about {minutes:.0f} min, going by before.png; stop at any time, and continue with --resume")
+        print(f"about {minutes:.0f} min, going by before.png; saved for --resume every {args.save_every} steps")
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
 
@@ -294,11 +303,12 @@ def train(args):
             images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)
         since = lap(seconds, "decode", since, device)
         scores, judge_seconds = score(judges, images, prompts)  # {name: (N,)}
-        rewards = weighted_sum(scores, args.weights)  # (N,)
+        heard = {name: fill_missing(values, G) for name, values in scores.items()}
+        rewards = weighted_sum(heard, args.weights)  # (N,)
         if args.reward_norm == "sum":
             advantages = group_advantages(rewards, G)  # (N,)
         else:
-            advantages = decoupled_advantages(scores, args.weights, G)
+            advantages = decoupled_advantages(heard, args.weights, G)
         since = lap(seconds, "judge", since, device)
 
         # what the frozen reference gives the same tokens; and the policy, where the sampler spoke for another one
@@ -335,9 +345,9 @@ def train(args):
         spread = rewards.view(B, G)
         metrics = dict(step=step, reward=rewards.mean().item(), reward_std=rewards.std().item(), **sums)
         for name, values in scores.items():
-            finite = values[values.isfinite()]
-            metrics |= {f"{name}_mean": finite.mean().item(), f"{name}_std": finite.std().item()}
-            metrics |= {f"{name}_not_finite": len(values) - len(finite), f"{name}_seconds": judge_seconds[name]}
+            finite = values[values.isfinite()] if values.isfinite().any() else values.new_zeros(1)
+            metrics |= {f"{name}_mean": finite.mean().item(), f"{name}_std": finite.std(correction=0).item()}
+            metrics |= {f"{name}_not_finite": int((~values.isfinite()).sum()), f"{name}_seconds": judge_seconds[name]}
         if is_toy:  # for the curves only; the policy never hears of it
             right = [data.satisfies(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
             metrics["verifier"] = float(np.mean(right))
@@ -386,6 +396,10 @@ def main(argv=None):
         train(args)
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "train.py: out of memory; lower --micro-batch first (the result stays the same), then --prompts-per-step"
+        )
     except KeyboardInterrupt:
         sys.exit(f"\ntrain.py: stopped; the same command with --resume goes on from the last save in {args.out}")
 
