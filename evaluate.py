@@ -1,9 +1,10 @@
 """
-How good is a policy, next to the base it came from? For the toy world, where truth is known.
+How good is a policy, next to the base it came from? In the toy world, where truth is known, and by judges elsewhere.
 
     python evaluate.py --ckpt out/c2i              # base and tuned side by side, at cfg 1 and 2
     python evaluate.py --ckpt out/seed0 out/seed1  # several policies of one model beside their base
     python evaluate.py --task t2i --num 512        # the base alone
+    python evaluate.py --model llamagen-b-256 --ckpt out/llamagen-b-256 --classes goldfish cock --num 64 --rewards clip
 
     right         share of pictures that the verifier accepts (data.py), in all and by shape (c2i) or category (t2i)
     rewards       mean score of each judge
@@ -12,7 +13,8 @@ How good is a policy, next to the base it came from? For the toy world, where tr
     precision     share of samples that lie among the renders; recall: of renders among the samples (arXiv 1904.06991)
 
 Features are the toy CLIP's, so these three numbers compare with each other and with nothing else. The last column
-is renders that went through the tokenizer and back: what a perfect transformer would score.
+is renders that went through the tokenizer and back: what a perfect transformer would score. For LlamaGen, which has no
+verifier and no renders, rewards and entropy are measured.
 
 Writes a Markdown table (printed too) and JSON next to the checkpoint.
 """
@@ -27,9 +29,9 @@ import torch
 
 import data
 from grpo import token_logprobs
-from model import MODELS, check_device, load_model
+from model import MODELS, autocast, check_device, is_toy, load_model
 from rewards import clip_image_features, load_clip, load_judges, parse_rewards, score
-from sample import captions_of, draw, make_encoder, resolve_ckpt
+from sample import add_model_flags, captions_of, draw, make_encoder, read_asked, resolve_ckpt
 from tokenizer import load_tokenizer
 
 
@@ -74,28 +76,39 @@ def precision_recall(samples, renders, k=3):
 
 
 @torch.no_grad()
-def measure(name, images, captions, judges, clip, renders_features):
-    """The metrics of images (n, 3, 64, 64) in [0, 1] as {name of metric: figure}."""
-    features = torch.cat([clip_image_features(clip, part) for part in images.split(256)]).double().numpy()
-    accuracy = verifier_accuracy(images, captions, MODELS[name].config.task)
-    figures = {f"right: {kind}": share for kind, share in accuracy.items()}
+def mean_rewards(images, captions, judges, device="cpu", batch_size=256):
+    """{judge: mean score} of images (n, 3, H, W) in [0, 1]; scores that are missing are left out."""
     scores = {}
-    for k in range(0, len(images), 256):
-        for judge, values in score(judges, images[k : k + 256], captions[k : k + 256])[0].items():
+    for k in range(0, len(images), batch_size):
+        part = images[k : k + batch_size].to(device)
+        for judge, values in score(judges, part, captions[k : k + batch_size])[0].items():
             scores.setdefault(judge, []).append(values)
-    figures |= {f"reward: {judge}": float(torch.cat(values).nanmean()) for judge, values in scores.items()}
+    return {f"reward: {judge}": float(torch.cat(values).nanmean()) for judge, values in scores.items()}
+
+
+@torch.no_grad()
+def clip_features(clip, images):
+    """The toy CLIP's features (n, E), float64, of images (n, 3, 64, 64) in [0, 1]."""
+    return torch.cat([clip_image_features(clip, part) for part in images.split(256)]).double().numpy()
+
+
+def toy_metrics(task, images, captions, clip, renders_features):
+    """What only the toy world can say of images (n, 3, 64, 64) in [0, 1], as {name of metric: figure}."""
+    features, accuracy = clip_features(clip, images), verifier_accuracy(images, captions, task)
+    figures = {f"right: {kind}": share for kind, share in accuracy.items()}
     figures["Frechet x 1000"] = 1000 * frechet_distance(features, renders_features)  # unit features: it is small
     figures["precision"], figures["recall"] = precision_recall(features, renders_features)
     return figures
 
 
 @torch.no_grad()
-def mean_entropy(model, encode, asked, tokens, batch_size=64):
+def mean_entropy(model, encode, asked, tokens, batch_size=64, dtype="float32"):
     """Entropy of the conditional model, nats per token, over its own samples tokens (n, N)."""
     total = 0.0
     for k in range(0, len(asked), batch_size):
         cond, cond_mask = encode(asked[k : k + batch_size])
-        _, entropy = token_logprobs(model, cond, tokens[k : k + batch_size].to(cond.device), cond_mask)  # (n, N)
+        with autocast(cond.device, dtype):
+            _, entropy = token_logprobs(model, cond, tokens[k : k + batch_size].to(cond.device), cond_mask)  # (n, N)
         total += entropy.mean(1).sum().item()
     return total / len(asked)
 
@@ -115,8 +128,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--task", choices=("c2i", "t2i"), help="(default: what --ckpt is, else c2i)")
-    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add_model_flags(add)
     add(
         "--ckpt",
         nargs="+",
@@ -124,16 +136,18 @@ def parse_args(argv=None):
         default=[],
         help="weights, or folders that train.py wrote, all of one model (default: only the base)",
     )
+    add("--base", metavar="PATH", help="weights of the base (default: the model's own)")
+    add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers, in turn (default: all)")
+    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
     add("--num", type=int, default=1024, help="pictures for each column (default 1024: standard error 1.5 points)")
     add("--cfg-scale", type=float, nargs="+", default=[1.0, 2.0], help="guidance to sample with (default 1 and 2)")
-    add("--rewards", default="clip,critic", help="judges to report (default clip,critic)")
+    add("--rewards", help="judges to report (default: clip,critic for the toys, else clip)")
     add("--seed", type=int, default=0, help="of sampling; the renders' is another (default 0)")
     add("--batch-size", type=int, default=64, help="images at once (default 64)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
     args = parser.parse_args(argv)
-    if args.num < 48 or min(args.cfg_scale) < 1 or args.batch_size < 1:
-        parser.error("needed: --num >= 48, --cfg-scale >= 1, --batch-size >= 1")
+    if args.num < 1 or not min(args.cfg_scale) >= 1 or args.batch_size < 1:
+        parser.error("needed: --num >= 1, --cfg-scale >= 1, --batch-size >= 1")
     return args
 
 
@@ -141,40 +155,56 @@ def run(args):
     check_device(args.device)
     name, _ = resolve_ckpt(args.ckpt[0] if args.ckpt else None, args.model, args.task)
     paths = [resolve_ckpt(ckpt, name, args.task)[1] for ckpt in args.ckpt]
-    row, device = MODELS[name], args.device
-    weights = parse_rewards(args.rewards)
-    tokenizer, encode = load_tokenizer(row.tokenizer, row.vq_ckpt, device), make_encoder(name, device)
-    judges, (clip, _) = load_judges(weights), load_clip()  # judges and features on the CPU: the toy's are small
-    asked = fixed_asked(name, args.num)
+    row, device, toy = MODELS[name], args.device, is_toy(name)
+    if toy and args.num < 48:
+        raise ValueError("--num must be at least 48: Frechet distance, precision and recall mean nothing for fewer")
+    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
+    encode = make_encoder(name, device, args.text_encoder, args.text_pad)
+    judges = load_judges(parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device)
+    if args.classes or args.prompts or (row.config.task == "t2i" and not toy):
+        pool = read_asked(name, args.classes, args.prompts)
+        asked = [pool[k % len(pool)] for k in range(args.num)]
+    else:
+        asked = fixed_asked(name, args.num)
     captions = captions_of(name, asked)
 
-    renders = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 1])))
-    with torch.no_grad():
-        renders_features = torch.cat([clip_image_features(clip, part) for part in renders.split(256)]).double().numpy()
-    columns = {}
+    if toy:
+        clip, _ = load_clip()
+        renders = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 1])))
+        renders_features = clip_features(clip, renders)
+    columns = {}  # (cfg, name): {metric: figure}
     several = len(paths) > 1
-    for which, path in [("base", None)] + [(f"tuned {k}" if several else "tuned", p) for k, p in enumerate(paths, 1)]:
+    policies = [("base", args.base)] + [(f"tuned {k}" if several else "tuned", p) for k, p in enumerate(paths, 1)]
+    for which, path in policies:
         model = load_model(name, path, device)
         for cfg in args.cfg_scale:
-            images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, cfg_scale=cfg)
-            figures = measure(name, images, captions, judges, clip, renders_features)
-            figures["entropy"] = mean_entropy(model, encode, asked, tokens, args.batch_size)
-            columns[f"{which}, cfg {cfg:g}"] = figures
-    fresh = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 2]))) * 2 - 1
-    with torch.no_grad():
-        trips = [tokenizer.decode(tokenizer.encode(part.to(device))).cpu() for part in fresh.split(256)]
-    trips = (torch.cat(trips) / 2 + 0.5).clamp(0, 1)
-    columns["renders, round trip"] = measure(name, trips, captions, judges, clip, renders_features)
+            images, tokens = draw(
+                model, tokenizer, encode, asked, args.seed, args.batch_size, args.dtype, cfg_scale=cfg
+            )
+            figures = toy_metrics(row.config.task, images, captions, clip, renders_features) if toy else {}
+            figures |= mean_rewards(images, captions, judges, device, args.batch_size)
+            figures["entropy"] = mean_entropy(model, encode, asked, tokens, args.batch_size, args.dtype)
+            columns[cfg, f"{which}, cfg {cfg:g}"] = figures
+        del model  # before the next one: two of the large ones may not fit
+    ordered = sorted(columns, key=lambda column: column[0])  # base and tuned of one cfg side by side
+    columns = {column[1]: columns[column] for column in ordered}
+    if toy:
+        fresh = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 2]))) * 2 - 1
+        with torch.no_grad():
+            trips = [tokenizer.decode(tokenizer.encode(part.to(device))).cpu() for part in fresh.split(256)]
+        trips = (torch.cat(trips) / 2 + 0.5).clamp(0, 1)
+        figures = toy_metrics(row.config.task, trips, captions, clip, renders_features)
+        columns["renders, round trip"] = figures | mean_rewards(trips, captions, judges, device, args.batch_size)
 
-    order = sorted(columns, key=lambda c: c.split("cfg")[-1])  # base and tuned of one cfg side by side
     head = f"{name}, {args.num} samples a column, seed {args.seed}; tuned: {', '.join(map(str, paths)) or 'none'}"
-    table = f"{head}\n\n{as_table({c: columns[c] for c in order})}\n"
-    out = Path(args.out) if args.out else (paths[0].parent if paths else Path("out")) / "evaluation"
+    table = f"{head}\n\n{as_table(columns)}\n"
+    beside = paths[0].parent if paths and paths[0].parent != MODELS["toy-c2i"].ckpt.parent else Path("out")
+    out = Path(args.out) if args.out else beside / "evaluation"
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(model=name, tuned=[str(path) for path in paths], num=args.num, seed=args.seed, columns=columns)
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table)
-    print(table + f"\n{out.with_suffix('.md')} and .json")
+    out.with_name(out.name + ".json").write_text(json.dumps(facts, indent=1) + "\n")
+    out.with_name(out.name + ".md").write_text(table)
+    print(table + f"\n{out}.md and .json")
 
 
 def main(argv=None):

@@ -24,7 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import load_strict, read_weights
+import data
+from tokenizer import find_file, load_strict, part_of, read_weights
 
 HERE = Path(__file__).parent
 
@@ -219,6 +220,11 @@ class Transformer(nn.Module):
         cond_mask = None if cond_mask is None else torch.cat([cond_mask, cond_mask])
         return torch.cat([cond, self.cls_embedding.null(cond)]), cond_mask
 
+    def logits(self, x):
+        """Hidden states (..., C) -> logits (..., V), float32 under bfloat16 autocast too: softmax needs the digits."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(self.norm(x.float()))
+
     def forward(self, cond, tokens, cond_mask=None):
         """
         Teacher forcing: logits (B, N, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the
@@ -229,7 +235,7 @@ class Transformer(nn.Module):
         mask = None if mask is None else mask[..., :S, :S]
         for layer in self.layers:
             x = layer(x, self.rope[:, :S], mask)
-        return self.output(self.norm(x[:, self.config.cond_len - 1 :])).float()
+        return self.logits(x[:, self.config.cond_len - 1 :])
 
     @torch.no_grad()
     def generate(
@@ -253,7 +259,9 @@ class Transformer(nn.Module):
         mask = self.mask(cond_mask)
         x, start = self.cls_embedding(cond), 0  # (B or 2B, P, C)
         shape = (config.n_layer, 2, len(x), config.n_head, self.rope.shape[1], config.dim // config.n_head)
-        cache = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        cache = torch.zeros(shape, dtype=dtype, device=x.device)
         tokens = torch.empty(B, config.num_tokens, dtype=torch.long, device=x.device)
         logprobs = torch.empty(B, config.num_tokens, device=x.device)
         for i in range(config.num_tokens):
@@ -261,7 +269,7 @@ class Transformer(nn.Module):
             rows = None if mask is None else mask[..., start:end, :end]
             for layer, layer_cache in zip(self.layers, cache, strict=True):
                 x = layer(x, self.rope[:, start:end], rows, layer_cache, start)
-            logits = self.output(self.norm(x[:, -1:]))[:, 0].float()  # (B or 2B, V)
+            logits = self.logits(x[:, -1:])[:, 0]  # (B or 2B, V)
             guided = cfg_interval < 0 or i <= cfg_interval + 1
             scale = cfg_scale if guided else 1.0
             logp = policy_logprobs(logits if guided else logits[:B], scale, temperature or 1.0)  # (B, V)
@@ -322,23 +330,45 @@ def keep_likeliest(logp, top_k=0, top_p=1.0):
 class TextEncoder:
     """
     Captions -> (features (B, P, caption_dim) float32, mask (B, P) bool), both *left*-padded: LlamaGen was trained
-    with the text next to the image, because token 0 is predicted from position P - 1. Padding features are zero.
+    with the text next to the image, because token 0 is predicted from position P - 1. pad="right" is for weights
+    trained as the released AR-GRPO text-to-image model was, padding next to the image. Padding features are zero.
+
+    path is a folder in transformers' form or OWNER/REPO on the Hugging Face hub. Raises FileNotFoundError, ValueError.
     """
 
-    def __init__(self, path, cond_len, device="cpu"):
+    def __init__(self, path, cond_len, caption_dim, device="cpu", dtype=torch.float32, pad="left"):
         from transformers import AutoTokenizer, T5EncoderModel
 
-        self.words, self.cond_len, self.device = AutoTokenizer.from_pretrained(path), cond_len, device
-        self.t5 = T5EncoderModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False).to(device)
+        self.cond_len, self.device, self.pad = cond_len, device, pad
+        try:
+            self.words = AutoTokenizer.from_pretrained(path)
+            self.t5 = T5EncoderModel.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:  # absent here and on the hub, cut short, or another kind of model
+            reason = str(error).strip().split("\n")[0]
+            raise FileNotFoundError(
+                f"--text-encoder {path}: no T5 encoder to be had there ({reason}); give a folder that holds "
+                "config.json, the weights and the tokenizer, or connect to the internet"
+            ) from None
+        if self.t5.config.d_model != caption_dim:
+            width = self.t5.config.d_model
+            raise ValueError(f"--text-encoder {path}: its features are {width} wide, the model's {caption_dim}")
+        self.t5.eval().requires_grad_(False).to(device)
 
     def ids(self, captions):
+        """Token ids and mask, each (B, P), padded on the right, as T5 wants them."""
         options = dict(max_length=self.cond_len, padding="max_length", truncation=True, return_tensors="pt")
-        found = self.words([caption.lower() for caption in captions], **options)
+        found = self.words([data.clean_caption(caption) for caption in captions], **options)
         return found.input_ids.to(self.device), found.attention_mask.to(self.device)
 
     def __call__(self, captions):
-        ids, mask = self.ids(captions)
-        return left_pad(self.t5(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        distinct = list(dict.fromkeys(captions))  # a step may ask for a prompt twice; it is read once
+        ids, mask = self.ids(distinct)
+        # T5 was trained and is run in its own dtype: under autocast its float32 parts would be rounded too
+        with torch.autocast(ids.device.type, enabled=False):
+            features = self.t5(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        features, mask = left_pad(features, mask) if self.pad == "left" else (features * mask[..., None], mask.bool())
+        which = torch.tensor([distinct.index(caption) for caption in captions], device=ids.device)
+        return features[which], mask[which]
 
 
 def left_pad(features, mask):
@@ -357,9 +387,27 @@ def left_pad(features, mask):
 class ModelRow:
     config: ModelConfig
     tokenizer: str  # a row of tokenizer.TOKENIZERS
-    ckpt: Path
-    vq_ckpt: Path
-    text_encoder: Path = None  # t2i only: a folder in transformers' form
+    ckpt: str | Path  # a path, or hf:OWNER/REPO/FILE on the Hugging Face hub
+    vq_ckpt: str | Path
+    text_encoder: str | Path = None  # t2i only: a folder in transformers' form, or OWNER/REPO
+    text_dtype: torch.dtype = torch.bfloat16  # what the features were computed in when the model was trained
+    cfg_scale: float = 1.0  # guidance and filtering that its authors draw pictures with
+    top_k: int = 0
+
+
+def _llamagen_c2i(size, grid, file):
+    return ModelRow(
+        ModelConfig("c2i", *SIZES[size], grid_size=grid), "vq-16", f"hf:FoundationVision/LlamaGen/{file}",
+        "hf:FoundationVision/LlamaGen/vq_ds16_c2i.pt", cfg_scale=4.0, top_k=2000,
+    )  # fmt: skip
+
+
+def _llamagen_t2i(grid, file):
+    return ModelRow(
+        ModelConfig("t2i", *SIZES["GPT-XL"], grid_size=grid, cond_len=120), "vq-16",
+        f"hf:peizesun/llamagen_t2i/{file}", "hf:peizesun/llamagen_t2i/vq_ds16_t2i.pt", "google/flan-t5-xl",
+        cfg_scale=7.5, top_k=1000,
+    )  # fmt: skip
 
 
 MODELS = {
@@ -370,8 +418,30 @@ MODELS = {
     "toy-t2i": ModelRow(
         ModelConfig("t2i", *SIZES["toy-t2i"], vocab_size=512, grid_size=8, caption_dim=64, cond_len=12),
         "toy", HERE / "weights/toy-t2i.safetensors", HERE / "weights/toy-vq.safetensors", HERE / "weights/toy-t5",
+        torch.float32,
     ),
+    "llamagen-b-256": _llamagen_c2i("GPT-B", 16, "c2i_B_256.pt"),
+    "llamagen-b-384": _llamagen_c2i("GPT-B", 24, "c2i_B_384.pt"),
+    "llamagen-l-256": _llamagen_c2i("GPT-L", 16, "c2i_L_256.pt"),
+    "llamagen-l-384": _llamagen_c2i("GPT-L", 24, "c2i_L_384.pt"),
+    "llamagen-xl-384": _llamagen_c2i("GPT-XL", 24, "c2i_XL_384.pt"),
+    "llamagen-xxl-384": _llamagen_c2i("GPT-XXL", 24, "c2i_XXL_384.pt"),
+    "llamagen-3b-384": _llamagen_c2i("GPT-3B", 24, "c2i_3B_384.pt"),
+    "llamagen-t2i-xl-256": _llamagen_t2i(16, "t2i_XL_stage1_256.pt"),
+    "llamagen-t2i-xl-512": _llamagen_t2i(32, "t2i_XL_stage2_512.pt"),
 }  # fmt: skip
+
+
+def is_toy(name):
+    return name.startswith("toy-")
+
+
+def autocast(device, dtype):
+    """
+    The precision of sampling and scoring: weights stay float32, with dtype bfloat16 the products of the layers are
+    taken in it. Logits, softmax, loss and the tokenizer are float32 always. A context manager.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def check_device(device):
@@ -385,11 +455,16 @@ def check_device(device):
 def load_model(name, path=None, device="cpu"):
     """
     The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
-    Raises FileNotFoundError, or ValueError naming the first weight that does not fit.
+    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises FileNotFoundError, or ValueError naming
+    the first weight that does not fit.
     """
-    path = path or MODELS[name].ckpt
-    model = Transformer(MODELS[name].config)
-    return load_strict(model, read_weights(path), path, ignore=("freqs_cis",)).eval().to(device)
+    path = find_file(path or MODELS[name].ckpt)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = Transformer(MODELS[name].config)
+    weights = part_of(read_weights(path), "gpt_model.")
+    load_strict(model, weights, path, ignore=("freqs_cis",))
+    model.rope = rope_2d(model.config)
+    return model.eval().to(device)
 
 
 def weights_model(path):

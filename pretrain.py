@@ -192,7 +192,7 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
             feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=len(vocabulary) - 1,
         )
     ).save_pretrained(folder)  # fmt: skip
-    encode = TextEncoder(folder, row.config.cond_len)
+    encode = TextEncoder(folder, row.config.cond_len, row.config.caption_dim)
     sizes = [4, 9, 5, 9, 6, 5]  # how many classes each slot has
     head = nn.Linear(row.config.caption_dim, sum(sizes))
     parameters = [*encode.t5.requires_grad_(True).parameters(), *head.parameters()]
@@ -225,10 +225,7 @@ def train_base(args, name, steps, batch, lr, seed, go_on=False):
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
     tokenizer, model = load_tokenizer("toy", args.out / "toy-vq.safetensors"), Transformer(MODELS[name].config)
-    if MODELS[name].config.task == "c2i":
-        encode = make_encoder(name)
-    else:
-        encode = TextEncoder(args.out / "toy-t5", MODELS[name].config.cond_len)
+    encode = make_encoder(name, text_encoder=args.out / "toy-t5")
     path = args.out / f"{name}.safetensors"
     if go_on:
         model = load_model(name, path)

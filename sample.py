@@ -6,6 +6,8 @@ Draws pictures: load, encode what is asked, generate tokens, decode, save a labe
     python sample.py --classes "red circle" 7 --num 8 --cfg-scale 2
     python sample.py --task t2i --prompts "a red circle and a blue square"
     python sample.py --task t2i --prompts my_prompts.txt --npz samples.npz
+    python sample.py --model llamagen-b-256 --print-files         # the official models: which files, from where
+    python sample.py --model llamagen-b-256 --classes goldfish "golden retriever"
 
 What can be asked for: classes by name or number (c2i), captions or a file of them (t2i). Same seed, same pictures, on
 one machine and batch size; base and tuned model then draw from the same random numbers.
@@ -20,8 +22,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from model import MODELS, TextEncoder, check_device, load_model, weights_model
-from tokenizer import load_tokenizer, to_uint8
+from model import MODELS, TextEncoder, autocast, check_device, is_toy, load_model, weights_model
+from tokenizer import find_file, load_tokenizer, to_uint8
 
 # One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
 DEFAULT_CLASSES = ["red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
@@ -30,7 +32,7 @@ DEFAULT_CLASSES = ["red circle", "green square", "blue triangle", "yellow cross"
 
 def class_names(name):
     """The class names of a c2i model: the toy's 40 or ImageNet's 1,000."""
-    return data.TOY_CLASSES if name.startswith("toy") else data.imagenet_classes()
+    return data.TOY_CLASSES if is_toy(name) else data.imagenet_classes()
 
 
 def captions_of(name, asked):
@@ -41,29 +43,31 @@ def captions_of(name, asked):
     return [data.class_caption(names[label]) for label in asked]
 
 
-def make_encoder(name, device="cpu"):
+def make_encoder(name, device="cpu", text_encoder=None, text_pad="left"):
     """
     The function from what is asked, a list of B labels or B captions, to (cond, cond_mask), the transformer's
     conditioning: labels (B,) and None, or text features (B, P, caption_dim) and (B, P).
     """
     row = MODELS[name]
     if row.config.task == "t2i":
-        return TextEncoder(row.text_encoder, row.config.cond_len, device)
+        path = text_encoder or row.text_encoder
+        return TextEncoder(path, row.config.cond_len, row.config.caption_dim, device, row.text_dtype, text_pad)
     return lambda labels: (torch.tensor(labels, device=device), None)
 
 
 @torch.no_grad()
-def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, **sampling):
+def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, dtype="float32", **sampling):
     """
     One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, N), on the CPU.
-    `sampling` goes to Transformer.generate. The pictures depend on seed and batch_size.
+    `sampling` goes to Transformer.generate, under autocast to `dtype`. The pictures depend on seed and batch_size.
     """
     device = model.output.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     images, tokens = [], []
     for k in range(0, len(asked), batch_size):
         cond, cond_mask = encode(asked[k : k + batch_size])
-        drawn, _ = model.generate(cond, cond_mask, generator=generator, **sampling)
+        with autocast(device, dtype):
+            drawn, _ = model.generate(cond, cond_mask, generator=generator, **sampling)
         images.append((tokenizer.decode(drawn) / 2 + 0.5).clamp(0, 1).cpu())
         tokens.append(drawn.cpu())
     return torch.cat(images), torch.cat(tokens)
@@ -99,7 +103,7 @@ def resolve_ckpt(ckpt, model_name, task):
     (model name, weights path) from --ckpt, --model and --task: a folder stands for the policy inside it, and our own
     files say which model they are. Raises ValueError if the three disagree, FileNotFoundError.
     """
-    path = Path(ckpt) if ckpt else None
+    path = find_file(ckpt) if ckpt else None
     if path and path.is_dir():
         path = path / "policy.safetensors"
     if path and not path.is_file():
@@ -123,12 +127,57 @@ def read_asked(name, classes, prompts):
         names = class_names(name)
         return [data.find_class(c, names) for c in classes or (DEFAULT_CLASSES if len(names) == 40 else range(8))]
     found = []
+    if not prompts and not is_toy(name):
+        raise ValueError(f"{name} needs --prompts: captions, or .txt, .json and .jsonl files of them")
     for prompt in prompts or data.balanced_captions(6):
         is_file = prompt.endswith((".txt", ".json", ".jsonl"))
         found += data.read_prompts(prompt) if is_file else [prompt]
-    if name.startswith("toy"):  # in the one form that its text encoder has read; refuses what would draw nonsense
+    if is_toy(name):  # in the one form that its text encoder has read; refuses what would draw nonsense
         found = [data.toy_caption(caption) for caption in found]
     return found
+
+
+def add_model_flags(add):
+    """The flags that train.py, sample.py and evaluate.py share: which model, its files, where it runs."""
+    gpu = torch.cuda.is_available()
+    add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
+    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add("--vq-ckpt", metavar="PATH", help="the tokenizer's weights, or hf:OWNER/REPO/FILE (default: the model's own)")
+    add("--text-encoder", metavar="PATH", help="t2i: folder or OWNER/REPO of the T5 encoder (default: the model's own)")
+    add(
+        "--text-pad",
+        choices=("left", "right"),
+        default="left",
+        help="t2i: where captions are padded; left (default) as LlamaGen, right for the released AR-GRPO weights",
+    )
+    add("--device", default="cuda" if gpu else "cpu", help="default: the GPU if there is one")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16" if gpu else "float32",
+        help="of the layers' products; weights, logits and loss are float32 (default bfloat16 on a GPU, else float32)",
+    )
+
+
+def print_files(name, args):
+    """Prints what the model `name` is loaded from: each file, its source, and where it is or is expected."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    row = MODELS[name]
+    parts = [("transformer", "--ckpt", args.ckpt or row.ckpt), ("tokenizer", "--vq-ckpt", args.vq_ckpt or row.vq_ckpt)]
+    if row.config.task == "t2i":
+        parts.append(("text encoder", "--text-encoder", args.text_encoder or row.text_encoder))
+    for part, flag, where in parts:
+        where = str(where)
+        if Path(where).exists() or not (where.startswith("hf:") or flag == "--text-encoder"):
+            print(f"{part:13}{where}: {'here' if Path(where).exists() else 'not here'}; another file: {flag} PATH")
+            continue
+        owner, repo, *file = where.removeprefix("hf:").split("/", 2)
+        found = try_to_load_from_cache(f"{owner}/{repo}", file[0] if file else "config.json")
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{owner}--{repo}"
+        state = f"here: {found}" if isinstance(found, str) else f"not here; expected under {cache}/snapshots"
+        print(f"{part:13}{file[0] if file else repo}, from https://huggingface.co/{owner}/{repo}")
+        print(f"{'':13}{state}; downloaded on first use, or give {flag} PATH")
 
 
 def parse_args(argv=None):
@@ -137,28 +186,32 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     # what is drawn
-    add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
-    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add_model_flags(add)
     add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
+    add("--base", metavar="PATH", help="weights of the base for --compare (default: the model's own)")
+    add("--print-files", action="store_true", help="only list the files of the model, and where they are expected")
     add("--compare", action="store_true", help="draw the base too, above the model of --ckpt, with the same seeds")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or .txt, .json and .jsonl files of them")
     add("--num", type=int, default=4, help="images for each class or prompt (default 4)")
     # how
-    add("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none (default 1, what the toy is trained at)")
+    add(
+        "--cfg-scale",
+        type=float,
+        help="guidance; 1 is none (default: the toys' 1, LlamaGen's 4.0 for c2i, 7.5 for t2i)",
+    )
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token always (default 1)")
-    add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default 0)")
+    add("--top-k", type=int, help="keep the k likeliest tokens; 0: all (default: toys 0, LlamaGen 2000 c2i, 1000 t2i)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
     add("--seed", type=int, default=0, help="of the random numbers that tokens are drawn with (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     # where to
     add("--out", default="out/samples.png", help="the grid (default out/samples.png)")
     add("--npz", metavar="FILE", help="also write uint8 images (n, H, W, 3) as arr_0, tokens, and labels or prompts")
     args = parser.parse_args(argv)
     if args.num < 1 or args.batch_size < 1:
         parser.error("--num and --batch-size must be at least 1")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.cfg_scale < 1:
+    if args.temperature < 0 or (args.top_k or 0) < 0 or not 0 < args.top_p <= 1 or not (args.cfg_scale or 1) >= 1:
         parser.error("needed: --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1, --cfg-scale >= 1")
     if args.compare and not args.ckpt:
         parser.error("--compare sets the model of --ckpt against its base, so it needs --ckpt")
@@ -167,28 +220,38 @@ def parse_args(argv=None):
 
 def run(args):
     check_device(args.device)
+    if args.print_files and args.model:  # before --ckpt is looked for: it may be what is missing
+        return print_files(args.model, args)
     name, path = resolve_ckpt(args.ckpt, args.model, args.task)
+    row = MODELS[name]
+    if args.print_files:
+        return print_files(name, args)
+    cfg_scale = row.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    top_k = row.top_k if args.top_k is None else args.top_k
     asked = [entry for entry in read_asked(name, args.classes, args.prompts) for _ in range(args.num)]
-    tokenizer = load_tokenizer(MODELS[name].tokenizer, MODELS[name].vq_ckpt, args.device)
-    encode = make_encoder(name, args.device)
+    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, args.device)
+    encode = make_encoder(name, args.device, args.text_encoder, args.text_pad)
     labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
-    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampling = dict(cfg_scale=cfg_scale, temperature=args.temperature, top_k=top_k, top_p=args.top_p, dtype=args.dtype)
     rows = []  # one (images, tokens, label prefix) a model
-    for which, weights in ([("base: ", None)] if args.compare else []) + [("tuned: " if args.compare else "", path)]:
+    for which, weights in ([("base: ", args.base)] if args.compare else []) + [
+        ("tuned: " if args.compare else "", path)
+    ]:
         model = load_model(name, weights, args.device)
         images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, **sampling)
         rows.append((images, tokens, which))
+        del model  # before the next one: two of the large ones may not fit
     # a line of the grid: the num pictures of one class or prompt; with --compare the base's line comes first
-    order = [(row, k) for k in range(0, len(asked), args.num) for row in rows]
-    images = torch.cat([row[0][k : k + args.num] for row, k in order])
-    captions = [row[2] + labels[j] for row, k in order for j in range(k, k + args.num)]
+    order = [(drawn, k) for k in range(0, len(asked), args.num) for drawn in rows]
+    images = torch.cat([drawn[0][k : k + args.num] for drawn, k in order])
+    captions = [drawn[2] + labels[j] for drawn, k in order for j in range(k, k + args.num)]
     columns = args.num if args.compare or args.num > 1 else min(len(asked), 8)
     if not args.compare and columns <= 4:  # two classes side by side make a squarer sheet
         columns *= 2
-    save_grid(args.out, images, captions, columns, f"{name}, cfg {args.cfg_scale:g}, seed {args.seed}")
-    print(f"{args.out}: {len(images)} pictures of {name}, cfg {args.cfg_scale:g}, temperature {args.temperature:g}")
+    save_grid(args.out, images, captions, columns, f"{name}, cfg {cfg_scale:g}, seed {args.seed}")
+    print(f"{args.out}: {len(images)} pictures of {name}, cfg {cfg_scale:g}, temperature {args.temperature:g}")
     if args.npz:
-        key = "labels" if MODELS[name].config.task == "c2i" else "prompts"
+        key = "labels" if row.config.task == "c2i" else "prompts"
         pixels = to_uint8(rows[-1][0] * 2 - 1).permute(0, 2, 3, 1).numpy()
         np.savez(args.npz, arr_0=pixels, tokens=rows[-1][1].numpy(), **{key: np.array(asked)})
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(rows[-1][1].shape)}, {key}")

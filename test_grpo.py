@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,19 @@ import rewards
 import sample
 import train
 from grpo import decoupled_advantages, fill_missing, group_advantages, grpo_loss, sample_groups, token_logprobs
-from model import MODELS, SIZES, ModelConfig, Transformer, keep_likeliest, left_pad, load_model, policy_logprobs
+from model import (
+    MODELS,
+    SIZES,
+    ModelConfig,
+    TextEncoder,
+    Transformer,
+    autocast,
+    is_toy,
+    keep_likeliest,
+    left_pad,
+    load_model,
+    policy_logprobs,
+)
 from tokenizer import TOKENIZERS, VQConfig, VQModel, load_tokenizer, to_uint8
 
 HERE = Path(__file__).parent
@@ -120,6 +133,101 @@ def test_sizes_have_the_published_parameter_counts(name, millions):
     with torch.device("meta"):
         model = Transformer(ModelConfig("c2i", *SIZES[name]))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_the_state_dict_bears_the_official_names():
+    """Official files load without conversion, so a renamed attribute breaks every download."""
+    with torch.device("meta"):
+        c2i, t2i = (
+            {name: tuple(w.shape) for name, w in Transformer(MODELS[m].config).state_dict().items()}
+            for m in ("llamagen-b-256", "llamagen-t2i-xl-256")
+        )
+    block = {f"layers.11.{name}" for name in (
+        "attention.wqkv.weight", "attention.wo.weight", "attention_norm.weight", "ffn_norm.weight",
+        "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight",
+    )}  # fmt: skip
+    assert {name for name in c2i if name.startswith("layers.11.")} == block
+    assert c2i["cls_embedding.embedding_table.weight"] == (1001, 768) and c2i["output.weight"] == (16384, 768)
+    assert c2i["layers.0.feed_forward.w1.weight"] == (2048, 768) and c2i["layers.0.attention.wqkv.weight"] == (
+        2304,
+        768,
+    )
+    assert {name for name in c2i if "layers" not in name} == {
+        "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight"}  # fmt: skip
+    assert t2i["cls_embedding.uncond_embedding"] == (120, 2048)
+    assert t2i["cls_embedding.cap_proj.fc1.weight"] == (1280, 2048)
+
+
+def test_bfloat16_rounds_the_layers_and_neither_weights_nor_logits():
+    """A softmax over bfloat16 logits gives log-probabilities with two digits: the ratio would be noise."""
+    model, (cond, mask) = tiny(T2I), tiny_cond(T2I)
+    tokens = torch.randint(24, (4, 9))
+    exact = model(cond, tokens, mask)
+    with autocast("cpu", "bfloat16"):
+        rounded = model(cond, tokens, mask)
+        _, drawn = model.generate(cond, mask, cfg_scale=2.0)
+    assert rounded.dtype == drawn.dtype == torch.float32 and model.output.weight.dtype == torch.float32
+    assert 1e-5 < (rounded - exact).abs().max() < 0.2
+    assert (rounded.bfloat16().float() != rounded).float().mean() > 0.9  # the head itself was not rounded
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# text
+
+WORDS = ["a", "photo", "of", "red", "circle", "cat", "dog", ",", ".", '"']
+
+
+def save_tiny_t5(folder, dim=64):
+    """A T5 encoder with its own kind of tokenizer (Unigram, as FLAN-T5's), in the form that the hub has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"\u2581{word}", -2.0) for word in WORDS)]
+    pieces += [(letter, -5.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz,."]
+    words = Tokenizer(models.Unigram(pieces, unk_id=2))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(pieces), d_model=dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
+    """Features at padding, or text away from the image, and official weights see a prompt they never learned."""
+    folder = save_tiny_t5(tmp_path / "t5")
+    left, right = (TextEncoder(folder, 12, 64, pad=pad) for pad in ("left", "right"))
+    captions = ["A Photo of a red circle", "cat", "a photo of a red circle"]
+    features, mask = left(captions)
+    assert features.shape == (3, 12, 64) and features.dtype == torch.float32 and mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [7, 2, 7] and mask[1].tolist() == [False] * 10 + [True] * 2  # with </s>
+    assert not features[~mask].any() and torch.equal(features[0], features[2])  # case is lost
+    other, other_mask = right(captions)
+    assert other_mask[1].tolist() == [True] * 2 + [False] * 10 and torch.equal(other[1, :2], features[1, 10:])
+    alone, _ = left(["cat"])
+    assert torch.allclose(alone[0], features[1], atol=1e-5)
+    _, full = left(["a photo of a red circle, a photo of a red circle, a photo of a red circle"])
+    assert full.all()  # longer ones are cut to P
+
+
+@pytest.mark.parametrize("caption, cleaned", [
+    ("A Photo of a “red” Cat,Dog", 'a photo of a "red" cat, dog'),
+    ("see https://example.com/a?b=c now", "see now"),
+    ("by @someone  <b>bold</b>", "by bold"),
+    ("holiday picture IMG_001.png", "holiday picture"),
+    ("tom &lt;3 jerry!!", "tom <3 jerry!!"),
+    ("wait...what", "wait what"),
+    ("'quoted.'", "quoted."),
+])  # fmt: skip
+def test_captions_are_cleaned(caption, cleaned):
+    assert data.clean_caption(caption) == cleaned
+
+
+def test_cleaning_leaves_the_toy_captions_alone():
+    for captions in data.T2I_CAPTIONS.values():
+        assert all(data.clean_caption(caption) == caption for caption in captions)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -507,8 +615,101 @@ def wrong_files(folder):
     (folder / "cut.pt").write_bytes(b"PK\x03\x04 not whole")
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, folder / "code.pt")
     (folder / "prompts.json").write_text("{")
+    small = {"layers.0.attention.wqkv.weight": torch.zeros(3, 3)}
+    torch.save({"model": small}, folder / "small.pt")
+    torch.save({"model": [torch.zeros(2)]}, folder / "list.pt")
+    state = load_model("toy-c2i").state_dict()
+    torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "extra.pt")
+    torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
+    torch.save(state | {"norm.weight": torch.zeros(99)}, folder / "shape.pt")
+    torch.save({f"vq_model.{name}": w for name, w in state.items()}, folder / "only-vq.pt")
+    (folder / "text").mkdir()
+    (folder / "text/config.json").write_text("{}")
+    (folder / "notes.txt").write_text("these are not weights")
+    save_tiny_t5(folder / "narrow", dim=32)
     (folder / "run").mkdir()
     (folder / "run/state.pt").write_bytes(b"x")
+
+
+def test_every_official_form_of_file_loads(tmp_path):
+    """Each wrapper seen in the wild, through the command line, draws the very tokens that our own files draw."""
+    from safetensors.torch import load_file, save_file
+
+    gpt = {k: v.float() for k, v in load_file(MODELS["toy-c2i"].ckpt).items()}
+    vq = {k: v.float() for k, v in load_file(MODELS["toy-c2i"].vq_ckpt).items()}
+    noise = {name: torch.randn_like(weight) for name, weight in gpt.items()}
+    vq["quantize.codebook_used"] = torch.zeros(65536)
+    forms = {
+        "nested.pt": {"model": gpt, "optimizer": {"step": torch.tensor(3)}, "steps": 5},
+        "bare.pt": gpt,
+        "freqs.pt": {"model": gpt | {"freqs_cis": torch.zeros(65, 16, 2)}},
+        "module.pt": {"module": gpt},
+        "state_dict.pt": {"state_dict": gpt},
+        "bfloat16.pt": {"model": {k: v.half() for k, v in gpt.items()}},
+    }
+    for name, content in forms.items():
+        torch.save(content, tmp_path / name)
+    torch.save(
+        {"ema": vq, "model": {name: torch.randn_like(weight) for name, weight in vq.items()}}, tmp_path / "vq.pt"
+    )
+    both = {f"gpt_model.{k}": v for k, v in gpt.items()} | {f"vq_model.{k}": v for k, v in vq.items()}
+    save_file(both | {f"ref_model.{k}": v for k, v in noise.items()}, tmp_path / "ar-grpo.safetensors")
+    drawn = {}
+    for name, tokenizer in [("ours", None), *((form, "vq.pt") for form in forms), ("ar-grpo.safetensors",) * 2]:
+        files = [] if name == "ours" else ["--ckpt", str(tmp_path / name), "--vq-ckpt", str(tmp_path / tokenizer)]
+        out = ["--out", str(tmp_path / "s.png"), "--npz", str(tmp_path / "s.npz")]
+        sample.main(["--model", "toy-c2i", *files, "--classes", "red circle", "--num", "2", *out])
+        drawn[name] = dict(np.load(tmp_path / "s.npz"))
+    for name, found in drawn.items():
+        assert (found["tokens"] == drawn["ours"]["tokens"]).all(), name
+        assert (found["arr_0"] == drawn["ours"]["arr_0"]).all(), name
+
+
+def test_the_official_path_end_to_end(tmp_path, monkeypatch):
+    """ImageNet's names, the authors' guidance, files in the official form, no verifier: what the toys do not pass."""
+    row = MODELS["llamagen-b-256"]  # fewer layers and tokens; .ci/run does the same at full size
+    small = replace(row, config=replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4))
+    monkeypatch.setitem(MODELS, "llamagen-b-256", small)
+    torch.manual_seed(0)
+    gpt, vq = Transformer(small.config).state_dict(), VQModel(TOKENIZERS["vq-16"]).state_dict()
+    torch.save({"model": gpt | {"freqs_cis": torch.zeros(17, 16, 2)}}, tmp_path / "c2i_B_256.pt")
+    torch.save({"model": vq | {"quantize.codebook_used": torch.zeros(65536)}}, tmp_path / "vq_ds16_c2i.pt")
+    official = ["--ckpt", str(tmp_path / "c2i_B_256.pt"), "--vq-ckpt", str(tmp_path / "vq_ds16_c2i.pt")]
+    flags, run = ["--model", "llamagen-b-256", *official], tmp_path / "run"
+    few = ["--prompts-per-step", "1", "--group-size", "2", "--rewards", "pyiqa:entropy", "--classes", "goldfish"]
+    train.main([*flags, *few, "--steps", "1", "--out", str(run)])
+    (first,) = read_metrics(run)
+    assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "verifier" not in first
+    # our own checkpoint names its model; the base is given because the hub cannot be asked here
+    base = ["--vq-ckpt", official[3], "--base", official[1]]
+    out = ["--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "a.npz")]
+    sample.main(["--ckpt", str(run), "--compare", *base, "--classes", "goldfish", "--num", "2", *out])
+    found = np.load(tmp_path / "a.npz")
+    assert found["arr_0"].shape == (2, 64, 64, 3) and found["labels"].tolist() == [1, 1]
+    evaluate.main(["--ckpt", str(run), *base, "--num", "2", "--rewards", "pyiqa:entropy", "--cfg-scale", "2"])
+    columns = json.loads((run / "evaluation.json").read_text())["columns"]
+    assert {"reward: pyiqa:entropy", "entropy"} == set(columns["base, cfg 2"]) == set(columns["tuned, cfg 2"])
+
+
+def test_print_files_says_where_everything_is_expected(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, row in MODELS.items():
+        sample.main(["--model", name, "--print-files"])
+        said = capsys.readouterr().out
+        for where in filter(None, (row.ckpt, row.vq_ckpt, row.text_encoder)):
+            assert str(where).removeprefix("hf:").split("/")[-1] in said
+        assert ("huggingface.co" in said) == (not is_toy(name)) and "--vq-ckpt PATH" in said
+
+
+def test_presets_are_the_releases_and_the_command_line_wins():
+    args = train.parse_args(["--preset", "paper-c2i"])
+    assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
+    assert (args.lr, args.kl_coef, args.cfg_scale, args.score_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
+    assert args.weights["clip"] == 5 and args.weights["qwen-odd"] == 0.25 and len(args.weights) == 8
+    args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5", "--score-cfg", "same"])
+    assert (args.model, args.kl_coef, args.score_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
+    ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
+    assert (ours.score_cfg, ours.cfg_scale, ours.text_pad, ours.lr_schedule) == (2, 2, "left", "linear")
 
 
 WRONG = [  # (script, flags, a part of its one sentence)
@@ -543,6 +744,31 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (pretrain, ["--quick"], "overwrite the shipped weights"),
     (pretrain, ["--stages", "critic", "--out", "{}"], "weights file"),
     (evaluate, ["--ckpt", "{}/none"], "no such weights file"),
+    # the official models
+    (sample, ["--model", "llamagen-b-512"], "invalid choice: 'llamagen-b-512'"),
+    (sample, ["--model", "llamagen-b-256"], "vq_ds16_c2i.pt of huggingface.co/FoundationVision/LlamaGen cannot be had"),
+    (sample, ["--ckpt", "hf:nobody/nothing/x.pt"], "x.pt of huggingface.co/nobody/nothing cannot be had"),
+    (sample, ["--ckpt", "hf:nobody"], "hf:OWNER/REPO/FILE"),
+    (sample, ["--vq-ckpt", "{}/none.pt"], "none.pt: no such weights file"),
+    (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "encoder.conv_in.weight is missing"),
+    (sample, ["--ckpt", "{}/small.pt"], "is missing; this is a file of another model"),
+    (sample, ["--ckpt", "{}/list.pt"], "holds no named tensors"),
+    (sample, ["--ckpt", "{}/extra.pt"], "extra.weight is unknown"),
+    (sample, ["--ckpt", "{}/missing.pt"], "norm.weight is missing"),
+    (sample, ["--ckpt", "{}/shape.pt"], "norm.weight is [99], not [160]"),
+    (sample, ["--ckpt", "{}/only-vq.pt"], "is missing"),
+    (sample, ["--ckpt", "{}/notes.txt"], "truncated, or holds more than tensors"),
+    (sample, ["--task", "t2i", "--model", "llamagen-b-256"], "--model llamagen-b-256 is a c2i model"),
+    (sample, ["--task", "t2i", "--text-encoder", "{}/text"], "no T5 encoder to be had there"),
+    (sample, ["--task", "t2i", "--text-encoder", "nobody/nothing"], "no T5 encoder to be had there"),
+    (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
+    (sample, ["--dtype", "float8"], "invalid choice: 'float8'"),
+    (train, ["--preset", "paper"], "invalid choice: 'paper'"),
+    (train, ["--preset", "paper-c2i", "--task", "t2i"], "--task is t2i"),
+    (train, ["--preset", "paper-t2i", "--classes", "goldfish"], "takes --prompts, not --classes"),
+    (train, ["--model", "llamagen-t2i-xl-256", "--prompts", "{}/none.txt"], "none.txt: no such prompt file"),
+    (train, ["--model", "llamagen-t2i-xl-256"], "needs --prompts"),
+    (train, ["--adam-beta2", "1"], "--adam-beta2"),
 ]  # fmt: skip
 
 
@@ -552,6 +778,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
 def test_what_a_user_can_do_wrong_ends_in_one_sentence(script, flags, sentence, tmp_path, capsys, monkeypatch):
     wrong_files(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # tests ask nothing of the network
     with pytest.raises(SystemExit) as stop:
         script.main([flag.replace("{}", str(tmp_path)) for flag in flags])
     said = capsys.readouterr().err.strip().splitlines()[-1:] if stop.value.code == 2 else [str(stop.value.code)]

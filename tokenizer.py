@@ -16,7 +16,6 @@ Shapes: B images, H x W px, h x w = N tokens, D = codebook_dim, V = codebook_siz
 """
 
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +201,39 @@ def to_uint8(images):
 # Weights. Shared by every model of the project.
 
 
+def find_file(where):
+    """
+    The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in the Hugging Face hub's cache,
+    downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). Raises FileNotFoundError,
+    and ValueError for another form.
+    """
+    if not str(where).startswith("hf:"):
+        return Path(where)
+    from huggingface_hub import hf_hub_download
+
+    if str(where).count("/") < 2:
+        raise ValueError(f"{where}: a file on the hub is written hf:OWNER/REPO/FILE")
+    owner, repo, file = str(where).removeprefix("hf:").split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file))
+    except (OSError, ValueError) as error:  # offline, no such file, no such repository, no right to it
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{file} of huggingface.co/{owner}/{repo} cannot be had ({reason}); fetch it elsewhere and give its path"
+        ) from None
+
+
+def part_of(weights, prefix):
+    """
+    The weights under `prefix`, without it, where a file holds several models as AR-GRPO's do (gpt_model.*, vq_model.*
+    and the frozen ref_model.*, which is the base again); all of them where it holds one.
+    """
+    if not any(name.startswith(("gpt_model.", "vq_model.", "ref_model.")) for name in weights):
+        return weights
+    others = {"gpt_model.", "vq_model.", "ref_model."} - {prefix}
+    return {n.removeprefix(prefix): value for n, value in weights.items() if not n.startswith(tuple(others))}
+
+
 def read_weights(path):
     """
     The tensors of a .safetensors or official .pt file, by name, on the CPU. Nothing is unpickled as code.
@@ -221,7 +253,7 @@ def read_weights(path):
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a file that is no checkpoint makes torch raise anything, IndexError among others
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: truncated, or holds more than tensors ({reason}); fetch it again") from None
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
@@ -234,8 +266,8 @@ def read_weights(path):
 
 def load_strict(module, weights, source, ignore=()):
     """
-    Copies `weights` (a dict of tensors) into `module`. Every name and shape must agree, but for names in `ignore`.
-    Raises ValueError with the first offender; `source` is the file's name for the sentence.
+    Puts `weights` (a dict of tensors) into `module`, as float32. Every name and shape must agree, but for names in
+    `ignore`. Raises ValueError with the first offender; `source` is the file's name for the sentence.
     """
     expected = module.state_dict()
     weights = {name: value for name, value in weights.items() if name not in ignore}
@@ -248,11 +280,16 @@ def load_strict(module, weights, source, ignore=()):
     for name in weights:
         if name not in expected:
             raise ValueError(f"{source}: {name} is unknown; this is a file of another model")
-    module.load_state_dict(weights)
+    # assign: a module built on the meta device gets its memory here; float32 whatever the file was saved in
+    module.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     return module
 
 
 def load_tokenizer(name, path, device="cpu"):
-    """The tokenizer `name` of TOKENIZERS with the weights at `path`, frozen, in float32. Raises as the two above."""
-    model = load_strict(VQModel(TOKENIZERS[name]), read_weights(path), path, ignore=("quantize.codebook_used",))
+    """The tokenizer `name` of TOKENIZERS with the weights at `path`, frozen, in float32. Raises as those above."""
+    path = find_file(path)
+    weights = part_of(read_weights(path), "vq_model.")
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = VQModel(TOKENIZERS[name])
+    load_strict(model, weights, path, ignore=("quantize.codebook_used",))
     return model.eval().requires_grad_(False).to(device)

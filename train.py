@@ -5,6 +5,8 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
     python train.py --task t2i                        # toy captions
     python train.py --task c2i --resume               # go on with a run that was stopped
     python train.py --task c2i --rewards clip=1,critic=0.25,pyiqa:piqe=0.01 --kl-coef 0.1 --out out/mine
+    python train.py --preset paper-c2i                # the paper's run: LlamaGen-XL at 384 px, its eight rewards
+    python train.py --model llamagen-b-256            # the same with our own settings, and a smaller model
 
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
 
@@ -43,16 +45,56 @@ from grpo import (
     sample_groups,
     token_logprobs,
 )
-from model import MODELS, check_device, load_model
+from model import MODELS, autocast, check_device, is_toy, load_model
 from rewards import load_judges, parse_rewards, score, weighted_sum
-from sample import captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
+from sample import add_model_flags, captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
 from tokenizer import load_tokenizer
 
-# What a bare `--task` means. Measured on the toy (README, "Results"); the command line wins.
+# The paper's eight rewards. It gives them all weight 1 and scales them inside: the cosines by 5, MANIQA by 2, Qwen's
+# answers by 1/4; here a judge keeps its own scale and the factor is its weight.
+EIGHT = "clip=5,clip-step=1,hps=5,hps-step=1,maniqa=2,qwen-match=0.25,qwen-real=0.25,qwen-odd=0.25"
+
+# What is set if neither the command line nor a preset says otherwise. The toys' figures were measured (README,
+# "Results"); LlamaGen's are the release's, but where it is wrong (README, "Differences").
+TOY = dict(
+    steps=200, prompts_per_step=8, micro_batch=64, lr=2e-4, lr_schedule="linear", adam_beta2=0.95, kl_coef=0.04,
+    cfg_scale=1.0, score_cfg="same",
+)  # fmt: skip
+LLAMAGEN = dict(
+    micro_batch=8, lr=1e-5, lr_schedule="linear", adam_beta2=0.999, score_cfg="same", rewards=EIGHT,
+)  # fmt: skip
 DEFAULTS = {
-    "c2i": dict(steps=200, lr=2e-4, kl_coef=0.04, rewards="clip=1,critic=0.25"),
-    "t2i": dict(steps=200, lr=2e-4, kl_coef=0.04, rewards="clip=1"),  # the critic knows single objects only
+    "toy-c2i": TOY | dict(rewards="clip=1,critic=0.25"),
+    "toy-t2i": TOY | dict(rewards="clip=1"),  # the critic knows single objects only
+    "llamagen-c2i": LLAMAGEN | dict(steps=400, prompts_per_step=4, kl_coef=0.1, cfg_scale=2.0),
+    "llamagen-t2i": LLAMAGEN | dict(steps=600, prompts_per_step=8, kl_coef=1.0, cfg_scale=4.0),
 }
+PRESETS = {  # what the official release ran (its scripts and arXiv 2508.06924, section 4); the command line still wins
+    "paper-c2i": dict(
+        model="llamagen-xl-384",  # the paper's main class-to-image model; B and L at 256 and 384 were trained alike
+        rewards=EIGHT,  # eight rewards of weight 1, factors as above
+        steps=400,  # the c2i script
+        prompts_per_step=4, group_size=8,  # 4 GPUs x 8 images = 4 classes x 8
+        lr=1e-5, lr_schedule="constant",  # its schedule is in effect constant
+        adam_beta2=0.999,  # AdamW's default, as is 0.9 for beta 1; weight decay 0
+        kl_coef=0.1,  # the script's beta
+        cfg_scale=2.0, temperature=1.0,  # the rollout; no top-k, no top-p
+        score_cfg="1",  # log-probabilities of the conditional model alone
+        clip_eps=0.2, updates_per_batch=1, max_grad_norm=1.0,  # the script's
+    ),
+    "paper-t2i": dict(
+        model="llamagen-t2i-xl-256",  # stage 1, 256 px
+        rewards=EIGHT,
+        steps=600,  # the t2i script
+        prompts_per_step=8, group_size=8,  # 4 GPUs x 16 images = 8 captions x 8
+        lr=1e-5, lr_schedule="constant", adam_beta2=0.999,
+        kl_coef=1.0,  # ten times that of c2i
+        cfg_scale=4.0, temperature=1.0,  # the script's; the released weights were trained at 2.0, says the author
+        score_cfg="1",
+        text_pad="right",  # the release does not left-pad
+        clip_eps=0.2, updates_per_batch=1, max_grad_norm=1.0,
+    ),
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -61,22 +103,22 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     # what is trained, on what
-    add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
-    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add("--preset", choices=PRESETS, help="set what the official release used; flags beside it win")
+    add_model_flags(add)
     add("--ckpt", metavar="PATH", help="start from these weights, also the KL's reference (default: the model's base)")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers (default: all)")
-    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (default: the toy's captions)")
+    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (the toy has its own)")
     # how many
-    add("--steps", type=int, help="batches sampled and learned from in all (default 200, some minutes on two cores)")
-    add("--prompts-per-step", type=int, default=8, help="B (default 8; the release used 4 for c2i and 8 for t2i)")
+    add("--steps", type=int, help="batches sampled and learned from in all (default: toys 200, c2i 400, t2i 600)")
+    add("--prompts-per-step", type=int, help="B (default 8; LlamaGen c2i 4, as the release)")
     add("--group-size", type=int, default=8, help="G, samples a prompt (default 8, the paper's)")
-    add("--micro-batch", type=int, default=64, help="images a backward pass; changes memory, not the result (64)")
+    add("--micro-batch", type=int, help="images a backward pass; changes memory, not the result (64; LlamaGen 8)")
     # sampling and scoring: one policy
     add("--temperature", type=float, default=1.0, help="of sampling and scoring (default 1, the paper's)")
-    add("--cfg-scale", type=float, default=1.0, help="guidance while sampling; 1 is none (default 1; the paper's: 2)")
-    add("--score-cfg", default="same", help="guidance while scoring: 'same' (default), or a number; the release: 1")
+    add("--cfg-scale", type=float, help="guidance while sampling; 1 is none (default: toys 1, c2i 2, t2i 4)")
+    add("--score-cfg", help="guidance while scoring: 'same' (default), or a number; the release: 1")
     # judging
-    add("--rewards", help="judge=weight,... (default for c2i clip=1,critic=0.25, for t2i clip=1)")
+    add("--rewards", help="judge=weight,... (default: the toys' own; for LlamaGen the paper's eight)")
     add(
         "--reward-norm",
         choices=("sum", "each"),
@@ -84,14 +126,14 @@ def parse_args(argv=None):
         help="sum: add the rewards, then normalise in the group (GRPO, default); each: normalise each first (GDPO)",
     )
     # learning
-    add("--lr", type=float, help="AdamW's learning rate (default 2e-4 for the toy; the release: 1e-5)")
+    add("--lr", type=float, help="AdamW's learning rate (default: toys 2e-4, LlamaGen 1e-5, the release's)")
+    add("--adam-beta2", type=float, help="AdamW's second beta (default: toys 0.95, LlamaGen 0.999)")
     add(
         "--lr-schedule",
         choices=("linear", "constant"),
-        default="linear",
         help="linear (default): down to 0 over --steps, which takes the noise out again; constant: the release's",
     )
-    add("--kl-coef", type=float, help="the paper's beta (default 0.04 for the toy; the release: 0.1 and 1.0)")
+    add("--kl-coef", type=float, help="the paper's beta (default: toys 0.04; the release's 0.1 for c2i, 1.0 for t2i)")
     add("--clip-eps", type=float, default=0.2, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, default=1, help="above 1 the ratio leaves 1 and clipping acts (default 1)")
     add("--max-grad-norm", type=float, default=1.0, help="(default 1, the release's)")
@@ -101,12 +143,15 @@ def parse_args(argv=None):
     add("--sample-every", type=int, default=50, help="steps between grids of the same prompts and seeds (default 50)")
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
     add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
+    if args.preset:  # once more, with the preset's values in place of the defaults
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
     try:
         args.model, args.ckpt = resolve_ckpt(args.ckpt, args.model, args.task)
         args.task = MODELS[args.model].config.task
-        for name, value in DEFAULTS[args.task].items():
+        family = f"{'toy' if is_toy(args.model) else 'llamagen'}-{args.task}"
+        for name, value in DEFAULTS[family].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.weights = parse_rewards(args.rewards)
@@ -114,7 +159,7 @@ def parse_args(argv=None):
         check_device(args.device)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    args.out = Path(args.out or f"out/{args.task}")
+    args.out = Path(args.out or f"out/{args.task if is_toy(args.model) else args.preset or args.model}")
     at_least = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, sample_every=1,
                     save_every=1, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0)  # fmt: skip
     for name, least in at_least.items():
@@ -122,6 +167,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if not (args.temperature > 0 and args.lr > 0 and args.max_grad_norm > 0):
         parser.error("--temperature, --lr and --max-grad-norm must be above 0")
+    if not 0 < args.adam_beta2 < 1:
+        parser.error("--adam-beta2 must be between 0 and 1")
     return args
 
 
@@ -205,7 +252,8 @@ def load_state(args, policy, optimizer):
 
 def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
     """The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it."""
-    images, _ = draw(model, tokenizer, encode, asked, seed=1234, cfg_scale=args.cfg_scale, temperature=args.temperature)
+    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
+    images, _ = draw(model, tokenizer, encode, asked, seed=1234, **sampling)
     captions = captions_of(args.model, asked)
     scores, _ = score(judges, images.to(args.device), captions)
     labels = []
@@ -244,24 +292,24 @@ def train(args):
     if not args.resume and (args.out / "state.pt").exists():
         raise ValueError(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
     started, row, device = time.perf_counter(), MODELS[args.model], args.device
+    pool = None  # what prompts are picked from; None: the toy's captions
+    if args.classes or args.prompts or (args.task == "t2i" and not is_toy(args.model)):
+        pool = read_asked(args.model, args.classes, args.prompts)
+    elif args.task == "c2i":
+        pool = list(range(row.config.num_classes))
     (args.out / "samples").mkdir(parents=True, exist_ok=True)
 
     # build: the policy, its frozen copy, the tokenizer, the judges
     policy = load_model(args.model, args.ckpt, device)
     ref_model = copy.deepcopy(policy).requires_grad_(False)
-    tokenizer = load_tokenizer(row.tokenizer, row.vq_ckpt, device)
-    encode = make_encoder(args.model, device)
+    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
+    encode = make_encoder(args.model, device, args.text_encoder, args.text_pad)
     judges = load_judges(args.weights, device)
-    # No weight decay: the KL already says where the weights should stay. (0.9, 0.95): the toy's gradients change fast.
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    # No weight decay: the KL says already where the weights should stay. The toys' beta 2 is .95: 200 steps would
+    # not fill an average over 1,000.
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0)
     generator = torch.Generator(device)
     start_step = load_state(args, policy, optimizer) if args.resume else 0
-    pool = None  # what prompts are picked from; None: the toy's captions
-    if args.classes or args.prompts:
-        pool = read_asked(args.model, args.classes, args.prompts)
-    elif args.task == "c2i":
-        pool = list(range(row.config.num_classes))
-
     # say what will happen
     B, G, T = args.prompts_per_step, args.group_size, row.config.num_tokens
     N = B * G
@@ -271,8 +319,8 @@ def train(args):
           f"{args.updates_per_batch} update(s) a batch, {args.steps - start_step} steps")  # fmt: skip
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
-    is_toy = args.model.startswith("toy")
-    shown = pool[:: -(-len(pool) // 40)] if pool else data.balanced_captions(24)  # what the grids show
+    most = 40 if is_toy(args.model) else 16
+    shown = pool[:: -(-len(pool) // most)] if pool else data.balanced_captions(24)  # what the grids show
     since = time.perf_counter()
     if start_step == 0:
         draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, "before: the base model")
@@ -293,9 +341,10 @@ def train(args):
         prompts = [caption for caption in captions_of(args.model, asked) for _ in range(G)]
         cond, cond_mask = encode(asked)  # (B, ...), once a prompt
         generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what this one would have drawn
-        cond, cond_mask, tokens, old_logprobs = sample_groups(
-            policy, cond, cond_mask, G, generator, args.cfg_scale, args.temperature
-        )  # (N, ...), (N, P), (N, T), (N, T)
+        with autocast(device, args.dtype):
+            cond, cond_mask, tokens, old_logprobs = sample_groups(
+                policy, cond, cond_mask, G, generator, args.cfg_scale, args.temperature
+            )  # (N, ...), (N, P), (N, T), (N, T)
         since = lap(seconds, "sample", since, device)
 
         # 2. judge: decode, score, compare inside each group
@@ -314,9 +363,10 @@ def train(args):
         # what the frozen reference gives the same tokens; and the policy, where the sampler spoke for another one
         scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
         sampled_logprobs = old_logprobs  # (N, T)
-        ref_logprobs = frozen_logprobs(ref_model, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
-        if args.score_cfg != args.cfg_scale:
-            old_logprobs = frozen_logprobs(policy, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
+        with autocast(device, args.dtype):
+            ref_logprobs = frozen_logprobs(ref_model, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
+            if args.score_cfg != args.cfg_scale:
+                old_logprobs = frozen_logprobs(policy, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
         since = lap(seconds, "reference", since, device)
 
         # 3. learn: --updates-per-batch updates on this batch, each accumulated over micro-batches
@@ -327,7 +377,8 @@ def train(args):
             optimizer.zero_grad()
             for rows in torch.arange(N, device=device).split(args.micro_batch):
                 mask = None if cond_mask is None else cond_mask[rows]
-                logprobs, entropy = token_logprobs(policy, cond[rows], tokens[rows], mask, **scoring)  # (n, T) each
+                with autocast(device, args.dtype):
+                    logprobs, entropy = token_logprobs(policy, cond[rows], tokens[rows], mask, **scoring)  # (n, T) each
                 loss, stats = grpo_loss(
                     logprobs, old_logprobs[rows], ref_logprobs[rows], advantages[rows], args.clip_eps, args.kl_coef
                 )
@@ -348,7 +399,7 @@ def train(args):
             finite = values[values.isfinite()] if values.isfinite().any() else values.new_zeros(1)
             metrics |= {f"{name}_mean": finite.mean().item(), f"{name}_std": finite.std(correction=0).item()}
             metrics |= {f"{name}_not_finite": int((~values.isfinite()).sum()), f"{name}_seconds": judge_seconds[name]}
-        if is_toy:  # for the curves only; the policy never hears of it
+        if is_toy(args.model):  # for the curves only; the policy never hears of it
             right = [data.satisfies(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
             metrics["verifier"] = float(np.mean(right))
         metrics |= dict(
@@ -367,7 +418,7 @@ def train(args):
         for name, value in metrics.items():
             events.add_scalar(name, value, step)
         judged = " ".join(f"{name} {metrics[name + '_mean']:6.3f}" for name in scores)
-        verified = f" right {metrics['verifier']:4.0%}" if is_toy else ""
+        verified = f" right {metrics['verifier']:4.0%}" if is_toy(args.model) else ""
         bar.write(
             f"step {step:4d}  reward {metrics['reward']:6.3f} ({judged}){verified}  kl {metrics['kl']:.4f}  "
             f"entropy {metrics['entropy']:.3f}  ratio {metrics['ratio']:.4f}  grad {metrics['grad_norm']:5.2f}  "
