@@ -28,7 +28,7 @@ import torch
 import data
 from grpo import token_logprobs
 from model import MODELS, check_device, load_model
-from rewards import clip_image_features, load_clip, load_judges, parse_rewards, score
+from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
 from sample import captions_of, draw, make_encoder, resolve_ckpt
 from tokenizer import load_tokenizer
 
@@ -74,15 +74,15 @@ def precision_recall(samples, renders, k=3):
 
 
 @torch.no_grad()
-def measure(name, images, captions, judges, clip, renders_features):
+def measure(name, images, captions, judges, clip, renders_features, device):
     """The metrics of images (n, 3, 64, 64) in [0, 1] as {name of metric: figure}."""
     features = torch.cat([clip_image_features(clip, part) for part in images.split(256)]).double().numpy()
     accuracy = verifier_accuracy(images, captions, MODELS[name].config.task)
     figures = {f"right: {kind}": share for kind, share in accuracy.items()}
     scores = {}
     for k in range(0, len(images), 256):
-        for judge, values in score(judges, images[k : k + 256], captions[k : k + 256])[0].items():
-            scores.setdefault(judge, []).append(values)
+        for judge, values in score(judges, images[k : k + 256].to(device), captions[k : k + 256])[0].items():
+            scores.setdefault(judge, []).append(values.cpu())
     figures |= {f"reward: {judge}": float(torch.cat(values).nanmean()) for judge, values in scores.items()}
     figures["Frechet x 1000"] = 1000 * frechet_distance(features, renders_features)  # unit features: it is small
     figures["precision"], figures["recall"] = precision_recall(features, renders_features)
@@ -131,6 +131,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="images at once (default 64)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     if args.num < 48 or min(args.cfg_scale) < 1 or args.batch_size < 1:
         parser.error("needed: --num >= 48, --cfg-scale >= 1, --batch-size >= 1")
@@ -144,7 +145,7 @@ def run(args):
     row, device = MODELS[name], args.device
     weights = parse_rewards(args.rewards)
     tokenizer, encode = load_tokenizer(row.tokenizer, row.vq_ckpt, device), make_encoder(name, device)
-    judges, (clip, _) = load_judges(weights), load_clip()  # judges and features on the CPU: the toy's are small
+    judges, (clip, _) = load_judges(weights, device, judge_options(args, name)), load_clip()  # features: on the CPU
     asked = fixed_asked(name, args.num)
     captions = captions_of(name, asked)
 
@@ -157,14 +158,14 @@ def run(args):
         model = load_model(name, path, device)
         for cfg in args.cfg_scale:
             images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, cfg_scale=cfg)
-            figures = measure(name, images, captions, judges, clip, renders_features)
+            figures = measure(name, images, captions, judges, clip, renders_features, device)
             figures["entropy"] = mean_entropy(model, encode, asked, tokens, args.batch_size)
             columns[f"{which}, cfg {cfg:g}"] = figures
     fresh = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 2]))) * 2 - 1
     with torch.no_grad():
         trips = [tokenizer.decode(tokenizer.encode(part.to(device))).cpu() for part in fresh.split(256)]
     trips = (torch.cat(trips) / 2 + 0.5).clamp(0, 1)
-    columns["renders, round trip"] = measure(name, trips, captions, judges, clip, renders_features)
+    columns["renders, round trip"] = measure(name, trips, captions, judges, clip, renders_features, device)
 
     order = sorted(columns, key=lambda c: c.split("cfg")[-1])  # base and tuned of one cfg side by side
     head = f"{name}, {args.num} samples a column, seed {args.seed}; tuned: {', '.join(map(str, paths)) or 'none'}"

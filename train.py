@@ -44,7 +44,7 @@ from grpo import (
     token_logprobs,
 )
 from model import MODELS, check_device, load_model
-from rewards import load_judges, parse_rewards, score, weighted_sum
+from rewards import add_judge_flags, judge_options, load_judges, parse_rewards, score, weighted_sum
 from sample import captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
 from tokenizer import load_tokenizer
 
@@ -102,6 +102,7 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
     add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     try:
         args.model, args.ckpt = resolve_ckpt(args.ckpt, args.model, args.task)
@@ -110,6 +111,7 @@ def parse_args(argv=None):
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.weights = parse_rewards(args.rewards)
+        judge_options(args, args.model)  # here for its errors only
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
         check_device(args.device)
     except (OSError, ValueError) as error:
@@ -171,6 +173,7 @@ def save_policy(args, policy, step):
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
     free = ["out", "resume", "device", "sample_every", "save_every", "micro_batch"]
+    free += ["reward_weights", "qwen_server", "judge_batch"]  # where the judges are, not what they say
     free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
@@ -251,7 +254,7 @@ def train(args):
     ref_model = copy.deepcopy(policy).requires_grad_(False)
     tokenizer = load_tokenizer(row.tokenizer, row.vq_ckpt, device)
     encode = make_encoder(args.model, device)
-    judges = load_judges(args.weights, device)
+    judges = load_judges(args.weights, device, judge_options(args, args.model))
     # No weight decay: the KL already says where the weights should stay. (0.9, 0.95): the toy's gradients change fast.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
     generator = torch.Generator(device)
