@@ -173,11 +173,12 @@ def clip_judge(device, options):
 def hps_judge(device, options):
     """HPSv2.1: its checkpoint replaces every weight of open_clip's ViT-H-14, so LAION's 4 GB are never fetched."""
     path = find_weights("xswu/HPSv2", "HPS_v2.1_compressed.pt", options["reward_weights"])
+    weights = read_weights(path)
     import open_clip
 
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))  # 986M parameters, float32
     model.visual.image_mean, model.visual.image_std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    load_strict(model, read_weights(path), path)  # the file is half precision; copied into float32
+    load_strict(model, weights, path)  # the file is half precision; copied into float32
     model = model.eval().requires_grad_(False).to(device)
     return partial(clip_scores, model=model, words=open_clip.get_tokenizer("ViT-H-14"))
 
@@ -258,14 +259,16 @@ def maniqa_network():
         timm.create_model = create
 
 
-def maniqa_scores(images, prompts, network, batch):
+def maniqa_scores(images, prompts, network, batch, crops=20):
     """
-    MANIQA's score of each image (N, 3, H, W) in [0, 1]: (N,), about 0 to 1, higher is better. pyiqa takes 20 crops of
-    224 on a regular grid, batched over images, and smaller images are enlarged to 225 px. The official code draws its
-    crops at random; then a picture's score would depend on what else drew random numbers, two equal pictures of a
-    group would be told apart, and a resumed run would leave the first one's curve.
+    MANIQA's score of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, higher is better: the weighted mean
+    over the patches of 20 crops of 224 px, which pyiqa takes on a regular grid. The official code draws its crops at
+    random; then two equal pictures of a group are told apart, a score depends on what else drew random numbers, and a
+    resumed run leaves the curve of the unbroken one.
     """
-    # Peak memory: batch x 20 crops x 784 patches x 768 floats for each of the 12 layers, 0.6 GB an image.
+    # Below 228 px the grid has a step of 0: pyiqa enlarges to 225 px and takes the same crop 20 times. Once will do.
+    network.test_sample = crops if images.shape[-1] >= 228 else 1
+    # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB an image.
     return torch.cat([network(part)[:, 0] for part in images.split(batch)])
 
 
