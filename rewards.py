@@ -23,6 +23,7 @@ hub. Every judge loads strictly: one that was half initialised at random would s
 """
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -56,11 +57,7 @@ def add_judge_flags(parser):
     add("--qwen-answer", choices=("probability", "json"), default="probability",
         help="probability (default): the mean over the answer tokens' probabilities, one forward pass; "
              "json: generated text, parsed, as the paper")  # fmt: skip
-    add(
-        "--qwen-server",
-        metavar="URL",
-        help="ask this OpenAI-compatible server instead of a local Qwen (default: local)",
-    )
+    add("--qwen-server", metavar="URL", help="ask this OpenAI-compatible server, not a local Qwen (default: local)")
     add("--judge-batch", type=int, default=16, help="images at once in maniqa and qwen; memory, not the result (16)")
 
 
@@ -80,9 +77,9 @@ def judge_options(args, model):
     return options
 
 
-def first_line(error):
-    """Of an exception whose message may be a page: libraries explain at length, our users get one sentence."""
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+def short(error):
+    """The first sentence of an exception: libraries explain at length, and ours is one sentence."""
+    return re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0][:200]
 
 
 def find_weights(repo, filename, folder):
@@ -99,7 +96,7 @@ def find_weights(repo, filename, folder):
     except Exception as error:  # offline, gone, refused, disk full: the remedy is the same
         raise FileNotFoundError(
             f"{filename} is not in --reward-weights ({folder or 'not given'}) and could not be fetched from "
-            f"huggingface.co/{repo} ({first_line(error)}); fetch it elsewhere and name its folder"
+            f"huggingface.co/{repo} ({short(error)}); fetch it elsewhere and name its folder"
         ) from None
 
 
@@ -115,7 +112,7 @@ def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
     """
     import open_clip
 
-    quick_gelu, wanted = False, name
+    quick_gelu, wanted, hint = False, name, ""
     if ":" not in name:
         if name not in open_clip.list_models():
             raise ValueError(f"--clip-model: open_clip has no model {name!r}; open_clip.list_models() names them")
@@ -127,7 +124,9 @@ def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
         # every cosine is a little off; so the tag decides.
         quick_gelu = bool(tag and tag.get("quick_gelu"))
         repo = (tag or {}).get("hf_hub", "").strip("/")
-        wanted = f"{name} {pretrained}" + (f" (huggingface.co/{repo})" if repo else "")
+        wanted = f"{name} {pretrained}"
+        if repo:
+            hint = f"; --reward-weights DIR may hold the files of huggingface.co/{repo} in {Path(repo).name}/"
         local = Path(folder or "") / Path(repo).name
         if folder and repo and local.is_dir():
             name, pretrained = f"local-dir:{local}", None
@@ -137,10 +136,7 @@ def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
         )
         words = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises half a dozen kinds for files that are absent, cut or another model's
-        raise ValueError(
-            f"CLIP {wanted} could not be loaded ({first_line(error)}); --reward-weights DIR may hold the repository's "
-            f"files in a folder of its name"
-        ) from None
+        raise ValueError(f"CLIP {wanted} could not be loaded ({short(error)}){hint}") from None
     return model.eval().requires_grad_(False), words
 
 
@@ -239,7 +235,7 @@ def pyiqa_judge(name, device):
         metric = pyiqa.create_metric(name, device=device)
     except Exception as error:  # each metric downloads in its own way
         raise ValueError(
-            f"pyiqa:{name} could not be built ({first_line(error)}); pyiqa keeps what it downloads in "
+            f"pyiqa:{name} could not be built ({short(error)}); pyiqa keeps what it downloads in "
             f"{torch.hub.get_dir()}/pyiqa"
         ) from None
     return partial(pyiqa_scores, metric=metric)
@@ -362,17 +358,21 @@ def ask_model(pixels, texts, worths, model, processor, answer, batch):
             logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (n, V)
             logprobs = logits.log_softmax(-1)
             for row, worth in zip(logprobs, some, strict=True):
-                ids = [answer_token(processor.tokenizer, token) for token in worth]
-                values.append(expected_worth(dict(zip(worth, row[ids].tolist(), strict=True)), worth))
+                found = row[answer_tokens(processor.tokenizer, worth)].tolist()
+                values.append(expected_worth(dict(zip(worth, found, strict=True)), worth))
     return values
 
 
-def answer_token(tokenizer, text):
-    """The id of `text`. Raises ValueError if it takes several tokens: their first would not stand for the answer."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(f"{text!r} is {len(ids)} tokens of this Qwen tokenizer; use --qwen-answer json")
-    return ids[0]
+def answer_tokens(tokenizer, worth):
+    """
+    The ids of the answers in `worth`. Raises ValueError if one takes several tokens, whose first would not stand for
+    it, or if two are the same (the "unknown" of a vocabulary that has neither).
+    """
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in worth]
+    if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < len(ids):
+        answers = ", ".join(worth)
+        raise ValueError(f"{answers} are not single, distinct tokens of this tokenizer; use --qwen-answer json")
+    return [found[0] for found in ids]
 
 
 def load_qwen(folder, device):
@@ -387,7 +387,7 @@ def load_qwen(folder, device):
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers raises half a dozen kinds for files that are absent or cut
         raise ValueError(
-            f"{source} could not be loaded ({first_line(error)}); --reward-weights DIR may hold the files of "
+            f"{source} could not be loaded ({short(error)}); --reward-weights DIR may hold the files of "
             f"huggingface.co/{QWEN} in {Path(QWEN).name}/, and --qwen-server URL needs none"
         ) from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
@@ -405,8 +405,12 @@ def call_server(url, path, body=None):
         request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=300) as reply:
             return json.load(reply)
-    except (OSError, ValueError) as error:  # refused, lost, slow, an HTTP status; not an address, not JSON
-        raise ValueError(f"--qwen-server: {address} does not answer ({first_line(error)})") from None
+    except (
+        OSError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # refused, lost, slow, an HTTP status; not an address, not JSON
+        raise ValueError(f"--qwen-server: {address} does not answer ({short(error)})") from None
 
 
 def ask_server_once(pixels, text, worth, url, model, answer):
@@ -415,12 +419,9 @@ def ask_server_once(pixels, text, worth, url, model, answer):
 
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    picture = dict(
-        type="image_url", image_url=dict(url="data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
-    )
-    body = dict(
-        model=model, temperature=0, messages=[dict(role="user", content=[picture, dict(type="text", text=text)])]
-    )
+    url_of_picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [dict(type="image_url", image_url=dict(url=url_of_picture)), dict(type="text", text=text)]
+    body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
     body |= dict(max_tokens=64) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
     reply = call_server(url, "chat/completions", body)
     try:
@@ -436,11 +437,9 @@ def ask_server_once(pixels, text, worth, url, model, answer):
 
 def ask_server(pixels, texts, worths, url, model, answer):
     """As ask_model. 32 requests at a time, which the server batches."""
-    pool = ThreadPoolExecutor(32)
+    pool, ask = ThreadPoolExecutor(32), partial(ask_server_once, url=url, model=model, answer=answer)
     try:
-        return list(
-            pool.map(partial(ask_server_once, url=url, model=model, answer=answer), pixels.cpu(), texts, worths)
-        )
+        return list(pool.map(ask, pixels.cpu(), texts, worths))
     finally:
         pool.shutdown(cancel_futures=True)  # after one failure the rest need not be sent
 
@@ -449,15 +448,16 @@ def qwen_judge(device, options, names):
     """One judge for all of the questions `names`. Raises ValueError."""
     answer, url = options["qwen_answer"], options["qwen_server"]
     if url:
-        models = call_server(url, "models").get("data")  # also finds out now, not after the first batch, if it is there
-        if not models:
-            raise ValueError(f"--qwen-server: {url} serves no model")
-        ask = partial(ask_server, url=url, model=models[0]["id"], answer=answer)
+        try:  # the first model that it serves; and whether it is there comes out now, not after the first batch
+            model = call_server(url, "models")["data"][0]["id"]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"--qwen-server: {url} names no model that it serves") from None
+        ask = partial(ask_server, url=url, model=model, answer=answer)
     else:
         model, processor = load_qwen(options["reward_weights"], device)
         if answer == "probability":  # now, not after the first batch
-            for token in [*RATING, *YES_NO]:
-                answer_token(processor.tokenizer, token)
+            for name in names:
+                answer_tokens(processor.tokenizer, QUESTIONS[name][1])
         batch = options["judge_batch"] * len(names)
         ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=batch)
     return partial(qwen_scores, names=names, answer=answer, ask=ask)
@@ -466,12 +466,8 @@ def qwen_judge(device, options, names):
 # ---------------------------------------------------------------------------------------------------------------
 # Putting judges together
 
-JUDGES = {
-    "clip": clip_judge,
-    "hps": hps_judge,
-    "maniqa": maniqa_judge,
-    "critic": critic_judge,
-}  # factory(device, options)
+# name -> factory(device, options)
+JUDGES = {"clip": clip_judge, "hps": hps_judge, "maniqa": maniqa_judge, "critic": critic_judge}
 STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine it is the step of
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -583,6 +584,18 @@ def test_qwen_in_a_batch_is_qwen_alone(judges_folder):
         assert torch.allclose(scores[name], torch.cat(one_by_one), atol=1e-4) and scores[name].std() > 1e-3
 
 
+def test_half_a_qwen_is_refused(judges_folder, tmp_path):
+    """transformers warns and fills the gap with random numbers, and the answers go on looking like answers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(judges_folder / "Qwen2.5-VL-3B-Instruct", folder := tmp_path / "Qwen2.5-VL-3B-Instruct")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        rewards.load_qwen(tmp_path, "cpu")
+
+
 def test_qwen_that_writes_nonsense_is_missing_and_not_zero(judges_folder):
     judges = rewards.load_judges(["qwen-real"], options=dict(reward_weights=judges_folder, qwen_answer="json"))
     assert rewards.score(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
@@ -600,16 +613,17 @@ def test_the_expected_answer_is_a_mean_over_answers_alone():
     assert math.isnan(rewards.expected_worth({"The": 0.0}, rewards.YES_NO))
 
 
-def test_an_answer_of_several_tokens_is_refused(judges_folder):
-    """Its first token would be read as the answer: with "1" and "0" of "10" alike, every score would be the same."""
+def test_answers_must_be_single_distinct_tokens(judges_folder):
+    """Otherwise first tokens are read: "10" and "1" would be one answer, and a vocabulary without either another."""
     _, processor = rewards.load_qwen(judges_folder, "cpu")
-    assert rewards.answer_token(processor.tokenizer, "Yes") != rewards.answer_token(processor.tokenizer, "yes")
-    with pytest.raises(ValueError, match="--qwen-answer json"):
-        rewards.answer_token(processor.tokenizer, "yes!")
+    assert len(set(rewards.answer_tokens(processor.tokenizer, rewards.YES_NO | rewards.RATING))) == 10
+    for answers in (["yes!", "no"], ["1", "10"], ["yes", "yes"]):
+        with pytest.raises(ValueError, match="--qwen-answer json"):
+            rewards.answer_tokens(processor.tokenizer, answers)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible server whose answers say how bright the picture is: grey level 51 k rates k."""
+    """An OpenAI-compatible server whose answers say how red the picture is: level 51 k rates k."""
 
     def reply(self, found):
         self.send_response(200)
@@ -623,8 +637,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         picture, _ = asked["messages"][0]["content"]
         file = io.BytesIO(base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,")))
-        level = set(np.array(Image.open(file)).ravel().tolist())
-        assert len(level) == 1 and asked["model"] == "tiny" and self.path == "/v1/chat/completions"
+        pixels = np.array(Image.open(file))  # (H, W, 3)
+        level = set(pixels[..., 0].ravel().tolist())
+        assert len(level) == 1 and not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
+        assert asked["model"] == "tiny" and self.path == "/v1/chat/completions"
         answer = str(level.pop() // 51)
         content = "I do not know." if answer == "5" else f'Here: {{"score": {answer}}}'
         top = [dict(token=answer, logprob=math.log(0.5)), dict(token="The", logprob=math.log(0.5))]
@@ -644,8 +660,10 @@ def server():
 
 
 def test_a_server_may_answer_for_qwen(server):
-    """JPEG would change the grey levels, and answers must come back in the order of the pictures."""
-    images = (torch.tensor([3.0, 0, 5, 1]) / 5).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    """JPEG would change the levels and smear the edge, and answers must come back in the order of the pictures."""
+    images = torch.zeros(4, 3, 8, 8)
+    images[:, 0] = (torch.tensor([3.0, 0, 5, 1]) / 5).view(4, 1, 1)
+    images[:, 2, :, 4:] = 200 / 255
     for url, answer, last in ((server, "probability", 5), (server + "/v1", "json", torch.nan)):
         judges = rewards.load_judges(["qwen-match"], options=dict(qwen_server=url, qwen_answer=answer))
         scores = rewards.score(judges, images, ["x"] * 4)[0]["qwen-match"]

@@ -213,7 +213,8 @@ def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
     scores, _ = score(judges, images.to(args.device), captions)
     labels = []
     for k, caption in enumerate(captions):
-        said = "  ".join(f"{name.removeprefix('pyiqa:')} {values[k]:.2f}" for name, values in scores.items())
+        said = [f"{name.removeprefix('pyiqa:')} {values[k]:.2f}" for name, values in scores.items()]
+        said = "\n".join("  ".join(said[j : j + 2]) for j in range(0, len(said), 2))  # two fit below a picture
         labels.append(f"{caption.removeprefix('a photo of ')}\n{said}")
     columns = len(data.CATEGORIES) if args.task == "t2i" else 10  # a category a column; two of the toy's colours a row
     save_grid(path, images, labels, columns, title=title)
