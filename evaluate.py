@@ -30,7 +30,7 @@ import torch
 import data
 from grpo import token_logprobs
 from model import MODELS, autocast, check_device, is_toy, load_model
-from rewards import clip_image_features, load_clip, load_judges, parse_rewards, score
+from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
 from sample import add_model_flags, captions_of, draw, make_encoder, read_asked, resolve_ckpt
 from tokenizer import load_tokenizer
 
@@ -145,6 +145,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of sampling; the renders' is another (default 0)")
     add("--batch-size", type=int, default=64, help="images at once (default 64)")
     add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     if args.num < 1 or not min(args.cfg_scale) >= 1 or args.batch_size < 1:
         parser.error("needed: --num >= 1, --cfg-scale >= 1, --batch-size >= 1")
@@ -160,7 +161,9 @@ def run(args):
         raise ValueError("--num must be at least 48: Frechet distance, precision and recall mean nothing for fewer")
     tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
     encode = make_encoder(name, device, args.text_encoder, args.text_pad)
-    judges = load_judges(parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device)
+    judges = load_judges(
+        parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
+    )
     if args.classes or args.prompts or (row.config.task == "t2i" and not toy):
         pool = read_asked(name, args.classes, args.prompts)
         asked = [pool[k % len(pool)] for k in range(args.num)]

@@ -33,7 +33,7 @@ from tqdm import trange
 import data
 from evaluate import fixed_asked, verifier_accuracy
 from model import MODELS, TextEncoder, Transformer, load_model
-from rewards import clip_image_features, clip_judge, critic_network
+from rewards import clip_image_features, critic_network, load_judges
 from sample import captions_of, draw, make_encoder
 from tokenizer import TOKENIZERS, VQModel, load_tokenizer
 
@@ -376,7 +376,7 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", scale=f"{model.logit_scale.exp():.0f}", refresh=False)
     save_half(model.state_dict(), path)
-    judge = clip_judge("cpu", f"local-dir:{folder}")
+    judge = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{folder}"))["clip"]
     figures = dict(images=args.eval_images, loss=round(float(np.mean(losses[-50:])), 3))
     rng = np.random.default_rng(seed + 1000)
     for category in data.CATEGORIES:

@@ -4,12 +4,18 @@ The invariants, one a test. Each names the bug that it keeps out. No network, no
     pytest -q test_grpo.py
 """
 
+import base64
 import hashlib
+import http.server
+import io
 import json
+import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -43,6 +50,12 @@ from tokenizer import TOKENIZERS, VQConfig, VQModel, load_tokenizer, to_uint8
 HERE = Path(__file__).parent
 C2I = ModelConfig("c2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, num_classes=5)
 T2I = ModelConfig("t2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, caption_dim=16, cond_len=6)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """What is not in a folder of this repository or of a test is not to be had, wherever the tests run."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def tiny(config, seed=0):
@@ -497,6 +510,288 @@ def test_any_pyiqa_metric_is_a_judge():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# the paper's judges: tiny models in the forms of the real ones, saved to a folder, then loaded by the real code
+
+TINY_CLIP = dict(
+    embed_dim=16,
+    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=16),
+    text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
+)
+PAPER = ["clip", "clip-step", "hps", "hps-step", "maniqa", "qwen-match", "qwen-real", "qwen-odd"]
+
+
+def save_tiny_qwen(folder):
+    """Qwen2.5-VL with two layers of 32, and a byte-level tokenizer in which the answers are single tokens."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
+    special = [f"<|{name}|>" for name in names]
+    words = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["ye", "yes", "Ye", "Yes", "no", "No"]
+    merges = [("y", "e"), ("ye", "s"), ("Y", "e"), ("Ye", "s"), ("n", "o"), ("N", "o")]
+    bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=merges))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], additional_special_tokens=special
+    )
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    processors = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
+    transformers.Qwen2_5_VLProcessor(*processors, chat_template=template).save_pretrained(folder)
+    image, video, start, end = (tokenizer.convert_tokens_to_ids(special[k]) for k in (5, 6, 3, 4))
+    rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e6)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, bos_token_id=None,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=32,
+                           fullatt_block_indexes=[1]),
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    for p in model.parameters():
+        p.data.mul_(4 if p.ndim > 1 else 1)  # sharp enough for the picture to be heard
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def judges_folder(tmp_path_factory):
+    """What --reward-weights names, with tiny models under the real ones' file names; and clip.pt."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("judges")
+    torch.manual_seed(0)
+    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "clip.pt")
+    hps = {name: value.half() for name, value in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
+    torch.save({"state_dict": hps}, folder / "HPS_v2.1_compressed.pt")
+    save_tiny_qwen(folder / "Qwen2.5-VL-3B-Instruct")
+    maniqa = rewards.maniqa_network().state_dict()
+    for name, value in maniqa.items():  # matrices whose rows overlap: 136M numbers in a file of 2 MB
+        if value.is_floating_point() and value.ndim > 1:
+            maniqa[name] = (0.02 * torch.randn(sum(value.shape))).as_strided(value.shape, [1] * value.ndim)
+    torch.save(maniqa, folder / "ckpt_koniq10k.pt")
+    return folder
+
+
+@pytest.fixture
+def tiny_open_clip(tmp_path, monkeypatch):
+    """open_clip's registry with a model "tiny" and, in the place of ViT-H-14, the same; the old one afterwards."""
+    import open_clip
+
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+    for name in ("ViT-H-14", "tiny"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(TINY_CLIP))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+
+
+def some_images(n=4, size=64):
+    """Pictures that differ in brightness, colour and texture, and their prompts, two of which are equal."""
+    images = (
+        torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+        ** torch.arange(1, n + 1)[:, None, None, None]
+    )
+    images[0, 0] = 1
+    return images, ["a red circle", "a {strange} prompt that is a good deal longer", "two dogs", "a red circle"][:n]
+
+
+def test_every_judge_of_the_paper_trains(judges_folder, tiny_open_clip, tmp_path):
+    """Each on its own works before the names, the shared models and the log have met; this is where they meet."""
+    names = [*PAPER, "critic", "pyiqa:piqe"]
+    flags = ["--clip-model", "tiny", "--clip-pretrained", str(judges_folder / "clip.pt")]
+    flags += ["--reward-weights", str(judges_folder), "--judge-batch", "3", "--rewards", ",".join(names)]
+    flags += ["--steps", "2", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7", "--out", str(tmp_path)]
+    train.main(flags)
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 2 and all(row[f"{name}_not_finite"] == 0 for row in rows for name in names)
+    assert 0 < rows[0]["qwen-match_mean"] < 5 and 0 < rows[0]["qwen-odd_mean"] < 1
+    assert rows[0]["reward"] == pytest.approx(sum(rows[0][f"{name}_mean"] for name in names), rel=1e-4)
+    readme = (HERE / "README.md").read_text()
+    judged = f"^({'|'.join(names)})_(mean|std|not_finite)$"
+    for key in rows[0]:
+        glossary = re.sub(judged, r"NAME_\2", key)
+        assert f"`{glossary}`" in readme
+
+
+@pytest.mark.parametrize("judge", ["clip", "hps"])
+def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, judges_folder, tiny_open_clip):
+    """The official code encodes each of N captions, of which only B differ, and each picture twice."""
+    options = dict(clip_model="tiny", clip_pretrained=str(judges_folder / "clip.pt"), reward_weights=judges_folder)
+    judges = rewards.load_judges([f"{judge}-step", judge], options=options)
+    model = judges[judge].keywords["judge"].keywords["model"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # HPSv2.1's file is half precision
+    seen = []
+    model.visual.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    model.token_embedding.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    images, prompts = some_images()
+    scores, seconds = rewards.score(judges, images, prompts)
+    assert sorted(seen) == [3, 4] and set(scores) == set(seconds) == {judge, f"{judge}-step"}
+    assert torch.equal(scores[f"{judge}-step"], rewards.step_of(scores[judge])) and scores[judge].unique().numel() == 4
+    only, _ = rewards.score(rewards.load_judges([f"{judge}-step"], options=options), images, prompts)
+    assert list(only) == [f"{judge}-step"] and torch.equal(only[f"{judge}-step"], scores[f"{judge}-step"])
+
+
+def test_the_step_function_keeps_its_edges_and_nan():
+    """NaN compares false with everything, so a chain of `where` would give it the best score."""
+    cosines = torch.tensor([-0.1, 0.0, 0.29, 0.3, 0.59, 0.6, torch.nan])
+    assert rewards.step_of(cosines).tolist()[:6] == [-1, 0.5, 0.5, 1, 1, 1.5] and rewards.step_of(cosines)[6].isnan()
+
+
+def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
+    """With plain "ViT-B-32" open_clip warns and goes on with the exact GELU: plausible cosines, all a little wrong."""
+    import open_clip
+
+    folder = tmp_path / "vit_base_patch32_clip_224.openai"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TINY_CLIP, preprocess_cfg={})))
+    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        model, words = rewards.load_clip(name, "openai", tmp_path)
+        assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+        assert words(["a dog"]).shape == (1, 77)
+
+
+def test_the_toy_keeps_its_own_clip():
+    toy, real = train.parse_args([]), train.parse_args(["--clip-pretrained", "laion2b_s34b_b79k"])
+    assert rewards.judge_options(toy, "toy-c2i")["clip_model"] == rewards.TOY_CLIP
+    assert rewards.judge_options(toy, "GPT-XL")["clip_model"] == "ViT-B-32-quickgelu"
+    assert rewards.judge_options(toy, "GPT-XL")["clip_pretrained"] == "openai"
+    assert rewards.judge_options(real, "toy-c2i")["clip_model"] == "ViT-B-32-quickgelu"
+
+
+def test_maniqa_in_a_batch_is_maniqa_alone(judges_folder):
+    """Random crops would tell equal pictures apart, and a reshape that is wrong by one axis mixes their crops."""
+    judge = rewards.load_judges(["maniqa"], options=dict(reward_weights=judges_folder, judge_batch=2))["maniqa"]
+    images, prompts = some_images(3, 232)
+    images[2] = images[0]  # the third is in a batch of its own
+    with torch.no_grad():
+        scores = judge(images, prompts, crops=2)
+    assert scores[0] == pytest.approx(scores[2].item(), rel=1e-5) and scores[0] != pytest.approx(
+        scores[1].item(), rel=0.01
+    )
+    assert judge.keywords["network"].test_sample == 2  # at 232 px the grid has a step, so two crops are two
+
+
+def test_qwen_in_a_batch_is_qwen_alone(judges_folder):
+    """Left padding, shared answers' tokens and the order of (image, question) pairs all fail here when wrong."""
+    names = ["qwen-match", "qwen-real", "qwen-odd"]
+    images, prompts = some_images()
+    judges = rewards.load_judges(names, options=dict(reward_weights=judges_folder, judge_batch=3))
+    assert list(judges) == ["qwen"]
+    scores, _ = rewards.score(judges, images, prompts)
+    for name in names:
+        alone = rewards.load_judges([name], options=dict(reward_weights=judges_folder))
+        one_by_one = [
+            rewards.score(alone, image[None], [prompt])[0][name] for image, prompt in zip(images, prompts, strict=True)
+        ]
+        assert torch.allclose(scores[name], torch.cat(one_by_one), atol=1e-4) and scores[name].std() > 1e-3
+
+
+def test_half_a_qwen_is_refused(judges_folder, tmp_path):
+    """transformers warns and fills the gap with random numbers, and the answers go on looking like answers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(judges_folder / "Qwen2.5-VL-3B-Instruct", folder := tmp_path / "Qwen2.5-VL-3B-Instruct")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        rewards.load_qwen(tmp_path, "cpu")
+
+
+def test_qwen_that_writes_nonsense_is_missing_and_not_zero(judges_folder):
+    judges = rewards.load_judges(["qwen-real"], options=dict(reward_weights=judges_folder, qwen_answer="json"))
+    assert rewards.score(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
+    readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
+    assert {text: rewards.read_score(text, 5) for text in readable} == readable
+    for text in ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}'):
+        assert math.isnan(rewards.read_score(text, 5))
+    assert math.isnan(rewards.read_score('{"score": 4}', 1))
+
+
+def test_the_expected_answer_is_a_mean_over_answers_alone():
+    logprobs = {"5": math.log(0.5), "0": math.log(0.25), "The": math.log(0.25)}
+    assert rewards.expected_worth(logprobs, rewards.RATING) == pytest.approx(5 * 0.5 / 0.75)
+    assert rewards.expected_worth({"Yes": -1.0, "yes": -1.0, "no": -1.0}, rewards.YES_NO) == pytest.approx(2 / 3)
+    assert math.isnan(rewards.expected_worth({"The": 0.0}, rewards.YES_NO))
+
+
+def test_answers_must_be_single_distinct_tokens(judges_folder):
+    """Otherwise first tokens are read: "10" and "1" would be one answer, and a vocabulary without either another."""
+    _, processor = rewards.load_qwen(judges_folder, "cpu")
+    assert len(set(rewards.answer_tokens(processor.tokenizer, rewards.YES_NO | rewards.RATING))) == 10
+    for answers in (["yes!", "no"], ["1", "10"], ["yes", "yes"]):
+        with pytest.raises(ValueError, match="--qwen-answer json"):
+            rewards.answer_tokens(processor.tokenizer, answers)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server whose answers say how red the picture is: level 51 k rates k."""
+
+    def reply(self, found):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(found).encode())
+
+    def do_GET(self):
+        self.reply(dict(data=[dict(id="tiny")] if self.path == "/v1/models" else []))
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        picture, _ = asked["messages"][0]["content"]
+        file = io.BytesIO(base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,")))
+        pixels = np.array(Image.open(file))  # (H, W, 3)
+        level = set(pixels[..., 0].ravel().tolist())
+        assert len(level) == 1 and not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
+        assert asked["model"] == "tiny" and self.path == "/v1/chat/completions"
+        answer = str(level.pop() // 51)
+        content = "I do not know." if answer == "5" else f'Here: {{"score": {answer}}}'
+        top = [dict(token=answer, logprob=math.log(0.5)), dict(token="The", logprob=math.log(0.5))]
+        logprobs = dict(content=[dict(top_logprobs=top)]) if asked.get("top_logprobs") else None
+        self.reply(dict(choices=[dict(message=dict(content=content), logprobs=logprobs)]))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+
+
+def test_a_server_may_answer_for_qwen(server):
+    """JPEG would change the levels and smear the edge, and answers must come back in the order of the pictures."""
+    images = torch.zeros(4, 3, 8, 8)
+    images[:, 0] = (torch.tensor([3.0, 0, 5, 1]) / 5).view(4, 1, 1)
+    images[:, 2, :, 4:] = 200 / 255
+    for url, answer, last in ((server, "probability", 5), (server + "/v1", "json", torch.nan)):
+        judges = rewards.load_judges(["qwen-match"], options=dict(qwen_server=url, qwen_answer=answer))
+        scores = rewards.score(judges, images, ["x"] * 4)[0]["qwen-match"]
+        assert torch.equal(scores.nan_to_num(-1), torch.tensor([3.0, 0, last, 1]).nan_to_num(-1))
+
+
+def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
+    """It is the first thing that people will change, so it has to work word for word."""
+    section = (HERE / "README.md").read_text().split("## Write your own reward in ten lines")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    flag = re.search(r"--rewards ([^\s`]+)", section)[1]
+    monkeypatch.setattr(rewards, "JUDGES", dict(rewards.JUDGES))
+    assert len(code.strip().splitlines()) <= 10
+    exec(code, dict(vars(rewards)))  # as if it stood at the end of rewards.py; JUDGES is the only thing it changes
+    train.main(["--steps", "1", "--rewards", flag, "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
+    own = set(rewards.JUDGES) - {"clip", "hps", "maniqa", "critic"}
+    assert len(own) == 1 and read_metrics(tmp_path)[0][f"{own.pop()}_std"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # the scripts, through their own main
 
 TINY_RUN = ["--prompts-per-step", "2", "--group-size", "2", "--sample-every", "2", "--save-every", "1"]
@@ -629,6 +924,9 @@ def wrong_files(folder):
     save_tiny_t5(folder / "narrow", dim=32)
     (folder / "run").mkdir()
     (folder / "run/state.pt").write_bytes(b"x")
+    (folder / "judges/Qwen2.5-VL-3B-Instruct").mkdir(parents=True)
+    (folder / "judges/HPS_v2.1_compressed.pt").write_bytes(b"PK\x03\x04 not whole")
+    torch.save({"w": torch.zeros(2)}, folder / "judges/ckpt_koniq10k.pt")
 
 
 def test_every_official_form_of_file_loads(tmp_path):
@@ -731,6 +1029,22 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
     (train, ["--rewards", "clip=x"], "not a number"),
     (train, ["--rewards", "pyiqa:nonsense"], "no no-reference metric"),
+    (train, ["--rewards", "hps", "--reward-weights", "{}/none"], "no such folder"),
+    (train, ["--rewards", "hps", "--reward-weights", "{}/run"], "huggingface.co/xswu/HPSv2"),
+    (train, ["--rewards", "hps", "--reward-weights", "{}/judges"], "truncated"),
+    (train, ["--rewards", "maniqa"], "ckpt_koniq10k.pt is not in --reward-weights"),
+    (train, ["--rewards", "maniqa", "--reward-weights", "{}/judges"], "another model"),
+    (train, ["--rewards", "clip", "--clip-model", "ViT-Z"], "open_clip has no model 'ViT-Z'"),
+    (train, ["--rewards", "clip", "--clip-pretrained", "opanai"], "neither a file nor a tag"),
+    (train, ["--rewards", "clip", "--clip-pretrained", "openai"], "timm/vit_base_patch32_clip_224.openai"),
+    (train, ["--rewards", "clip", "--clip-model", "ViT-B-32", "--clip-pretrained", "{}/cut.pt"], "could not be loaded"),
+    (train, ["--rewards", "qwen-real"], "huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct"),
+    (train, ["--rewards", "qwen-real", "--reward-weights", "{}/judges"], "could not be loaded"),
+    (train, ["--rewards", "qwen-odd", "--qwen-server", "http://127.0.0.1:9"], "127.0.0.1:9/v1/models does not answer"),
+    (train, ["--rewards", "qwen-odd", "--qwen-server", "localhost"], "does not answer"),
+    (train, ["--qwen-answer", "maybe"], "--qwen-answer"),
+    (train, ["--judge-batch", "0"], "--judge-batch"),
+    (evaluate, ["--rewards", "hps"], "huggingface.co/xswu/HPSv2"),
     (train, ["--group-size", "1"], "at least 2"),
     (train, ["--score-cfg", "some"], "some"),
     (train, ["--lr", "0"], "above 0"),

@@ -46,7 +46,7 @@ from grpo import (
     token_logprobs,
 )
 from model import MODELS, autocast, check_device, is_toy, load_model
-from rewards import load_judges, parse_rewards, score, weighted_sum
+from rewards import add_judge_flags, judge_options, load_judges, parse_rewards, score, weighted_sum
 from sample import add_model_flags, captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
 from tokenizer import load_tokenizer
 
@@ -143,6 +143,7 @@ def parse_args(argv=None):
     add("--sample-every", type=int, default=50, help="steps between grids of the same prompts and seeds (default 50)")
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
     add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     if args.preset:  # once more, with the preset's values in place of the defaults
         parser.set_defaults(**PRESETS[args.preset])
@@ -155,6 +156,7 @@ def parse_args(argv=None):
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.weights = parse_rewards(args.rewards)
+        judge_options(args, args.model)  # here for its errors only
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
         check_device(args.device)
     except (OSError, ValueError) as error:
@@ -218,6 +220,7 @@ def save_policy(args, policy, step):
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
     free = ["out", "resume", "device", "sample_every", "save_every", "micro_batch"]
+    free += ["reward_weights", "qwen_server", "judge_batch"]  # where the judges are, not what they say
     free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
@@ -258,7 +261,8 @@ def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
     scores, _ = score(judges, images.to(args.device), captions)
     labels = []
     for k, caption in enumerate(captions):
-        said = "  ".join(f"{name.removeprefix('pyiqa:')} {values[k]:.2f}" for name, values in scores.items())
+        said = [f"{name.removeprefix('pyiqa:')} {values[k]:.2f}" for name, values in scores.items()]
+        said = "\n".join("  ".join(said[j : j + 2]) for j in range(0, len(said), 2))  # two fit below a picture
         labels.append(f"{caption.removeprefix('a photo of ')}\n{said}")
     columns = len(data.CATEGORIES) if args.task == "t2i" else 10  # a category a column; two of the toy's colours a row
     save_grid(path, images, labels, columns, title=title)
@@ -304,7 +308,7 @@ def train(args):
     ref_model = copy.deepcopy(policy).requires_grad_(False)
     tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
     encode = make_encoder(args.model, device, args.text_encoder, args.text_pad)
-    judges = load_judges(args.weights, device)
+    judges = load_judges(args.weights, device, judge_options(args, args.model))
     # No weight decay: the KL says already where the weights should stay. The toys' beta 2 is .95: 200 steps would
     # not fill an average over 1,000.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0)
