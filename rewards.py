@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import ResBlock, load_strict, read_weights
+from tokenizer import ResBlock, find_file, load_strict, read_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOY_CLIP = f"local-dir:{WEIGHTS / 'toy-clip'}"  # an open_clip model name: configuration, weights and words in a folder
@@ -89,15 +89,10 @@ def find_weights(repo, filename, folder):
     """
     if folder and (Path(folder) / filename).is_file():
         return Path(folder) / filename
-    from huggingface_hub import hf_hub_download
-
     try:
-        return hf_hub_download(repo, filename)
-    except Exception as error:  # offline, gone, refused, disk full: the remedy is the same
-        raise FileNotFoundError(
-            f"{filename} is not in --reward-weights ({folder or 'not given'}) and could not be fetched from "
-            f"huggingface.co/{repo} ({short(error)}); fetch it elsewhere and name its folder"
-        ) from None
+        return find_file(f"hf:{repo}/{filename}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{filename} is not in --reward-weights ({folder or 'not given'}); {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

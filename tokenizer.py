@@ -216,7 +216,7 @@ def find_file(where):
     owner, repo, file = str(where).removeprefix("hf:").split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", file))
-    except (OSError, ValueError) as error:  # offline, no such file, no such repository, no right to it
+    except Exception as error:  # offline, gone, refused, disk full; of several libraries' kinds
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
             f"{file} of huggingface.co/{owner}/{repo} cannot be had ({reason}); fetch it elsewhere and give its path"

@@ -314,6 +314,7 @@ def train(args):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0)
     generator = torch.Generator(device)
     start_step = load_state(args, policy, optimizer) if args.resume else 0
+
     # say what will happen
     B, G, T = args.prompts_per_step, args.group_size, row.config.num_tokens
     N = B * G
