@@ -21,14 +21,16 @@ def main(argv=None):
     add = parser.add_argument
     add("--size", choices=SIZES, default="GPT-B", help="a row of the size table (default GPT-B)")
     add("--images", type=int, default=8, help="images generated at once (default 8)")
-    add("--grid", type=int, default=16, help="tokens along a side: 16 is 256 px, 24 is 384 px (default 16)")
+    add("--grid", type=int, help="tokens along a side: 16 is 256 px, 24 is 384 px (default 16; a toy has its own)")
     add("--cfg-scale", type=float, default=2.0, help="above 1 doubles the batch (default 2)")
     add("--repeat", type=int, default=2, help="timed runs; the first one also warms up (default 2)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     toy = args.size in MODELS
-    config = MODELS[args.size].config if toy else ModelConfig("c2i", *SIZES[args.size], grid_size=args.grid)
+    if toy and args.grid:
+        parser.error(f"{args.size} has a grid of its own; leave out --grid")
+    config = MODELS[args.size].config if toy else ModelConfig("c2i", *SIZES[args.size], grid_size=args.grid or 16)
     if config.task != "c2i":
         parser.error("only class-conditional sizes: a caption's length would be one more thing to choose")
     model = Transformer(config).eval().to(args.device)

@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,9 @@ from tqdm import trange
 import data
 from evaluate import fixed_asked, verifier_accuracy
 from model import MODELS, TextEncoder, Transformer, load_model
-from rewards import clip_image_features, critic_network, load_judges
+from rewards import clip_image_features, critic_network, critic_scores, load_judges, score
 from sample import captions_of, draw, make_encoder
-from tokenizer import TOKENIZERS, VQModel, load_tokenizer
+from tokenizer import TOKENIZERS, VQModel, load_strict, load_tokenizer, read_weights
 
 
 def world_captions(n, rng):
@@ -247,19 +248,14 @@ def train_base(args, name, steps, batch, lr, seed, go_on=False):
         losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(nats=f"{np.mean(losses[-20:]):.3f}", refresh=False)
-        if name == "toy-c2i" and step + 1 in (
-            steps * 6 // 10,
-            steps * 8 // 10,
-            steps,
-        ):  # what the critic will learn to tell from real
+        # what the critic will learn to tell from real
+        if name == "toy-c2i" and step + 1 in (steps * 6 // 10, steps * 8 // 10, steps):
             with torch.no_grad():
                 fakes.append(draw(model, tokenizer, encode, sample_asked(name, args.eval_images, rng), seed=step)[1])
     if fakes:
         np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
     save_half(model.state_dict(), path)
-    model = load_model(name, path)  # the figures are those of the float16 weights that are shipped
-    figures = dict(loss_nats_per_token=round(float(np.mean(losses[-50:])), 3), images=args.eval_images, steps=steps)
-    figures |= {f"cfg{cfg:g}": verifier_figures(args, name, model, tokenizer, encode, cfg) for cfg in (1.0, 2.0)}
+    figures = dict(loss_nats_per_token=round(float(np.mean(losses[-50:])), 3), steps=steps)
     if go_on:
         figures["before"] = json.loads((args.out / f"{name}.json").read_text())
     report(args, name, path, figures, seed, time.time() - start)
@@ -270,14 +266,6 @@ def sample_asked(name, n, rng):
     if MODELS[name].config.task == "c2i":
         return rng.integers(MODELS[name].config.num_classes, size=n).tolist()
     return data.sample_captions(n, rng)
-
-
-def verifier_figures(args, name, model, tokenizer, encode, cfg_scale):
-    """Verifier accuracy on the fixed samples of evaluation, in all and by shape or category."""
-    asked = fixed_asked(name, args.eval_images)
-    images, _ = draw(model, tokenizer, encode, asked, cfg_scale=cfg_scale)
-    found = verifier_accuracy(images, captions_of(name, asked), MODELS[name].config.task)
-    return {kind: round(share, 3) for kind, share in found.items()}
 
 
 def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
@@ -422,6 +410,46 @@ def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
     report(args, "toy-critic", path, dict(accuracy=round(float(np.mean(hits[-50:])), 3)), seed, time.time() - start)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# 4. What came of it
+
+
+def measure(args):
+    """
+    Adds to the reports what needs bases and judges both, on the float16 weights that are shipped: how many of a base's
+    fixed samples the verifier accepts, and each judge's AUC, the chance that it scores a right one above a wrong one.
+    """
+    from scipy.stats import mannwhitneyu
+
+    path = args.out / "toy-critic.safetensors"
+    critic = partial(critic_scores, network=load_strict(critic_network(), read_weights(path), path).eval())
+    clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
+    tokenizer = load_tokenizer("toy", args.out / "toy-vq.safetensors")
+    for name in ("toy-c2i", "toy-t2i"):
+        model = load_model(name, args.out / f"{name}.safetensors")
+        encode, asked = make_encoder(name, text_encoder=args.out / "toy-t5"), fixed_asked(name, args.eval_images)
+        captions, found = captions_of(name, asked), dict(images=len(asked))
+        for cfg in (2.0, 1.0):  # the judges then rank what is drawn without guidance, as in training
+            images, _ = draw(model, tokenizer, encode, asked, cfg_scale=cfg)
+            shares = verifier_accuracy(images, captions, MODELS[name].config.task)
+            found[f"right, cfg {cfg:g}"] = {kind: round(share, 3) for kind, share in shares.items()}
+        add_figures(args, name, found)
+        right = np.array([data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
+        if right.all() or not right.any():  # --quick: nothing to rank
+            continue
+        for judge, values in score({"toy-clip": clip, "toy-critic": critic}, images, captions)[0].items():
+            above = mannwhitneyu(values[right], values[~right]).statistic / (right.sum() * (~right).sum())
+            add_figures(args, judge, {f"AUC, right above wrong samples of {name}": round(float(above), 3)})
+
+
+def add_figures(args, name, figures):
+    path = args.out / f"{name}.json"
+    facts = json.loads(path.read_text())
+    facts["figures"] |= figures
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{path}: {json.dumps(figures)}")
+
+
 STAGES = {
     "vq": train_vq,
     "t5": train_t5,
@@ -430,6 +458,7 @@ STAGES = {
     "t2i-more": train_t2i_more,
     "clip": train_clip,
     "critic": train_critic,
+    "measure": measure,
 }
 
 
@@ -447,7 +476,7 @@ def main(argv=None):
     args.eval_images = 48 if args.quick else 1024
     try:
         for stage in args.stages:
-            STAGES[stage](args, **(dict(steps=5) if args.quick else {}))
+            STAGES[stage](args, **(dict(steps=5) if args.quick and stage != "measure" else {}))
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"pretrain.py: {error}")
 
