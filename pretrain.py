@@ -218,18 +218,13 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
     report(args, "toy-t5", path, figures, seed, time.time() - start)
 
 
-def train_base(args, name, steps, batch, lr, seed, go_on=False):
-    """
-    Maximum likelihood on tokens of fresh renders, the condition dropped with probability 0.1, for `steps` steps;
-    from random weights, or with go_on from those that an earlier stage wrote.
-    """
+def train_base(args, name, steps, batch, lr, seed):
+    """Maximum likelihood on tokens of fresh renders, the condition dropped with probability 0.1."""
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
     tokenizer, model = load_tokenizer("toy", args.out / "toy-vq.safetensors"), Transformer(MODELS[name].config)
     encode = make_encoder(name, text_encoder=args.out / "toy-t5")
     path = args.out / f"{name}.safetensors"
-    if go_on:
-        model = load_model(name, path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
     fakes, losses = [], []
     for step in (bar := trange(steps, desc=name)):
@@ -256,8 +251,6 @@ def train_base(args, name, steps, batch, lr, seed, go_on=False):
         np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
     save_half(model.state_dict(), path)
     figures = dict(loss_nats_per_token=round(float(np.mean(losses[-50:])), 3), steps=steps)
-    if go_on:
-        figures["before"] = json.loads((args.out / f"{name}.json").read_text())
     report(args, name, path, figures, seed, time.time() - start)
 
 
@@ -272,13 +265,8 @@ def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
-def train_t2i(args, steps=2200, batch=32, lr=2e-3, seed=3):
+def train_t2i(args, steps=1800, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
-
-
-def train_t2i_more(args, steps=1400, batch=32, lr=1e-3, seed=7):
-    """A second cosine for the t2i base: after the first, positions and bindings were right in 16 and 5% only."""
-    train_base(args, "toy-t2i", steps, batch, lr, seed, go_on=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -455,7 +443,6 @@ STAGES = {
     "t5": train_t5,
     "c2i": train_c2i,
     "t2i": train_t2i,
-    "t2i-more": train_t2i_more,
     "clip": train_clip,
     "critic": train_critic,
     "measure": measure,
