@@ -42,7 +42,7 @@ def main(argv=None):
         start = time.perf_counter()
         model.generate(labels, cfg_scale=args.cfg_scale)
         if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(args.device)
         seconds = time.perf_counter() - start
         print(f"run {k + 1}: {seconds:.2f} s, {args.images * config.num_tokens / seconds:.0f} tokens/s")
 

@@ -402,23 +402,37 @@ def read_prompts(path):
 
 # What a caption loses before T5 reads it, in this order. LlamaGen inherited the cleaning from DeepFloyd IF: captions
 # from the web need it; of plain ones it changes case, quotes, hyphens and spacing, and the features with them.
-_FILE_ENDINGS = "png|jpe?g|bmp|webp|eps|pdf|apk|mp4"
+_FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _NOISE = [(re.compile(pattern), instead) for pattern, instead in (
-    (r"\b(https?:/{1,3}|www\.)\S+|\b[\w.\-]+\.(com|co|ru|net|org|edu|gov|it)\b\S*", ""),  # addresses
+    (r"\b(https?:/{1,3}|www\.)\S+", ""),  # web addresses
+    (r"\b[\w.\-]+\.(com|co|ru|net|org|edu|gov|it)\S*", ""),
     (r"@\w+\b", ""),  # handles
-    ("[\u31c0-\u9fff]+", ""),  # Chinese, which this T5 does not know
-    ("[\u058a\u2010-\u2015\u2e3a\u2e3b\u301c\u3030\ufe58\ufe63\uff0d]+|-+", "-"),  # every dash is one hyphen
-    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'), ("[\u2018\u2019]", "'"),  # quotes
-    (r"\d{1,3}(\.\d{1,3}){3}", " "), (r"\d:\d\d\s+$|#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # addresses, numbers
+    ("[\u31c0-\u9fff]+", ""),  # Chinese characters and their like, which this T5 does not know
+    ("[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58"
+     "\ufe63\uff0d]+", "-"),  # every kind of dash
+    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
+    ("[\u2018\u2019]", "'"),
+    (r"\d{1,3}(\.\d{1,3}){3}", " "),  # IP addresses
+    (r"\d:\d\d\s+$|#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
+    (r"\\n", " "),  # a newline that somebody escaped
     (rf"\S+\.({_FILE_ENDINGS})", ""),  # file names
-    ("[\"']{2,}", '"'), (r"\.{2,}|[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+|\s+\.\s+", " "),  # doubled or odd punctuation
+    ("[\"']{2,}", '"'),  # doubled punctuation
+    (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
 )]  # fmt: skip
 _REMAINS = [(re.compile(pattern), instead) for pattern, instead in (
-    (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),  # jc6640
+    (r"\b[a-z]{1,3}\d{3,15}\b", ""),  # codes of articles: jc6640
+    (r"\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),
     (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),  # shop talk
-    (rf"\b({_FILE_ENDINGS})\b(\simages?)?|\bpage\s+\d+\b|\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # kinds, pages, sizes
-    (r"\b\s+:\s+", ": "), (r"(\D[,./])\b", r"\1 "), (r"\s+", " "),  # spacing: "red,blue" is read as "red, blue"
-    (r"^\s*[\"'](.+)[\"']\s*$", r"\1"), (r"^\s*['_,\-:;]|['_,\-:+]\s*$|^\s*\.\S+\s*$", ""),  # loose ends
+    (rf"\b({_FILE_ENDINGS})(\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes: 30x40
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),  # "red,blue" is read as "red, blue"
+    (r"\s+", " "),
+    (r"^\s*[\"'](.+)[\"']\s*$", r"\1"),  # quotes around it all
+    (r"^\s*['_,\-:;]|['_,\-:+]\s*$|^\s*\.\S+\s*$", ""),  # loose ends
 )]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ How good is a policy, next to the base it came from? In the toy world, where tru
     python evaluate.py --ckpt out/c2i              # base and tuned side by side, at cfg 1 and 2
     python evaluate.py --ckpt out/seed0 out/seed1  # several policies of one model beside their base
     python evaluate.py --task t2i --num 512        # the base alone
-    python evaluate.py --model llamagen-b-256 --ckpt out/llamagen-b-256 --classes goldfish cock --num 64 --rewards clip
+    python evaluate.py --ckpt out/llamagen-b-256 --classes goldfish rooster --num 64 --rewards clip
 
     right         share of pictures that the verifier accepts (data.py), in all and by shape (c2i) or category (t2i)
     rewards       mean score of each judge
@@ -29,9 +29,18 @@ import torch
 
 import data
 from grpo import token_logprobs
-from model import MODELS, autocast, check_device, is_toy, load_model
+from model import MODELS, autocast, is_toy, load_model, weights_header
 from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
-from sample import add_model_flags, captions_of, draw, make_encoder, read_asked, resolve_ckpt
+from sample import (
+    add_model_flags,
+    captions_of,
+    draw,
+    make_encoder,
+    read_asked,
+    resolve_ckpt,
+    settle_padding,
+    settle_precision,
+)
 from tokenizer import load_tokenizer
 
 
@@ -153,23 +162,24 @@ def parse_args(argv=None):
 
 
 def run(args):
-    check_device(args.device)
+    settle_precision(args)
     name, _ = resolve_ckpt(args.ckpt[0] if args.ckpt else None, args.model, args.task)
     paths = [resolve_ckpt(ckpt, name, args.task)[1] for ckpt in args.ckpt]
     row, device, toy = MODELS[name], args.device, is_toy(name)
     if toy and args.num < 48:
         raise ValueError("--num must be at least 48: Frechet distance, precision and recall mean nothing for fewer")
-    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
-    encode = make_encoder(name, device, args.text_encoder, args.text_pad)
-    judges = load_judges(
-        parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
-    )
     if args.classes or args.prompts or (row.config.task == "t2i" and not toy):
         pool = read_asked(name, args.classes, args.prompts)
         asked = [pool[k % len(pool)] for k in range(args.num)]
     else:
         asked = fixed_asked(name, args.num)
     captions = captions_of(name, asked)
+    settle_padding(args, paths[0] if paths else None)
+    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
+    encode = make_encoder(name, device, args.text_encoder, args.text_pad)
+    judges = load_judges(
+        parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
+    )
 
     if toy:
         clip, _ = load_clip()
@@ -177,7 +187,9 @@ def run(args):
         renders_features = clip_features(clip, renders)
     columns = {}  # (cfg, name): {metric: figure}
     several = len(paths) > 1
-    policies = [("base", args.base)] + [(f"tuned {k}" if several else "tuned", p) for k, p in enumerate(paths, 1)]
+    policies = [("base", resolve_ckpt(args.base, name, None)[1])] + [
+        (f"tuned {k}" if several else "tuned", p) for k, p in enumerate(paths, 1)
+    ]
     for which, path in policies:
         model = load_model(name, path, device)
         for cfg in args.cfg_scale:
@@ -201,7 +213,8 @@ def run(args):
 
     head = f"{name}, {args.num} samples a column, seed {args.seed}; tuned: {', '.join(map(str, paths)) or 'none'}"
     table = f"{head}\n\n{as_table(columns)}\n"
-    beside = paths[0].parent if paths and paths[0].parent != MODELS["toy-c2i"].ckpt.parent else Path("out")
+    ours = paths and weights_header(paths[0])  # beside a policy of ours, but not in weights/ or the hub's cache
+    beside = paths[0].parent if ours else Path("out")
     out = Path(args.out) if args.out else beside / "evaluation"
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(model=name, tuned=[str(path) for path in paths], num=args.num, seed=args.seed, columns=columns)
@@ -214,6 +227,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
+    except torch.OutOfMemoryError:
+        sys.exit("evaluate.py: out of memory; lower --batch-size")
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"evaluate.py: {error}")
 

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from tokenizer import find_file, load_strict, part_of, read_weights
+from tokenizer import find_file, load_strict, read_weights
 
 HERE = Path(__file__).parent
 
@@ -203,12 +203,19 @@ class Transformer(nn.Module):
         total = len(self.rope)
         real = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, T)
         ones = torch.ones(total, total, dtype=torch.bool, device=cond_mask.device)
-        return ((ones.tril() & real[:, None]) | ones.diag().diag())[:, None]
+        return ((ones.tril() & real[:, None]) | torch.eye(total, dtype=torch.bool, device=ones.device))[:, None]
 
     def with_null(self, cond, cond_mask):
         """The batch followed by itself without its condition (the mask stays): what guidance needs, in one pass."""
         cond_mask = None if cond_mask is None else torch.cat([cond_mask, cond_mask])
         return torch.cat([cond, self.cls_embedding.null(cond)]), cond_mask
+
+    def embed(self, cond):
+        """
+        The conditioning positions (B, P, C), float32: autocast leaves cap_proj's output in bfloat16, and the text's
+        residual would stay so in `generate` but not in `forward`, where it is joined to float32 token embeddings.
+        """
+        return self.cls_embedding(cond).float()
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32 under bfloat16 autocast too: softmax needs the digits."""
@@ -220,7 +227,7 @@ class Transformer(nn.Module):
         Teacher forcing: logits (B, N, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the
         tokens before it. The logits are the largest tensor of training: B*N*V*4 bytes, and again for their gradient.
         """
-        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, T-1, C)
+        x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, T-1, C)
         S, mask = x.shape[1], self.mask(cond_mask)
         mask = None if mask is None else mask[..., :S, :S]
         for layer in self.layers:
@@ -247,7 +254,7 @@ class Transformer(nn.Module):
         if cfg_scale > 1:
             cond, cond_mask = self.with_null(cond, cond_mask)
         mask = self.mask(cond_mask)
-        x, start = self.cls_embedding(cond), 0  # (B or 2B, P, C)
+        x, start = self.embed(cond), 0  # (B or 2B, P, C)
         shape = (config.n_layer, 2, len(x), config.n_head, len(self.rope), config.dim // config.n_head)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -332,8 +339,10 @@ class TextEncoder:
         self.cond_len, self.device, self.pad = cond_len, device, pad
         try:
             self.words = AutoTokenizer.from_pretrained(path)
-            self.t5 = T5EncoderModel.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:  # absent here and on the hub, cut short, or another kind of model
+            self.t5, info = T5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            if info["missing_keys"] or info["mismatched_keys"]:  # transformers only warns, and fills in random numbers
+                raise ValueError(f"{[*info['missing_keys'], *info['mismatched_keys']][0]} is missing or misshapen")
+        except Exception as error:  # absent here and on the hub, cut short, another kind of model: of many kinds
             reason = str(error).strip().split("\n")[0]
             raise FileNotFoundError(
                 f"--text-encoder {path}: no T5 encoder to be had there ({reason}); give a folder that holds "
@@ -436,6 +445,7 @@ def autocast(device, dtype):
 
 def check_device(device):
     """Raises ValueError unless torch can put a tensor on `device`."""
+    torch.backends.cudnn.allow_tf32 = False  # convolutions, the tokenizer's and the judges', in float32 as promised
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises depends on how it was built
@@ -451,21 +461,20 @@ def load_model(name, path=None, device="cpu"):
     path = find_file(path or MODELS[name].ckpt)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = Transformer(MODELS[name].config)
-    weights = part_of(read_weights(path), "gpt_model.")
-    load_strict(model, weights, path, ignore=("freqs_cis",))
+    load_strict(model, read_weights(path, "gpt_model."), path, ignore=("freqs_cis",))
     model.rope = rope_2d(model.config)
     return model.eval().to(device)
 
 
-def weights_model(path):
-    """The MODELS name that a file of ours carries in its header; None for anybody else's. Raises as `read_weights`."""
+def weights_header(path):
+    """What a file of ours says of itself, {"model": name of MODELS, ...}; {} for anybody else's. Raises ValueError."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return None
+        return {}
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            name = (file.metadata() or {}).get("model")
-            return name if name in MODELS else None
+            header = file.metadata() or {}
+            return header if header.get("model") in MODELS else {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None

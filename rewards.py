@@ -202,6 +202,8 @@ def critic_network():
 
 
 def critic_scores(images, prompts, network):
+    if images.shape[-1] != 64:
+        raise ValueError("--rewards: critic knows the toy world's 64 px pictures only")
     return network(images * 2 - 1)[:, 0].sigmoid()
 
 
@@ -400,11 +402,8 @@ def call_server(url, path, body=None):
         request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=300) as reply:
             return json.load(reply)
-    except (
-        OSError,
-        ValueError,
-        http.client.HTTPException,
-    ) as error:  # refused, lost, slow, an HTTP status; not an address, not JSON
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # refused, lost, slow or an HTTP status; no address or no JSON; half a reply
         raise ValueError(f"--qwen-server: {address} does not answer ({short(error)})") from None
 
 
@@ -517,7 +516,7 @@ def score(judges, images, prompts):
         said = said if isinstance(said, dict) else {name: said}
         scores |= {each: values.float() for each, values in said.items()}
         if images.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(images.device)
         seconds |= dict.fromkeys(said, 0.0) | {next(iter(said)): time.perf_counter() - start}
     return scores, seconds
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from model import MODELS, TextEncoder, autocast, check_device, is_toy, load_model, weights_model
+from model import MODELS, TextEncoder, autocast, check_device, is_toy, load_model, weights_header
 from tokenizer import find_file, load_tokenizer, to_uint8
 
 # One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
@@ -40,7 +40,9 @@ def captions_of(name, asked):
     if MODELS[name].config.task == "t2i":
         return list(asked)
     names = class_names(name)
-    return [data.class_caption(names[label]) for label in asked]
+    if is_toy(name):
+        return [data.class_caption(names[label]) for label in asked]
+    return [f"a photo of {names[label]}" for label in asked]  # the release's, without an article
 
 
 def make_encoder(name, device="cpu", text_encoder=None, text_pad="left"):
@@ -108,10 +110,12 @@ def resolve_ckpt(ckpt, model_name, task):
         path = path / "policy.safetensors"
     if path and not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    written_by = weights_model(path) if path else None
-    name = model_name or (f"toy-{task}" if task else written_by or "toy-c2i")
+    written_by = weights_header(path).get("model") if path else None
+    name = model_name or written_by or f"toy-{task or 'c2i'}"
     if written_by and written_by != name:
-        raise ValueError(f"{path} holds a {written_by} model, not {name}; leave out --task and --model, or change them")
+        raise ValueError(
+            f"{path} holds a {written_by} model, not {name}; leave out --model and --preset, or change them"
+        )
     if task and MODELS[name].config.task != task:
         raise ValueError(f"--model {name} is a {MODELS[name].config.task} model, but --task is {task}")
     return name, path
@@ -125,7 +129,7 @@ def read_asked(name, classes, prompts):
         raise ValueError(f"{name} is a {task} model: it takes {other}, not {flag}")
     if task == "c2i":
         names = class_names(name)
-        return [data.find_class(c, names) for c in classes or (DEFAULT_CLASSES if len(names) == 40 else range(8))]
+        return [data.find_class(c, names) for c in classes or (DEFAULT_CLASSES if is_toy(name) else range(8))]
     found = []
     if not prompts and not is_toy(name):
         raise ValueError(f"{name} needs --prompts: captions, or .txt, .json and .jsonl files of them")
@@ -139,7 +143,6 @@ def read_asked(name, classes, prompts):
 
 def add_model_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: which model, its files, where it runs."""
-    gpu = torch.cuda.is_available()
     add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
     add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
     add("--vq-ckpt", metavar="PATH", help="the tokenizer's weights, or hf:OWNER/REPO/FILE (default: the model's own)")
@@ -147,16 +150,26 @@ def add_model_flags(add):
     add(
         "--text-pad",
         choices=("left", "right"),
-        default="left",
-        help="t2i: where captions are padded; left (default) as LlamaGen, right for the released AR-GRPO weights",
+        help="t2i: where captions are padded; right for the released AR-GRPO weights (default: what our own --ckpt was "
+        "trained with, else left, as LlamaGen)",
     )
-    add("--device", default="cuda" if gpu else "cpu", help="default: the GPU if there is one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="bfloat16" if gpu else "float32",
         help="of the layers' products; weights, logits and loss are float32 (default bfloat16 on a GPU, else float32)",
     )
+
+
+def settle_precision(args):
+    """Raises ValueError if there is no such device; else sets --dtype where it was left open."""
+    check_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+
+
+def settle_padding(args, path):
+    """Sets --text-pad where it was left open: a policy of ours says how its captions were padded."""
+    args.text_pad = args.text_pad or (weights_header(path) if path else {}).get("text_pad", "left")
 
 
 def print_files(name, args):
@@ -172,7 +185,10 @@ def print_files(name, args):
         if Path(where).exists() or not (where.startswith("hf:") or flag == "--text-encoder"):
             print(f"{part:13}{where}: {'here' if Path(where).exists() else 'not here'}; another file: {flag} PATH")
             continue
-        owner, repo, *file = where.removeprefix("hf:").split("/", 2)
+        owner, _, repo = where.removeprefix("hf:").partition("/")
+        repo, *file = repo.split("/", 1)
+        if not (owner and repo):
+            raise ValueError(f"{where}: neither here nor of the form OWNER/REPO, as the hub has it")
         found = try_to_load_from_cache(f"{owner}/{repo}", file[0] if file else "config.json")
         cache = Path(constants.HF_HUB_CACHE) / f"models--{owner}--{repo}"
         state = f"here: {found}" if isinstance(found, str) else f"not here; expected under {cache}/snapshots"
@@ -219,7 +235,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    check_device(args.device)
+    settle_precision(args)
     if args.print_files and args.model:  # before --ckpt is looked for: it may be what is missing
         return print_files(args.model, args)
     name, path = resolve_ckpt(args.ckpt, args.model, args.task)
@@ -229,14 +245,18 @@ def run(args):
     cfg_scale = row.cfg_scale if args.cfg_scale is None else args.cfg_scale
     top_k = row.top_k if args.top_k is None else args.top_k
     asked = [entry for entry in read_asked(name, args.classes, args.prompts) for _ in range(args.num)]
+    settle_padding(args, path)
+    for file in filter(None, (args.out, args.npz)):  # now, not after the drawing
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, args.device)
     encode = make_encoder(name, args.device, args.text_encoder, args.text_pad)
     labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
     sampling = dict(cfg_scale=cfg_scale, temperature=args.temperature, top_k=top_k, top_p=args.top_p, dtype=args.dtype)
     rows = []  # one (images, tokens, label prefix) a model
-    for which, weights in ([("base: ", args.base)] if args.compare else []) + [
-        ("tuned: " if args.compare else "", path)
-    ]:
+    models = [("", path)]
+    if args.compare:
+        models = [("base: ", resolve_ckpt(args.base, name, None)[1]), ("tuned: ", path)]
+    for which, weights in models:
         model = load_model(name, weights, args.device)
         images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, **sampling)
         rows.append((images, tokens, which))
@@ -253,7 +273,8 @@ def run(args):
     if args.npz:
         key = "labels" if row.config.task == "c2i" else "prompts"
         pixels = to_uint8(rows[-1][0] * 2 - 1).permute(0, 2, 3, 1).numpy()
-        np.savez(args.npz, arr_0=pixels, tokens=rows[-1][1].numpy(), **{key: np.array(asked)})
+        with open(args.npz, "wb") as file:  # np.savez would add .npz to a name
+            np.savez(file, arr_0=pixels, tokens=rows[-1][1].numpy(), **{key: np.array(asked)})
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(rows[-1][1].shape)}, {key}")
 
 
@@ -261,6 +282,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
+    except torch.OutOfMemoryError:
+        sys.exit("sample.py: out of memory; lower --batch-size")
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"sample.py: {error}")
 

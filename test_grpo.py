@@ -44,8 +44,9 @@ from model import (
     left_pad,
     load_model,
     policy_logprobs,
+    weights_header,
 )
-from tokenizer import TOKENIZERS, VQConfig, VQModel, load_tokenizer, to_uint8
+from tokenizer import TOKENIZERS, VQConfig, VQModel, load_strict, load_tokenizer, to_uint8
 
 HERE = Path(__file__).parent
 C2I = ModelConfig("c2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, num_classes=5)
@@ -53,9 +54,10 @@ T2I = ModelConfig("t2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """What is not in a folder of this repository or of a test is not to be had, wherever the tests run."""
+def no_network_no_gpu(monkeypatch):
+    """The same on every machine: what is not in a folder here is not to be had, and scripts run in float32 on the CPU."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def tiny(config, seed=0):
@@ -178,6 +180,10 @@ def test_bfloat16_rounds_the_layers_and_neither_weights_nor_logits():
     with autocast("cpu", "bfloat16"):
         rounded = model(cond, tokens, mask)
         _, drawn = model.generate(cond, mask, cfg_scale=2.0)
+    with autocast("cpu", "bfloat16"):  # text must not be rounded in one of sampler and scorer only
+        tokens, old = model.generate(cond, mask, generator=torch.Generator().manual_seed(0))
+        new, _ = token_logprobs(model, cond, tokens, mask)
+    assert (new - old).abs().mean() < 0.02
     assert rounded.dtype == drawn.dtype == torch.float32 and model.output.weight.dtype == torch.float32
     assert 1e-5 < (rounded - exact).abs().max() < 0.2
     assert (rounded.bfloat16().float() != rounded).float().mean() > 0.9  # the head itself was not rounded
@@ -244,6 +250,14 @@ def test_cleaning_leaves_the_toy_captions_alone():
 
 # ---------------------------------------------------------------------------------------------------------------
 # the tokenizer
+
+
+def test_loading_keeps_the_modules_own_types():
+    """MANIQA indexes with a buffer of integers; weights in half precision become the module's float32."""
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("index", torch.zeros(2, dtype=torch.long))
+    loaded = load_strict(module, {k: v.half() for k, v in module.state_dict().items()}, "a file")
+    assert loaded.index.dtype == torch.long and loaded.weight.dtype == torch.float32
 
 
 def test_vq16_has_the_official_shape():
@@ -658,8 +672,8 @@ def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
 def test_the_toy_keeps_its_own_clip():
     toy, real = train.parse_args([]), train.parse_args(["--clip-pretrained", "laion2b_s34b_b79k"])
     assert rewards.judge_options(toy, "toy-c2i")["clip_model"] == rewards.TOY_CLIP
-    assert rewards.judge_options(toy, "GPT-XL")["clip_model"] == "ViT-B-32-quickgelu"
-    assert rewards.judge_options(toy, "GPT-XL")["clip_pretrained"] == "openai"
+    assert rewards.judge_options(toy, "llamagen-xl-384")["clip_model"] == "ViT-B-32-quickgelu"
+    assert rewards.judge_options(toy, "llamagen-xl-384")["clip_pretrained"] == "openai"
     assert rewards.judge_options(real, "toy-c2i")["clip_model"] == "ViT-B-32-quickgelu"
 
 
@@ -920,7 +934,15 @@ def wrong_files(folder):
     (folder / "text").mkdir()
     (folder / "text/config.json").write_text("{}")
     (folder / "notes.txt").write_text("these are not weights")
-    save_tiny_t5(folder / "narrow", dim=32)
+    for name in ("narrow", "cut-t5", "gap-t5"):
+        save_tiny_t5(folder / name, dim=32 if name == "narrow" else 64)
+    whole = (folder / "cut-t5/model.safetensors").read_bytes()
+    (folder / "cut-t5/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    from safetensors.torch import load_file, save_file
+
+    some = load_file(folder / "gap-t5/model.safetensors")
+    some.pop("encoder.final_layer_norm.weight")
+    save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
     (folder / "run").mkdir()
     (folder / "run/state.pt").write_bytes(b"x")
     (folder / "judges/Qwen2.5-VL-3B-Instruct").mkdir(parents=True)
@@ -942,7 +964,7 @@ def test_every_official_form_of_file_loads(tmp_path):
         "freqs.pt": {"model": gpt | {"freqs_cis": torch.zeros(65, 16, 2)}},
         "module.pt": {"module": gpt},
         "state_dict.pt": {"state_dict": gpt},
-        "bfloat16.pt": {"model": {k: v.half() for k, v in gpt.items()}},
+        "half.pt": {"model": {k: v.half() for k, v in gpt.items()}},
     }
     for name, content in forms.items():
         torch.save(content, tmp_path / name)
@@ -962,34 +984,40 @@ def test_every_official_form_of_file_loads(tmp_path):
         assert (found["arr_0"] == drawn["ours"]["arr_0"]).all(), name
 
 
-def test_the_official_path_end_to_end(tmp_path, monkeypatch):
-    """ImageNet's names, the authors' guidance, files in the official form, no verifier: what the toys do not pass."""
-    row = MODELS["llamagen-b-256"]  # fewer layers and tokens; .ci/run does the same at full size
-    small = replace(row, config=replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4))
-    monkeypatch.setitem(MODELS, "llamagen-b-256", small)
+@pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i-xl-256"])
+def test_the_official_path_end_to_end(name, tmp_path, monkeypatch):
+    """ImageNet's names, T5, the authors' guidance, official files, bfloat16, no verifier: what the toys do not pass."""
+    row = MODELS[name]  # fewer layers and tokens; .ci/run does the same with all of GPT-B
+    config = replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64)
+    monkeypatch.setitem(MODELS, name, replace(row, config=config))
     torch.manual_seed(0)
-    gpt, vq = Transformer(small.config).state_dict(), VQModel(TOKENIZERS["vq-16"]).state_dict()
-    torch.save({"model": gpt | {"freqs_cis": torch.zeros(17, 16, 2)}}, tmp_path / "c2i_B_256.pt")
-    torch.save({"model": vq | {"quantize.codebook_used": torch.zeros(65536)}}, tmp_path / "vq_ds16_c2i.pt")
-    official = ["--ckpt", str(tmp_path / "c2i_B_256.pt"), "--vq-ckpt", str(tmp_path / "vq_ds16_c2i.pt")]
-    flags, run = ["--model", "llamagen-b-256", *official], tmp_path / "run"
-    few = ["--prompts-per-step", "1", "--group-size", "2", "--rewards", "pyiqa:entropy", "--classes", "goldfish"]
-    train.main([*flags, *few, "--steps", "1", "--out", str(run)])
-    (first,) = read_metrics(run)
+    gpt, vq = Transformer(config).state_dict(), VQModel(TOKENIZERS["vq-16"]).state_dict()
+    torch.save({"model": gpt | {"freqs_cis": torch.zeros(17, 16, 2)}}, tmp_path / "gpt.pt")
+    torch.save({"model": vq | {"quantize.codebook_used": torch.zeros(65536)}}, tmp_path / "vq.pt")
+    files, gpt, run = ["--vq-ckpt", str(tmp_path / "vq.pt")], str(tmp_path / "gpt.pt"), str(tmp_path / "run")
+    asked, pad = ["--classes", "goldfish"], "left"
+    if config.task == "t2i":
+        files += ["--text-encoder", str(save_tiny_t5(tmp_path / "t5"))]
+        asked, pad = ["--prompts", "a photo of a cat"], "right"
+    few = ["--prompts-per-step", "1", "--group-size", "2", "--rewards", "pyiqa:entropy", "--dtype", "bfloat16"]
+    pads = ["--text-pad", pad] if config.task == "t2i" else []
+    train.main(["--model", name, "--ckpt", gpt, *files, *asked, *few, *pads, "--steps", "1", "--out", run])
+    (first,) = read_metrics(tmp_path / "run")
     assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "verifier" not in first
-    # our own checkpoint names its model; the base is given because the hub cannot be asked here
-    base = ["--vq-ckpt", official[3], "--base", official[1]]
-    out = ["--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "a.npz")]
-    sample.main(["--ckpt", str(run), "--compare", *base, "--classes", "goldfish", "--num", "2", *out])
-    found = np.load(tmp_path / "a.npz")
-    assert found["arr_0"].shape == (2, 64, 64, 3) and found["labels"].tolist() == [1, 1]
-    evaluate.main(["--ckpt", str(run), *base, "--num", "2", "--rewards", "pyiqa:entropy", "--cfg-scale", "2"])
-    columns = json.loads((run / "evaluation.json").read_text())["columns"]
+    assert first["sampler_gap"] < 0.02  # rounding alone
+    # our own checkpoint names its model and its padding; the base is given because the hub cannot be asked here
+    assert weights_header(tmp_path / "run/policy.safetensors")["text_pad"] == pad
+    out = ["--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "new/a.npz")]
+    sample.main(["--ckpt", run, "--compare", "--base", gpt, *files, *asked, "--num", "2", *out])
+    found = np.load(tmp_path / "new/a.npz")
+    assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["labels" if config.task == "c2i" else "prompts"]) == 2
+    few = ["--num", "2", "--rewards", "pyiqa:entropy", "--cfg-scale", "2"]
+    evaluate.main(["--ckpt", run, "--base", gpt, *files, *asked, *few])
+    columns = json.loads((tmp_path / "run/evaluation.json").read_text())["columns"]
     assert {"reward: pyiqa:entropy", "entropy"} == set(columns["base, cfg 2"]) == set(columns["tuned, cfg 2"])
 
 
-def test_print_files_says_where_everything_is_expected(capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_print_files_says_where_everything_is_expected(capsys):
     for name, row in MODELS.items():
         sample.main(["--model", name, "--print-files"])
         said = capsys.readouterr().out
@@ -1075,6 +1103,10 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--task", "t2i", "--text-encoder", "{}/text"], "no T5 encoder to be had there"),
     (sample, ["--task", "t2i", "--text-encoder", "nobody/nothing"], "no T5 encoder to be had there"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
+    (sample, ["--task", "t2i", "--text-encoder", "{}/cut-t5"], "no T5 encoder to be had there"),
+    (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or misshapen"),
+    (sample, ["--print-files", "--ckpt", "hf:nobody"], "OWNER/REPO"),
+    (sample, ["--task", "t2i", "--print-files", "--text-encoder", "foo"], "OWNER/REPO"),
     (sample, ["--dtype", "float8"], "invalid choice: 'float8'"),
     (train, ["--preset", "paper"], "invalid choice: 'paper'"),
     (train, ["--preset", "paper-c2i", "--task", "t2i"], "--task is t2i"),
@@ -1091,7 +1123,6 @@ WRONG = [  # (script, flags, a part of its one sentence)
 def test_what_a_user_can_do_wrong_ends_in_one_sentence(script, flags, sentence, tmp_path, capsys, monkeypatch):
     wrong_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # tests ask nothing of the network
     with pytest.raises(SystemExit) as stop:
         script.main([flag.replace("{}", str(tmp_path)) for flag in flags])
     said = capsys.readouterr().err.strip().splitlines()[-1:] if stop.value.code == 2 else [str(stop.value.code)]

@@ -223,20 +223,22 @@ def find_file(where):
         ) from None
 
 
-def part_of(weights, prefix):
+def part_of(names, prefix):
     """
-    The weights under `prefix`, without it, where a file holds several models as AR-GRPO's do (gpt_model.*, vq_model.*
-    and the frozen ref_model.*, which is the base again); all of them where it holds one.
+    {name in a file: name in the model} of the weights under `prefix`, where a file holds several models as AR-GRPO's do
+    (gpt_model.*, vq_model.* and the frozen ref_model.*, which is the base again); of all of them where it holds one.
     """
-    if not any(name.startswith(("gpt_model.", "vq_model.", "ref_model.")) for name in weights):
-        return weights
-    others = {"gpt_model.", "vq_model.", "ref_model."} - {prefix}
-    return {n.removeprefix(prefix): value for n, value in weights.items() if not n.startswith(tuple(others))}
+    several = ("gpt_model.", "vq_model.", "ref_model.")
+    if not prefix or not any(name.startswith(several) for name in names):
+        return {name: name for name in names}
+    others = tuple(set(several) - {prefix})
+    return {name: name.removeprefix(prefix) for name in names if not name.startswith(others)}
 
 
-def read_weights(path):
+def read_weights(path, prefix=""):
     """
-    The tensors of a .safetensors or official .pt file, by name, on the CPU. Nothing is unpickled as code.
+    The tensors of a .safetensors or official .pt file, by name, on the CPU; of a file that holds several models only
+    those under `prefix`, without it. Nothing is unpickled as code.
 
     Raises FileNotFoundError, or ValueError when the file is truncated, holds more than tensors or is of neither form.
     """
@@ -244,11 +246,11 @@ def read_weights(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {ours: file.get_tensor(name) for name, ours in part_of(file.keys(), prefix).items()}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
     try:
@@ -261,13 +263,13 @@ def read_weights(path):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{path}: holds no named tensors")
-    return found
+    return {ours: found[name] for name, ours in part_of(found, prefix).items()}
 
 
 def load_strict(module, weights, source, ignore=()):
     """
-    Puts `weights` (a dict of tensors) into `module`, as float32. Every name and shape must agree, but for names in
-    `ignore`. Raises ValueError with the first offender; `source` is the file's name for the sentence.
+    Puts `weights` (a dict of tensors) into `module`, in the module's own dtypes. Every name and shape must agree, but
+    for names in `ignore`. Raises ValueError with the first offender; `source` is the file's name for the sentence.
     """
     expected = module.state_dict()
     weights = {name: value for name, value in weights.items() if name not in ignore}
@@ -280,15 +282,15 @@ def load_strict(module, weights, source, ignore=()):
     for name in weights:
         if name not in expected:
             raise ValueError(f"{source}: {name} is unknown; this is a file of another model")
-    # assign: a module built on the meta device gets its memory here; float32 whatever the file was saved in
-    module.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    # assign: a module built on the meta device gets its memory here
+    module.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()}, assign=True)
     return module
 
 
 def load_tokenizer(name, path, device="cpu"):
     """The tokenizer `name` of TOKENIZERS with the weights at `path`, frozen, in float32. Raises as those above."""
     path = find_file(path)
-    weights = part_of(read_weights(path), "vq_model.")
+    weights = read_weights(path, "vq_model.")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = VQModel(TOKENIZERS[name])
     load_strict(model, weights, path, ignore=("quantize.codebook_used",))

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -45,9 +46,19 @@ from grpo import (
     sample_groups,
     token_logprobs,
 )
-from model import MODELS, autocast, check_device, is_toy, load_model
+from model import MODELS, autocast, is_toy, load_model
 from rewards import add_judge_flags, judge_options, load_judges, parse_rewards, score, weighted_sum
-from sample import add_model_flags, captions_of, draw, make_encoder, read_asked, resolve_ckpt, save_grid
+from sample import (
+    add_model_flags,
+    captions_of,
+    draw,
+    make_encoder,
+    read_asked,
+    resolve_ckpt,
+    save_grid,
+    settle_padding,
+    settle_precision,
+)
 from tokenizer import load_tokenizer
 
 # The paper's eight rewards. It gives them all weight 1 and scales them inside: the cosines by 5, MANIQA by 2, Qwen's
@@ -69,32 +80,47 @@ DEFAULTS = {
     "llamagen-c2i": LLAMAGEN | dict(steps=400, prompts_per_step=4, kl_coef=0.1, cfg_scale=2.0),
     "llamagen-t2i": LLAMAGEN | dict(steps=600, prompts_per_step=8, kl_coef=1.0, cfg_scale=4.0),
 }
-PRESETS = {  # what the official release ran (its scripts and arXiv 2508.06924, section 4); the command line still wins
+# What the official release ran; the command line still wins. "Script": the release's training script for the task;
+# the author calls the scripts indicative.
+PRESETS = {
     "paper-c2i": dict(
-        model="llamagen-xl-384",  # the paper's main class-to-image model; B and L at 256 and 384 were trained alike
-        rewards=EIGHT,  # eight rewards of weight 1, factors as above
-        steps=400,  # the c2i script
-        prompts_per_step=4, group_size=8,  # 4 GPUs x 8 images = 4 classes x 8
-        lr=1e-5, lr_schedule="constant",  # its schedule is in effect constant
-        adam_beta2=0.999,  # AdamW's default, as is 0.9 for beta 1; weight decay 0
-        kl_coef=0.1,  # the script's beta
-        cfg_scale=2.0, temperature=1.0,  # the rollout; no top-k, no top-p
-        score_cfg="1",  # log-probabilities of the conditional model alone
-        clip_eps=0.2, updates_per_batch=1, max_grad_norm=1.0,  # the script's
+        model="llamagen-xl-384",  # paper: its main class-to-image model (B and L at 256 and 384 were trained too)
+        rewards=EIGHT,  # paper and script: eight rewards of weight 1, their factors as above
+        qwen_answer="json",  # script: Qwen writes JSON, which is parsed
+        steps=400,  # script
+        prompts_per_step=4,  # script: 4 GPUs x 8 images = 4 classes x 8
+        group_size=8,  # paper and script
+        lr=1e-5,  # script
+        lr_schedule="constant",  # script: its schedule is in effect constant
+        adam_beta2=0.999,  # script: AdamW's default
+        kl_coef=0.1,  # script: beta
+        cfg_scale=2.0,  # script: of the rollout; no top-k, no top-p
+        score_cfg="1",  # code: log-probabilities of the conditional model, without guidance
+        temperature=1.0,  # script
+        clip_eps=0.2,  # script: epsilon
+        updates_per_batch=1,  # script
+        max_grad_norm=1.0,  # script
     ),
     "paper-t2i": dict(
-        model="llamagen-t2i-xl-256",  # stage 1, 256 px
-        rewards=EIGHT,
-        steps=600,  # the t2i script
-        prompts_per_step=8, group_size=8,  # 4 GPUs x 16 images = 8 captions x 8
-        lr=1e-5, lr_schedule="constant", adam_beta2=0.999,
-        kl_coef=1.0,  # ten times that of c2i
-        cfg_scale=4.0, temperature=1.0,  # the script's; the released weights were trained at 2.0, says the author
-        score_cfg="1",
-        text_pad="right",  # the release does not left-pad
-        clip_eps=0.2, updates_per_batch=1, max_grad_norm=1.0,
+        model="llamagen-t2i-xl-256",  # paper: XL, stage 1, 256 px
+        rewards=EIGHT,  # paper and script, as for c2i
+        qwen_answer="json",  # script
+        steps=600,  # script
+        prompts_per_step=8,  # script: 4 GPUs x 16 images = 8 captions x 8
+        group_size=8,  # paper and script
+        lr=1e-5,  # script
+        lr_schedule="constant",  # script, as for c2i
+        adam_beta2=0.999,  # script: AdamW's default
+        kl_coef=1.0,  # script: ten times c2i's
+        cfg_scale=4.0,  # script; the released weights were trained at 2.0, says the author
+        score_cfg="1",  # code, as for c2i
+        text_pad="right",  # code: the features are not moved to the left
+        temperature=1.0,  # script
+        clip_eps=0.2,  # script
+        updates_per_batch=1,  # script
+        max_grad_norm=1.0,  # script
     ),
-}  # fmt: skip
+}
 
 
 def parse_args(argv=None):
@@ -139,7 +165,7 @@ def parse_args(argv=None):
     add("--max-grad-norm", type=float, default=1.0, help="(default 1, the release's)")
     # bookkeeping
     add("--seed", type=int, default=0, help="of prompts and sampling (default 0)")
-    add("--out", help="folder to write to (default out/TASK)")
+    add("--out", help="folder to write to (default out/TASK; LlamaGen: out/MODEL or out/PRESET-MODEL)")
     add("--sample-every", type=int, default=50, help="steps between grids of the same prompts and seeds (default 50)")
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
     add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
@@ -158,10 +184,12 @@ def parse_args(argv=None):
         args.weights = parse_rewards(args.rewards)
         judge_options(args, args.model)  # here for its errors only
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
-        check_device(args.device)
+        settle_precision(args)
+        settle_padding(args, args.ckpt)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    args.out = Path(args.out or f"out/{args.task if is_toy(args.model) else args.preset or args.model}")
+    official = args.model if args.preset is None else f"{args.preset}-{args.model}"
+    args.out = Path(args.out or f"out/{args.task if is_toy(args.model) else official}")
     at_least = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, sample_every=1,
                     save_every=1, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0)  # fmt: skip
     for name, least in at_least.items():
@@ -181,7 +209,7 @@ def parse_args(argv=None):
 def lap(seconds, part, since, device):
     """Adds the time since `since` to seconds[part] and returns now. Waits for the GPU, whose work is asynchronous."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     now = time.perf_counter()
     seconds[part] = seconds.get(part, 0) + now - since
     return now
@@ -190,7 +218,7 @@ def lap(seconds, part, since, device):
 def peak_memory_gb(device):
     """GB at the worst moment so far: of the GPU, or of the whole process on a CPU."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -205,15 +233,22 @@ def pick_prompts(args, pool, step):
 
 
 def write_whole(path, write):
-    """write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new."""
+    """
+    write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new.
+    Raises OSError.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
     os.replace(temporary, path)
 
 
 def save_policy(args, policy, step):
     state = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
-    header = dict(format="pt", model=args.model, step=str(step))  # sample.py and evaluate.py read the model's name
+    # sample.py and evaluate.py read from the header which model this is, and how its captions were padded
+    header = dict(format="pt", model=args.model, step=str(step), text_pad=args.text_pad)
     write_whole(args.out / "policy.safetensors", lambda path: save_file(state, path, metadata=header))
 
 
@@ -365,20 +400,21 @@ def train(args):
             advantages = decoupled_advantages(heard, args.weights, G)
         since = lap(seconds, "judge", since, device)
 
-        # what the frozen reference gives the same tokens; and the policy, where the sampler spoke for another one
+        # what the frozen reference gives the same tokens; and the policy, where the sampler spoke for another one or
+        # bfloat16 rounded it otherwise (by token and by sequence, products are summed in another order)
         scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
         sampled_logprobs = old_logprobs  # (N, T)
         with autocast(device, args.dtype):
             ref_logprobs = frozen_logprobs(ref_model, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
-            if args.score_cfg != args.cfg_scale:
+            if args.score_cfg != args.cfg_scale or args.dtype == "bfloat16":
                 old_logprobs = frozen_logprobs(policy, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
         since = lap(seconds, "reference", since, device)
 
         # 3. learn: --updates-per-batch updates on this batch, each accumulated over micro-batches
-        sums, lr = {}, args.lr * (1 - step / args.steps if args.lr_schedule == "linear" else 1)
+        sums, sampler_gap, lr = {}, 0.0, args.lr * (1 - step / args.steps if args.lr_schedule == "linear" else 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for _ in range(args.updates_per_batch):
+        for update in range(args.updates_per_batch):
             optimizer.zero_grad()
             for rows in torch.arange(N, device=device).split(args.micro_batch):
                 mask = None if cond_mask is None else cond_mask[rows]
@@ -387,6 +423,11 @@ def train(args):
                 loss, stats = grpo_loss(
                     logprobs, old_logprobs[rows], ref_logprobs[rows], advantages[rows], args.clip_eps, args.kl_coef
                 )
+                if (
+                    update == 0
+                ):  # what `ratio` cannot show: the scored distribution against the one that drew the tokens
+                    gap = (logprobs.detach() - sampled_logprobs[rows]).exp() - 1  # (n, T)
+                    sampler_gap += gap.abs().mean().item() * len(rows) / N
                 share = len(rows) / N  # a mean of means would be wrong for an uneven last micro-batch
                 (loss * share).backward()
                 for name, value in (stats | {"entropy": entropy.mean()}).items():
@@ -411,8 +452,7 @@ def train(args):
             grad_norm=grad_norm.item(), lr=lr,
             advantage_std=advantages.std().item(), advantage_max=advantages.abs().max().item(),
             equal_groups=(spread == spread[:, :1]).all(1).float().mean().item(),
-            # what the logged ratio cannot show: the scored distribution against the one that drew the tokens
-            sampler_gap=((old_logprobs - sampled_logprobs).exp() - 1).abs().mean().item(),
+            sampler_gap=sampler_gap,
             peak_memory_gb=peak_memory_gb(device),
         )  # fmt: skip
         lap(seconds, "report", since, device)
@@ -442,8 +482,9 @@ def train(args):
     title = f"after {args.steps} steps of GRPO"
     draw_grid(args, args.out / "after.png", policy, tokenizer, encode, judges, shown, title)
     plot_curves(args)
+    also = "" if is_toy(args.model) else " with the same --vq-ckpt, --text-encoder, --classes or --prompts"
     print(f"{(time.perf_counter() - started) / 60:.1f} min. Look at {args.out}/before.png, after.png and curves.png; "
-          f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
+          f"then: python evaluate.py --ckpt {args.out}{also}")  # fmt: skip
 
 
 def main(argv=None):
@@ -454,7 +495,8 @@ def main(argv=None):
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit(
-            "train.py: out of memory; lower --micro-batch first (the result stays the same), then --prompts-per-step"
+            "train.py: out of memory; lower --micro-batch and --judge-batch first (the result stays the same), then "
+            "--prompts-per-step"
         )
     except KeyboardInterrupt:
         sys.exit(f"\ntrain.py: stopped; the same command with --resume goes on from the last save in {args.out}")
