@@ -265,7 +265,7 @@ def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
-def train_t2i(args, steps=1800, batch=32, lr=2e-3, seed=3):
+def train_t2i(args, steps=4750, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
 
 
