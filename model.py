@@ -335,7 +335,9 @@ class TextEncoder:
 
     def __init__(self, path, cond_len, caption_dim, device="cpu", dtype=torch.float32, pad="left"):
         from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # one a shard, amid our own lines
         self.cond_len, self.device, self.pad = cond_len, device, pad
         try:
             self.words = AutoTokenizer.from_pretrained(path)
