@@ -31,17 +31,7 @@ import data
 from grpo import token_logprobs
 from model import MODELS, autocast, is_toy, load_model, weights_header
 from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
-from sample import (
-    add_model_flags,
-    captions_of,
-    draw,
-    make_encoder,
-    read_asked,
-    resolve_ckpt,
-    settle_padding,
-    settle_precision,
-)
-from tokenizer import load_tokenizer
+from sample import add_model_flags, captions_of, draw, load_around, read_asked, resolve_ckpt, settle_precision
 
 
 def fixed_asked(name, n):
@@ -174,9 +164,7 @@ def run(args):
     else:
         asked = fixed_asked(name, args.num)
     captions = captions_of(name, asked)
-    settle_padding(args, paths[0] if paths else None)
-    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
-    encode = make_encoder(name, device, args.text_encoder, args.text_pad)
+    tokenizer, encode = load_around(name, paths[0] if paths else None, args)
     judges = load_judges(
         parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
     )

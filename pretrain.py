@@ -352,16 +352,7 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", scale=f"{model.logit_scale.exp():.0f}", refresh=False)
     save_half(model.state_dict(), path)
-    judge = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{folder}"))["clip"]
-    figures = dict(images=args.eval_images, loss=round(float(np.mean(losses[-50:])), 3))
-    rng = np.random.default_rng(seed + 1000)
-    for category in data.CATEGORIES:
-        captions = data.sample_captions(args.eval_images // 4, rng, [category])
-        wrong = [data.wrong_caption(caption, rng) for caption in captions]
-        with torch.no_grad():
-            images = tokenizer.decode(tokenizer.encode(renders(captions, rng))).clamp(-1, 1) / 2 + 0.5
-            gap = judge(images, captions) - judge(images, wrong)
-        figures[f"right caption above wrong, {category}"] = round(float((gap > 0).float().mean()), 3)
+    figures = dict(loss=round(float(np.mean(losses[-50:])), 3))
     report(args, "toy-clip", path, figures, seed, time.time() - start)
 
 
@@ -413,6 +404,7 @@ def measure(args):
     critic = partial(critic_scores, network=load_strict(critic_network(), read_weights(path), path).eval())
     clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
     tokenizer = load_tokenizer("toy", args.out / "toy-vq.safetensors")
+    add_figures(args, "toy-clip", right_above_wrong(clip, tokenizer, args.eval_images // 4))
     for name in ("toy-c2i", "toy-t2i"):
         model = load_model(name, args.out / f"{name}.safetensors")
         encode, asked = make_encoder(name, text_encoder=args.out / "toy-t5"), fixed_asked(name, args.eval_images)
@@ -430,7 +422,21 @@ def measure(args):
             add_figures(args, judge, {f"AUC, right above wrong samples of {name}": round(float(above), 3)})
 
 
+@torch.no_grad()
+def right_above_wrong(clip, tokenizer, n, seed=1004):
+    """Share of n round trips a category whose caption `clip` scores above one that is wrong in one attribute."""
+    rng, figures = np.random.default_rng(seed), {}
+    for category in data.CATEGORIES:
+        captions = data.sample_captions(n, rng, [category])
+        wrong = [data.wrong_caption(caption, rng) for caption in captions]
+        images = tokenizer.decode(tokenizer.encode(renders(captions, rng))).clamp(-1, 1) / 2 + 0.5
+        gap = clip(images, captions) - clip(images, wrong)
+        figures[f"right caption above wrong, {category}"] = round(float((gap > 0).float().mean()), 3)
+    return figures
+
+
 def add_figures(args, name, figures):
+    """Adds `figures` to those of the report NAME.json."""
     path = args.out / f"{name}.json"
     facts = json.loads(path.read_text())
     facts["figures"] |= figures

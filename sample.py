@@ -167,9 +167,15 @@ def settle_precision(args):
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
 
 
-def settle_padding(args, path):
-    """Sets --text-pad where it was left open: a policy of ours says how its captions were padded."""
+def load_around(name, path, args):
+    """
+    (tokenizer, encode): what stands around the transformer `name` whose weights are at `path` (None: its base's). Sets
+    --text-pad where it was left open: a policy of ours says how its captions were padded.
+    """
+    row = MODELS[name]
     args.text_pad = args.text_pad or (weights_header(path) if path else {}).get("text_pad", "left")
+    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, args.device)
+    return tokenizer, make_encoder(name, args.device, args.text_encoder, args.text_pad)
 
 
 def print_files(name, args):
@@ -236,20 +242,16 @@ def parse_args(argv=None):
 
 def run(args):
     settle_precision(args)
-    if args.print_files and args.model:  # before --ckpt is looked for: it may be what is missing
-        return print_files(args.model, args)
+    if args.print_files:  # with --model, --ckpt is not looked for: it may be what is missing
+        return print_files(args.model or resolve_ckpt(args.ckpt, None, args.task)[0], args)
     name, path = resolve_ckpt(args.ckpt, args.model, args.task)
     row = MODELS[name]
-    if args.print_files:
-        return print_files(name, args)
     cfg_scale = row.cfg_scale if args.cfg_scale is None else args.cfg_scale
     top_k = row.top_k if args.top_k is None else args.top_k
     asked = [entry for entry in read_asked(name, args.classes, args.prompts) for _ in range(args.num)]
-    settle_padding(args, path)
     for file in filter(None, (args.out, args.npz)):  # now, not after the drawing
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, args.device)
-    encode = make_encoder(name, args.device, args.text_encoder, args.text_pad)
+    tokenizer, encode = load_around(name, path, args)
     labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
     sampling = dict(cfg_scale=cfg_scale, temperature=args.temperature, top_k=top_k, top_p=args.top_p, dtype=args.dtype)
     rows = []  # one (images, tokens, label prefix) a model

@@ -504,6 +504,8 @@ def test_the_toy_judges_rank_right_above_wrong():
     noise, _ = rewards.score(judges, torch.rand(100, 3, 64, 64), captions)
     assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "critic"}
     assert right["critic"][:40].mean() > noise["critic"].mean() + 0.2
+    with pytest.raises(ValueError, match="64 px"):  # its score of anything else would mean nothing
+        judges["critic"](torch.rand(1, 3, 256, 256), ["a"])
 
 
 def test_clip_scores_do_not_depend_on_the_batch():
@@ -822,6 +824,7 @@ def test_train_sample_and_evaluate_run(task, tmp_path, capsys):
     train.main(["--task", task, "--steps", "2", "--out", str(run), "--updates-per-batch", "2", *TINY_RUN, *TWO[task]])
     assert {"before.png", "after.png", "curves.png", "policy.safetensors", "state.pt"} < {p.name for p in run.iterdir()}
     assert list(run.glob("events*")) and list(run.glob("samples/*.png"))
+    assert weights_header(run / "policy.safetensors")["text_pad"] == "left"  # our default, whatever the release does
     first, second = read_metrics(run)
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
     assert first["kl"] > 0 and first["ratio"] != 1  # the second update of a batch scores a policy that has moved
@@ -1034,7 +1037,7 @@ def test_presets_are_the_releases_and_the_command_line_wins():
     args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5", "--score-cfg", "same"])
     assert (args.model, args.kl_coef, args.score_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
     ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
-    assert (ours.score_cfg, ours.cfg_scale, ours.text_pad, ours.lr_schedule) == (2, 2, "left", "linear")
+    assert (ours.score_cfg, ours.cfg_scale, ours.lr_schedule) == (2, 2, "linear")
 
 
 WRONG = [  # (script, flags, a part of its one sentence)

@@ -52,14 +52,12 @@ from sample import (
     add_model_flags,
     captions_of,
     draw,
-    make_encoder,
+    load_around,
     read_asked,
     resolve_ckpt,
     save_grid,
-    settle_padding,
     settle_precision,
 )
-from tokenizer import load_tokenizer
 
 # The paper's eight rewards. It gives them all weight 1 and scales them inside: the cosines by 5, MANIQA by 2, Qwen's
 # answers by 1/4; here a judge keeps its own scale and the factor is its weight.
@@ -185,7 +183,6 @@ def parse_args(argv=None):
         judge_options(args, args.model)  # here for its errors only
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
         settle_precision(args)
-        settle_padding(args, args.ckpt)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     official = args.model if args.preset is None else f"{args.preset}-{args.model}"
@@ -341,8 +338,7 @@ def train(args):
     # build: the policy, its frozen copy, the tokenizer, the judges
     policy = load_model(args.model, args.ckpt, device)
     ref_model = copy.deepcopy(policy).requires_grad_(False)
-    tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, device)
-    encode = make_encoder(args.model, device, args.text_encoder, args.text_pad)
+    tokenizer, encode = load_around(args.model, args.ckpt, args)
     judges = load_judges(args.weights, device, judge_options(args, args.model))
     # No weight decay: the KL says already where the weights should stay. The toys' beta 2 is .95: 200 steps would
     # not fill an average over 1,000.
@@ -423,9 +419,7 @@ def train(args):
                 loss, stats = grpo_loss(
                     logprobs, old_logprobs[rows], ref_logprobs[rows], advantages[rows], args.clip_eps, args.kl_coef
                 )
-                if (
-                    update == 0
-                ):  # what `ratio` cannot show: the scored distribution against the one that drew the tokens
+                if update == 0:  # what `ratio` cannot show: does what is scored differ from what drew the tokens?
                     gap = (logprobs.detach() - sampled_logprobs[rows]).exp() - 1  # (n, T)
                     sampler_gap += gap.abs().mean().item() * len(rows) / N
                 share = len(rows) / N  # a mean of means would be wrong for an uneven last micro-batch
