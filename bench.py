@@ -17,7 +17,9 @@ from model import MODELS, SIZES, ModelConfig, Transformer
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--size", choices=SIZES, default="GPT-B", help="a row of the size table (default GPT-B)")
     add("--images", type=int, default=8, help="images generated at once (default 8)")

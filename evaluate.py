@@ -29,9 +29,20 @@ import torch
 
 import data
 from grpo import token_logprobs
-from model import MODELS, autocast, is_toy, load_model, weights_header
+from model import MODELS, autocast, is_toy, load_model
 from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
-from sample import add_model_flags, captions_of, draw, load_around, read_asked, resolve_ckpt, settle_precision
+from sample import (
+    add_model_flags,
+    captions_of,
+    draw,
+    header_of,
+    load_around,
+    padding_for,
+    read_asked,
+    resolve_ckpt,
+    settle_precision,
+)
+from tokenizer import to_unit
 
 
 def fixed_asked(name, n):
@@ -76,13 +87,23 @@ def precision_recall(samples, renders, k=3):
 
 @torch.no_grad()
 def mean_rewards(images, captions, judges, device="cpu", batch_size=256):
-    """{judge: mean score} of images (n, 3, H, W) in [0, 1]; scores that are missing are left out."""
+    """
+    {judge: mean score} of images (n, 3, H, W) in [0, 1]. Scores that are not finite are left out and their share is
+    told; a judge without any has no mean.
+    """
     scores = {}
     for k in range(0, len(images), batch_size):
         part = images[k : k + batch_size].to(device)
         for judge, values in score(judges, part, captions[k : k + batch_size])[0].items():
             scores.setdefault(judge, []).append(values)
-    return {f"reward: {judge}": float(torch.cat(values).nanmean()) for judge, values in scores.items()}
+    figures = {}
+    for judge, values in scores.items():
+        values = torch.cat(values)
+        finite = values[values.isfinite()]
+        figures |= {f"reward: {judge}": finite.mean().item()} if len(finite) else {}
+        missing = 1 - len(finite) / len(values)
+        figures |= {f"missing: {judge}": missing} if missing else {}
+    return figures
 
 
 @torch.no_grad()
@@ -116,10 +137,20 @@ def as_table(columns):
     """A Markdown table of {column: {metric: figure}}; a metric that a column lacks is left blank."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for metric in dict.fromkeys(metric for figures in columns.values() for metric in figures):
-        form = "{:.1%}" if metric.startswith("right") else "{:.3f}"
+        form = "{:.1%}" if metric.startswith(("right", "missing")) else "{:.3f}"
         cells = [form.format(figures[metric]) if metric in figures else "" for figures in columns.values()]
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def write_results(out, facts, columns):
+    """Writes NAME.md and NAME.json of the columns so far, and returns the table."""
+    tuned = ", ".join(facts["tuned"]) or "none"
+    head = f"{facts['model']}, {facts['num']} samples a column, seed {facts['seed']}; tuned: {tuned}"
+    table = f"{head}\n\n{as_table(columns)}\n"
+    out.with_name(out.name + ".json").write_text(json.dumps(facts | dict(columns=columns), indent=1) + "\n")
+    out.with_name(out.name + ".md").write_text(table)
+    return table
 
 
 def parse_args(argv=None):
@@ -139,15 +170,20 @@ def parse_args(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers, in turn (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
     add("--num", type=int, default=1024, help="pictures for each column (default 1024: standard error 1.5 points)")
-    add("--cfg-scale", type=float, nargs="+", default=[1.0, 2.0], help="guidance to sample with (default 1 and 2)")
+    add(
+        "--cfg-scale",
+        type=float,
+        nargs="+",
+        help="guidance to sample with (default: 1 and what the first --ckpt was trained with, or 2 if that is 1)",
+    )
     add("--rewards", help="judges to report (default: clip,critic for the toys, else clip)")
     add("--seed", type=int, default=0, help="of sampling; the renders' is another (default 0)")
     add("--batch-size", type=int, default=64, help="images at once (default 64)")
     add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
     add_judge_flags(parser)
     args = parser.parse_args(argv)
-    if args.num < 1 or not min(args.cfg_scale) >= 1 or args.batch_size < 1:
-        parser.error("needed: --num >= 1, --cfg-scale >= 1, --batch-size >= 1")
+    if args.num < 1 or not min(args.cfg_scale or [1]) >= 1 or args.batch_size < 1 or args.seed < 0:
+        parser.error("needed: --num >= 1, --cfg-scale >= 1, --batch-size >= 1, --seed >= 0")
     return args
 
 
@@ -168,6 +204,14 @@ def run(args):
     judges = load_judges(
         parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
     )
+    ours = header_of(paths[0]) if paths else {}
+    if not args.cfg_scale:
+        trained_with = float(ours.get("cfg_scale", row.cfg_scale))
+        args.cfg_scale = [1.0, trained_with if trained_with > 1 else 2.0]
+    beside = paths[0].parent if ours else Path("out")  # beside a policy of ours, but not in weights/ or the hub's cache
+    out = Path(args.out) if args.out else beside / "evaluation"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = dict(model=name, tuned=[str(path) for path in paths], num=args.num, seed=args.seed)
 
     if toy:
         clip, _ = load_clip()
@@ -180,6 +224,7 @@ def run(args):
     ]
     for which, path in policies:
         model = load_model(name, path, device)
+        encode.pad = padding_for(path, args)  # the base's captions as the base was trained
         for cfg in args.cfg_scale:
             images, tokens = draw(
                 model, tokenizer, encode, asked, args.seed, args.batch_size, args.dtype, cfg_scale=cfg
@@ -188,26 +233,18 @@ def run(args):
             figures |= mean_rewards(images, captions, judges, device, args.batch_size)
             figures["entropy"] = mean_entropy(model, encode, asked, tokens, args.batch_size, args.dtype)
             columns[cfg, f"{which}, cfg {cfg:g}"] = figures
+            ordered = sorted(columns, key=lambda column: column[0])  # base and tuned of one cfg side by side
+            by_name = {column[1]: columns[column] for column in ordered}
+            table = write_results(out, facts, by_name)  # each time: a column of a large model takes hours
         del model  # before the next one: two of the large ones may not fit
-    ordered = sorted(columns, key=lambda column: column[0])  # base and tuned of one cfg side by side
-    columns = {column[1]: columns[column] for column in ordered}
     if toy:
         fresh = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 2]))) * 2 - 1
         with torch.no_grad():
             trips = [tokenizer.decode(tokenizer.encode(part.to(device))).cpu() for part in fresh.split(256)]
-        trips = (torch.cat(trips) / 2 + 0.5).clamp(0, 1)
+        trips = to_unit(torch.cat(trips))
         figures = toy_metrics(row.config.task, trips, captions, clip, renders_features)
-        columns["renders, round trip"] = figures | mean_rewards(trips, captions, judges, device, args.batch_size)
-
-    head = f"{name}, {args.num} samples a column, seed {args.seed}; tuned: {', '.join(map(str, paths)) or 'none'}"
-    table = f"{head}\n\n{as_table(columns)}\n"
-    ours = paths and weights_header(paths[0])  # beside a policy of ours, but not in weights/ or the hub's cache
-    beside = paths[0].parent if ours else Path("out")
-    out = Path(args.out) if args.out else beside / "evaluation"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    facts = dict(model=name, tuned=[str(path) for path in paths], num=args.num, seed=args.seed, columns=columns)
-    out.with_name(out.name + ".json").write_text(json.dumps(facts, indent=1) + "\n")
-    out.with_name(out.name + ".md").write_text(table)
+        figures |= mean_rewards(trips, captions, judges, device, args.batch_size)
+        table = write_results(out, facts, by_name | {"renders, round trip": figures})
     print(table + f"\n{out}.md and .json")
 
 

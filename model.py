@@ -446,8 +446,8 @@ def autocast(device, dtype):
 
 
 def check_device(device):
-    """Raises ValueError unless torch can put a tensor on `device`."""
-    torch.backends.cudnn.allow_tf32 = False  # convolutions, the tokenizer's and the judges', in float32 as promised
+    """Raises ValueError unless torch can put a tensor on `device`; has GPUs take float32 convolutions in float32."""
+    torch.backends.cudnn.allow_tf32 = False  # the tokenizer's and the judges'; True is torch's default
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises depends on how it was built

@@ -36,7 +36,7 @@ from evaluate import fixed_asked, verifier_accuracy
 from model import MODELS, TextEncoder, Transformer, load_model
 from rewards import clip_image_features, critic_network, critic_scores, load_judges, score
 from sample import captions_of, draw, make_encoder
-from tokenizer import TOKENIZERS, VQModel, load_strict, load_tokenizer, read_weights
+from tokenizer import TOKENIZERS, VQModel, load_strict, load_tokenizer, read_weights, to_unit
 
 
 def world_captions(n, rng):
@@ -265,7 +265,7 @@ def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
-def train_t2i(args, steps=4750, batch=32, lr=2e-3, seed=3):
+def train_t2i(args, steps=2200, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
 
 
@@ -301,7 +301,7 @@ def exclusive_losses(logits, captions, texts):
     between categories ("a circle" is also true of "a red circle"). Each positive is set against the negatives of its
     row, then of its column, never against other positives.
 
-    logits (B, M) of B images and M texts; captions: B strings, or None for a malformed image, true of no text.
+    logits (B, M) of B images and M texts; captions: B strings, or None for an image that no text is true of.
     """
     key = {t: (data.category_of(t), data.meaning(t)) for t in {*texts, *filter(None, captions)}}
     same_kind = torch.tensor([[c is None or key[c][0] == key[t][0] for t in texts] for c in captions])
@@ -315,7 +315,8 @@ def exclusive_losses(logits, captions, texts):
 def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
     """
     A CLIP on round trips of renders, made to see what GRPO needs seen: each image meets captions wrong in one
-    attribute (NegCLIP, arXiv 2210.01936; without them CLIP learns no left and right), each caption malformed images.
+    attribute (NegCLIP, arXiv 2210.01936; without them CLIP learns no left and right), each caption malformed images
+    and crowded ones.
     """
     import open_clip
 
@@ -335,13 +336,14 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
         set_lr(optimizer, step, steps, lr, warmup=200)
         captions = world_captions(batch, rng)
         images = renders(captions, rng)
-        bent = malform(images[::4], rng)
+        crowds = torch.from_numpy(data.render_crowds(captions[1::4], rng)) * 2 - 1
+        wrong = torch.cat([malform(images[::4], rng), crowds])  # right for no caption
         with torch.no_grad():
-            images = tokenizer.decode(tokenizer.encode(torch.cat([images, bent]))).clamp(-1, 1) / 2 + 0.5
+            images = to_unit(tokenizer.decode(tokenizer.encode(torch.cat([images, wrong]))))
         texts = list(dict.fromkeys(captions + [data.wrong_caption(c, rng) for c in captions for _ in range(2)]))
         text_features = model.encode_text(words(texts), normalize=True)
         logits = model.logit_scale.exp() * clip_image_features(model, images) @ text_features.T
-        loss = exclusive_losses(logits, captions + [None] * len(bent), texts)
+        loss = exclusive_losses(logits, captions + [None] * len(wrong), texts)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -429,7 +431,7 @@ def right_above_wrong(clip, tokenizer, n, seed=1004):
     for category in data.CATEGORIES:
         captions = data.sample_captions(n, rng, [category])
         wrong = [data.wrong_caption(caption, rng) for caption in captions]
-        images = tokenizer.decode(tokenizer.encode(renders(captions, rng))).clamp(-1, 1) / 2 + 0.5
+        images = to_unit(tokenizer.decode(tokenizer.encode(renders(captions, rng))))
         gap = clip(images, captions) - clip(images, wrong)
         figures[f"right caption above wrong, {category}"] = round(float((gap > 0).float().mean()), 3)
     return figures

@@ -202,6 +202,7 @@ def critic_network():
 
 
 def critic_scores(images, prompts, network):
+    """Probability that each image (N, 3, 64, 64) in [0, 1] is real: (N,). Raises ValueError for another size."""
     if images.shape[-1] != 64:
         raise ValueError("--rewards: critic knows the toy world's 64 px pictures only")
     return network(images * 2 - 1)[:, 0].sigmoid()
@@ -218,11 +219,14 @@ def critic_judge(device, options):
 
 
 def pyiqa_scores(images, prompts, metric):
+    """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,). One at a time: not every
+    metric of pyiqa takes several."""
     sign = -1 if metric.lower_better else 1
     return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
 
 
 def pyiqa_judge(name, device):
+    """Any no-reference metric of pyiqa. Raises ValueError if it has no `name` or cannot fetch its weights."""
     import pyiqa
 
     known = pyiqa.list_models("NR")
@@ -276,6 +280,7 @@ def maniqa_judge(device, options):
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
 QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
+SERVER_PAUSES = (2, 20)  # s
 RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
 YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
 QUESTIONS = {
@@ -375,7 +380,9 @@ def answer_tokens(tokenizer, worth):
 def load_qwen(folder, device):
     """(model, processor): FOLDER/Qwen2.5-VL-3B-Instruct, else the hub's; bfloat16 on a GPU. Raises ValueError."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one a shard, amid our own lines
     local = Path(folder or "") / Path(QWEN).name
     source = local if folder and local.is_dir() else QWEN
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
@@ -395,16 +402,22 @@ def load_qwen(folder, device):
 
 
 def call_server(url, path, body=None):
-    """The JSON that an OpenAI-compatible server returns, for a GET, or a POST of `body`. Raises ValueError."""
+    """
+    The JSON that an OpenAI-compatible server returns, for a GET, or a POST of `body`, which is sent again after each of
+    SERVER_PAUSES: one request lost among the paper's 38,400 must not end a run of days. Raises ValueError.
+    """
     data = None if body is None else json.dumps(body).encode()
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/{path}"
-    try:
-        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            return json.load(reply)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        # refused, lost, slow or an HTTP status; no address or no JSON; half a reply
-        raise ValueError(f"--qwen-server: {address} does not answer ({short(error)})") from None
+    for pause in (*(SERVER_PAUSES if data else ()), None):
+        try:
+            request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=300) as reply:
+                return json.load(reply)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # refused, lost, slow or an HTTP status; no address or no JSON; half a reply
+            if pause is None:
+                raise ValueError(f"--qwen-server: {address} does not answer ({short(error)})") from None
+            time.sleep(pause)
 
 
 def ask_server_once(pixels, text, worth, url, model, answer):
@@ -470,6 +483,8 @@ def parse_rewards(text):
     weights, known = {}, [*JUDGES, *STEPS, *QUESTIONS]
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
+        if name in weights:
+            raise ValueError(f"--rewards: {name} is named twice")
         try:
             weights[name] = float(weight or 1)
         except ValueError:

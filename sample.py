@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from model import MODELS, TextEncoder, autocast, check_device, is_toy, load_model, weights_header
-from tokenizer import find_file, load_tokenizer, to_uint8
+from tokenizer import find_file, load_tokenizer, to_uint8, to_unit
 
 # One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
 DEFAULT_CLASSES = ["red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
@@ -70,7 +70,7 @@ def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, dtype="float32"
         cond, cond_mask = encode(asked[k : k + batch_size])
         with autocast(device, dtype):
             drawn, _ = model.generate(cond, cond_mask, generator=generator, **sampling)
-        images.append((tokenizer.decode(drawn) / 2 + 0.5).clamp(0, 1).cpu())
+        images.append(to_unit(tokenizer.decode(drawn)).cpu())
         tokens.append(drawn.cpu())
     return torch.cat(images), torch.cat(tokens)
 
@@ -110,7 +110,7 @@ def resolve_ckpt(ckpt, model_name, task):
         path = path / "policy.safetensors"
     if path and not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    written_by = weights_header(path).get("model") if path else None
+    written_by = header_of(path).get("model")
     name = model_name or written_by or f"toy-{task or 'c2i'}"
     if written_by and written_by != name:
         raise ValueError(
@@ -167,15 +167,21 @@ def settle_precision(args):
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
 
 
+def header_of(path):
+    """What our own weights file at `path` says of itself: model, step, text_pad, cfg_scale. Else, or for None, {}."""
+    return weights_header(path) if path else {}
+
+
+def padding_for(path, args):
+    """--text-pad, or where that was left open what the policy at `path` (None: the base) was trained with."""
+    return args.text_pad or header_of(path).get("text_pad", "left")
+
+
 def load_around(name, path, args):
-    """
-    (tokenizer, encode): what stands around the transformer `name` whose weights are at `path` (None: its base's). Sets
-    --text-pad where it was left open: a policy of ours says how its captions were padded.
-    """
+    """(tokenizer, encode): what stands around the transformer `name` whose weights are at `path` (None: its base's)."""
     row = MODELS[name]
-    args.text_pad = args.text_pad or (weights_header(path) if path else {}).get("text_pad", "left")
     tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, args.device)
-    return tokenizer, make_encoder(name, args.device, args.text_encoder, args.text_pad)
+    return tokenizer, make_encoder(name, args.device, args.text_encoder, padding_for(path, args))
 
 
 def print_files(name, args):
@@ -220,7 +226,7 @@ def parse_args(argv=None):
     add(
         "--cfg-scale",
         type=float,
-        help="guidance; 1 is none (default: the toys' 1, LlamaGen's 4.0 for c2i, 7.5 for t2i)",
+        help="guidance; 1 is none (default: what our own --ckpt was trained with; toys 1, LlamaGen c2i 4.0, t2i 7.5)",
     )
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token always (default 1)")
     add("--top-k", type=int, help="keep the k likeliest tokens; 0: all (default: toys 0, LlamaGen 2000 c2i, 1000 t2i)")
@@ -246,11 +252,16 @@ def run(args):
         return print_files(args.model or resolve_ckpt(args.ckpt, None, args.task)[0], args)
     name, path = resolve_ckpt(args.ckpt, args.model, args.task)
     row = MODELS[name]
-    cfg_scale = row.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    trained_with = float(header_of(path).get("cfg_scale", row.cfg_scale))
+    cfg_scale = trained_with if args.cfg_scale is None else args.cfg_scale
     top_k = row.top_k if args.top_k is None else args.top_k
     asked = [entry for entry in read_asked(name, args.classes, args.prompts) for _ in range(args.num)]
     for file in filter(None, (args.out, args.npz)):  # now, not after the drawing
+        if Path(file).is_dir():
+            raise ValueError(f"{file} is a folder; --out and --npz name files")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
+    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {args.out}: the grid's name ends in .png, .jpg or .webp")
     tokenizer, encode = load_around(name, path, args)
     labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
     sampling = dict(cfg_scale=cfg_scale, temperature=args.temperature, top_k=top_k, top_p=args.top_p, dtype=args.dtype)
@@ -260,6 +271,7 @@ def run(args):
         models = [("base: ", resolve_ckpt(args.base, name, None)[1]), ("tuned: ", path)]
     for which, weights in models:
         model = load_model(name, weights, args.device)
+        encode.pad = padding_for(weights, args)  # the base's captions as the base was trained
         images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, **sampling)
         rows.append((images, tokens, which))
         del model  # before the next one: two of the large ones may not fit

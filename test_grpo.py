@@ -46,7 +46,7 @@ from model import (
     policy_logprobs,
     weights_header,
 )
-from tokenizer import TOKENIZERS, VQConfig, VQModel, load_strict, load_tokenizer, to_uint8
+from tokenizer import TOKENIZERS, VQConfig, VQModel, load_strict, load_tokenizer, to_uint8, to_unit
 
 HERE = Path(__file__).parent
 C2I = ModelConfig("c2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, num_classes=5)
@@ -232,7 +232,8 @@ def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
 
 @pytest.mark.parametrize("caption, cleaned", [
     ("A Photo of a “red” Cat,Dog", 'a photo of a "red" cat, dog'),
-    ("see https://example.com/a?b=c now", "see now"),
+    ("see https://example.com/a, it is good", "see , it is good"),
+    ("see www.example.com/a?b=c now", "see ?b=c now"),
     ("by @someone  <b>bold</b>", "by bold"),
     ("holiday picture IMG_001.png", "holiday picture"),
     ("tom &lt;3 jerry!!", "tom <3 jerry!!"),
@@ -258,6 +259,13 @@ def test_loading_keeps_the_modules_own_types():
     module.register_buffer("index", torch.zeros(2, dtype=torch.long))
     loaded = load_strict(module, {k: v.half() for k, v in module.state_dict().items()}, "a file")
     assert loaded.index.dtype == torch.long and loaded.weight.dtype == torch.float32
+
+
+def test_vq8_has_the_official_shape():
+    with torch.device("meta"):
+        model = VQModel(TOKENIZERS["vq-8"])
+        assert model.decode(torch.zeros(1, 32**2, dtype=torch.long)).shape == (1, 3, 256, 256)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(70, rel=0.02)
 
 
 def test_vq16_has_the_official_shape():
@@ -441,6 +449,13 @@ def test_renders_are_a_function_of_the_generator():
     assert (a == b).all() and a.min() >= 0 and a.max() <= 1
 
 
+def test_crowds_are_right_for_no_caption():
+    every = [caption for captions in data.T2I_CAPTIONS.values() for caption in captions]
+    for image in data.render_crowds(every, np.random.default_rng(0)):
+        assert len(data.find_objects(image)[0]) in (3, 4)
+        assert not any(data.satisfies(image, caption) for caption in every)
+
+
 def test_captions_parse_and_wrong_ones_exclude_them():
     rng = np.random.default_rng(0)
     for category, captions in data.T2I_CAPTIONS.items():
@@ -498,7 +513,7 @@ def test_the_toy_judges_rank_right_above_wrong():
     images = torch.from_numpy(data.render(captions, rng)) * 2 - 1
     tokenizer = load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)  # judges only ever see what it decoded
     with torch.no_grad():
-        images = (tokenizer.decode(tokenizer.encode(images)) / 2 + 0.5).clamp(0, 1)
+        images = to_unit(tokenizer.decode(tokenizer.encode(images)))
     right, _ = rewards.score(judges, images, captions)
     wrong, seconds = rewards.score(judges, images, [data.wrong_caption(c, rng) for c in captions])
     noise, _ = rewards.score(judges, torch.rand(100, 3, 64, 64), captions)
@@ -518,10 +533,12 @@ def test_clip_scores_do_not_depend_on_the_batch():
 
 
 def test_any_pyiqa_metric_is_a_judge():
-    """Higher must be better: piqe is a distortion, so a clean picture has to come out above noise or blocks."""
-    judge = rewards.load_judges(["pyiqa:piqe"])["pyiqa:piqe"]
-    scores = judge(torch.rand(2, 3, 64, 64), ["a", "b"])
-    assert scores.shape == (2,) and (scores <= 0).all()
+    """Higher must be better: piqe counts distortions, 0 to 100, and is turned; entropy counts detail and is not."""
+    judges = rewards.load_judges(["pyiqa:piqe", "pyiqa:entropy"])
+    images = torch.stack([torch.rand(3, 64, 64), torch.full((3, 64, 64), 0.5)])
+    scores, _ = rewards.score(judges, images, ["a", "b"])
+    assert scores["pyiqa:piqe"].shape == (2,) and (scores["pyiqa:piqe"] <= 0).all()
+    assert scores["pyiqa:entropy"][0] > scores["pyiqa:entropy"][1] >= 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -748,6 +765,8 @@ def test_answers_must_be_single_distinct_tokens(judges_folder):
 class Server(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server whose answers say how red the picture is: level 51 k rates k."""
 
+    failures = 0  # how many questions it will not answer
+
     def reply(self, found):
         self.send_response(200)
         self.end_headers()
@@ -758,6 +777,9 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if Server.failures:
+            Server.failures -= 1
+            return self.send_error(503)
         picture, _ = asked["messages"][0]["content"]
         file = io.BytesIO(base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,")))
         pixels = np.array(Image.open(file))  # (H, W, 3)
@@ -782,15 +804,20 @@ def server():
         found.shutdown()
 
 
-def test_a_server_may_answer_for_qwen(server):
+def test_a_server_may_answer_for_qwen(server, monkeypatch):
     """JPEG would change the levels and smear the edge, and answers must come back in the order of the pictures."""
+    monkeypatch.setattr(rewards, "SERVER_PAUSES", (0, 0))
     images = torch.zeros(4, 3, 8, 8)
     images[:, 0] = (torch.tensor([3.0, 0, 5, 1]) / 5).view(4, 1, 1)
     images[:, 2, :, 4:] = 200 / 255
     for url, answer, last in ((server, "probability", 5), (server + "/v1", "json", torch.nan)):
         judges = rewards.load_judges(["qwen-match"], options=dict(qwen_server=url, qwen_answer=answer))
+        monkeypatch.setattr(Server, "failures", 2)  # which alone may not end a run
         scores = rewards.score(judges, images, ["x"] * 4)[0]["qwen-match"]
         assert torch.equal(scores.nan_to_num(-1), torch.tensor([3.0, 0, last, 1]).nan_to_num(-1))
+    monkeypatch.setattr(Server, "failures", 100)
+    with pytest.raises(ValueError, match="503"):
+        rewards.score(judges, images, ["x"] * 4)
 
 
 def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
@@ -816,6 +843,21 @@ TWO = {"c2i": ["--classes", "red circle", "7"], "t2i": ["--prompts", "two circle
 def read_metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
+
+
+def test_scores_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
+    """A mean of 0 for a judge that said nothing would be read as its worst verdict."""
+    silent, loud = torch.full((4,), torch.nan), torch.tensor([1.0, 3, torch.nan, torch.inf])
+    judges = dict(silent=lambda device, options: lambda *_: silent, loud=lambda device, options: lambda *_: loud)
+    monkeypatch.setattr(rewards, "JUDGES", rewards.JUDGES | judges)
+    train.main(["--steps", "1", "--out", str(tmp_path), *TINY_RUN, "--classes", "0", "1", "2", "3", "--rewards",
+                "clip,silent=2,loud"])  # fmt: skip
+    (row,) = read_metrics(tmp_path)
+    assert "silent_mean" not in row and row["silent_not_finite"] == 4 and np.isfinite(row["reward"])
+    assert row["loud_mean"] == 2 and row["loud_not_finite"] == 2
+    judges = rewards.load_judges(["silent", "loud"])
+    found = evaluate.mean_rewards(torch.rand(4, 3, 64, 64), ["x"] * 4, judges)
+    assert found == {"missing: silent": 1, "reward: loud": 2, "missing: loud": 0.5}
 
 
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
@@ -860,6 +902,7 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.main(["--steps", "5", "--out", str(whole), *TINY_RUN, *TWO["c2i"]])
     command = [sys.executable, HERE / "train.py", "--steps", "5", "--out", str(broken), *TINY_RUN, *TWO["c2i"]]
+    command += ["--device", "cpu"]  # the fixture that hides a GPU from these tests does not reach another process
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (broken / "state.pt").exists():
         time.sleep(0.02)
@@ -988,7 +1031,7 @@ def test_every_official_form_of_file_loads(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i-xl-256"])
-def test_the_official_path_end_to_end(name, tmp_path, monkeypatch):
+def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     """ImageNet's names, T5, the authors' guidance, official files, bfloat16, no verifier: what the toys do not pass."""
     row = MODELS[name]  # fewer layers and tokens; .ci/run does the same with all of GPT-B
     config = replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64)
@@ -1009,15 +1052,23 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch):
     assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "verifier" not in first
     assert first["sampler_gap"] < 0.02  # rounding alone
     # our own checkpoint names its model and its padding; the base is given because the hub cannot be asked here
-    assert weights_header(tmp_path / "run/policy.safetensors")["text_pad"] == pad
+    header = weights_header(tmp_path / "run/policy.safetensors")
+    assert header["text_pad"] == pad and float(header["cfg_scale"]) == {"c2i": 2, "t2i": 4}[config.task]
     out = ["--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "new/a.npz")]
     sample.main(["--ckpt", run, "--compare", "--base", gpt, *files, *asked, "--num", "2", *out])
+    assert f"cfg {float(header['cfg_scale']):g}" in capsys.readouterr().out  # a policy is drawn from as it was trained
     found = np.load(tmp_path / "new/a.npz")
     assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["labels" if config.task == "c2i" else "prompts"]) == 2
-    few = ["--num", "2", "--rewards", "pyiqa:entropy", "--cfg-scale", "2"]
-    evaluate.main(["--ckpt", run, "--base", gpt, *files, *asked, *few])
+    evaluate.main(["--ckpt", run, "--base", gpt, *files, *asked, "--num", "2", "--rewards", "pyiqa:entropy"])
     columns = json.loads((tmp_path / "run/evaluation.json").read_text())["columns"]
-    assert {"reward: pyiqa:entropy", "entropy"} == set(columns["base, cfg 2"]) == set(columns["tuned, cfg 2"])
+    cfg = f"cfg {float(header['cfg_scale']):g}"
+    assert set(columns) == {"base, cfg 1", "tuned, cfg 1", f"base, {cfg}", f"tuned, {cfg}"}
+    assert {"reward: pyiqa:entropy", "entropy"} == set(columns[f"base, {cfg}"]) == set(columns[f"tuned, {cfg}"])
+    # the paper's settings: scored without the guidance that it samples with, so another policy is scored
+    preset = ["--preset", f"paper-{config.task}", "--model", name, "--steps", "1", "--out", str(tmp_path / "paper")]
+    train.main([*preset, "--ckpt", gpt, *files, *asked, *few])
+    (paper,) = read_metrics(tmp_path / "paper")
+    assert paper["lr"] == 1e-5 and paper["kl"] == 0 and paper["sampler_gap"] > 2 * first["sampler_gap"]
 
 
 def test_print_files_says_where_everything_is_expected(capsys):
@@ -1056,8 +1107,12 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--top-p", "0"], "--top-p"),
     (sample, ["--compare"], "--ckpt"),
     (sample, ["--out", "/proc/none/grid.png"], "/proc/none"),
+    (sample, ["--out", "{}/grid"], "ends in .png"),
+    (sample, ["--npz", "{}"], "is a folder"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
     (train, ["--rewards", "clip=x"], "not a number"),
+    (train, ["--rewards", "clip,clip=2"], "named twice"),
+    (train, ["--seed", "-1"], "--seed must be at least 0"),
     (train, ["--rewards", "pyiqa:nonsense"], "no no-reference metric"),
     (train, ["--rewards", "hps", "--reward-weights", "{}/none"], "no such folder"),
     (train, ["--rewards", "hps", "--reward-weights", "{}/run"], "huggingface.co/xswu/HPSv2"),

@@ -192,6 +192,11 @@ class VQModel(nn.Module):
         return self.render(self.quantize.vectors()[tokens])
 
 
+def to_unit(images):
+    """Images about [-1, 1], as the decoder writes them -> [0, 1], as judges and the verifier read them."""
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
 def to_uint8(images):
     """Images in [-1, 1] -> uint8, rounded as the official code does: clamp(127.5 x + 128), truncated."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)

@@ -25,7 +25,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -53,11 +52,13 @@ from sample import (
     captions_of,
     draw,
     load_around,
+    padding_for,
     read_asked,
     resolve_ckpt,
     save_grid,
     settle_precision,
 )
+from tokenizer import to_unit
 
 # The paper's eight rewards. It gives them all weight 1 and scales them inside: the cosines by 5, MANIQA by 2, Qwen's
 # answers by 1/4; here a judge keeps its own scale and the factor is its weight.
@@ -73,7 +74,7 @@ LLAMAGEN = dict(
     micro_batch=8, lr=1e-5, lr_schedule="linear", adam_beta2=0.999, score_cfg="same", rewards=EIGHT,
 )  # fmt: skip
 DEFAULTS = {
-    "toy-c2i": TOY | dict(rewards="clip=1,critic=0.25"),
+    "toy-c2i": TOY | dict(steps=170, rewards="clip=1,critic=0.25"),
     "toy-t2i": TOY | dict(rewards="clip=1"),  # the critic knows single objects only
     "llamagen-c2i": LLAMAGEN | dict(steps=400, prompts_per_step=4, kl_coef=0.1, cfg_scale=2.0),
     "llamagen-t2i": LLAMAGEN | dict(steps=600, prompts_per_step=8, kl_coef=1.0, cfg_scale=4.0),
@@ -133,7 +134,7 @@ def parse_args(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (the toy has its own)")
     # how many
-    add("--steps", type=int, help="batches sampled and learned from in all (default: toys 200, c2i 400, t2i 600)")
+    add("--steps", type=int, help="batches sampled and learned from (default: toys 170 and 200, LlamaGen 400 and 600)")
     add("--prompts-per-step", type=int, help="B (default 8; LlamaGen c2i 4, as the release)")
     add("--group-size", type=int, default=8, help="G, samples a prompt (default 8, the paper's)")
     add("--micro-batch", type=int, help="images a backward pass; changes memory, not the result (64; LlamaGen 8)")
@@ -180,6 +181,7 @@ def parse_args(argv=None):
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.weights = parse_rewards(args.rewards)
+        args.text_pad = padding_for(args.ckpt, args)
         judge_options(args, args.model)  # here for its errors only
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
         settle_precision(args)
@@ -188,7 +190,7 @@ def parse_args(argv=None):
     official = args.model if args.preset is None else f"{args.preset}-{args.model}"
     args.out = Path(args.out or f"out/{args.task if is_toy(args.model) else official}")
     at_least = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, sample_every=1,
-                    save_every=1, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0)  # fmt: skip
+                    save_every=1, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, seed=0)  # fmt: skip
     for name, least in at_least.items():
         if not getattr(args, name) >= least:  # also catches NaN
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -213,17 +215,21 @@ def lap(seconds, part, since, device):
 
 
 def peak_memory_gb(device):
-    """GB at the worst moment so far: of the GPU, or of the whole process on a CPU."""
+    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None on Windows, which cannot say."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def pick_prompts(args, pool, step):
-    """The B labels or captions of a step, a function of (seed, step) alone. Distinct where the pool allows it."""
+    """The B labels or captions of a step, a function of (seed, step) alone. Distinct where a pool allows it."""
     rng = np.random.default_rng([args.seed, step])
-    if pool is None:  # the toy's captions: every category equally often
+    if pool is None:  # the toy's captions: every category equally often, and some captions twice
         return data.sample_captions(args.prompts_per_step, rng)
     picks = rng.choice(len(pool), args.prompts_per_step, replace=len(pool) < args.prompts_per_step)
     return [pool[k] for k in picks]
@@ -244,8 +250,8 @@ def write_whole(path, write):
 
 def save_policy(args, policy, step):
     state = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
-    # sample.py and evaluate.py read from the header which model this is, and how its captions were padded
-    header = dict(format="pt", model=args.model, step=str(step), text_pad=args.text_pad)
+    # sample.py and evaluate.py read from the header which model this is, how it was asked and with what guidance
+    header = dict(format="pt", model=args.model, step=str(step), text_pad=args.text_pad, cfg_scale=str(args.cfg_scale))
     write_whole(args.out / "policy.safetensors", lambda path: save_file(state, path, metadata=header))
 
 
@@ -269,26 +275,29 @@ def load_state(args, policy, optimizer):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume; leave out --resume to start a run in {args.out}")
     try:
-        state = torch.load(path, map_location=args.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW wants its step counters there
+        step, flags = state["step"], state["flags"]
     except Exception as error:  # torch raises half a dozen kinds for a file that is not whole
         raise ValueError(f"{path} cannot be read ({type(error).__name__}); delete {args.out} to start again") from None
     now = flags_that_matter(args)
-    for name, value in state["flags"].items():
+    for name, value in flags.items():
         if now.get(name) != value:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {now.get(name)}, but the run in {args.out} began with {value}"
             )
+    if step > args.steps:
+        raise ValueError(f"the run in {args.out} has done {step} steps already; --steps counts them all")
     policy.load_state_dict(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
     lines = (args.out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    write_whole(args.out / "metrics.jsonl", lambda path: path.write_text("".join(lines[: state["step"]])))
-    return state["step"]
+    write_whole(args.out / "metrics.jsonl", lambda path: path.write_text("".join(lines[:step])))
+    return step
 
 
 def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
     """The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it."""
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
-    images, _ = draw(model, tokenizer, encode, asked, seed=1234, **sampling)
+    images, _ = draw(model, tokenizer, encode, asked, seed=1234, **sampling)  # --seed or not: grids of runs compare
     captions = captions_of(args.model, asked)
     scores, _ = score(judges, images.to(args.device), captions)
     labels = []
@@ -325,7 +334,7 @@ def plot_curves(args):
 
 
 def train(args):
-    if not args.resume and (args.out / "state.pt").exists():
+    if not args.resume and any((args.out / file).exists() for file in ("state.pt", "policy.safetensors")):
         raise ValueError(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
     started, row, device = time.perf_counter(), MODELS[args.model], args.device
     pool = None  # what prompts are picked from; None: the toy's captions
@@ -355,7 +364,7 @@ def train(args):
           f"{args.updates_per_batch} update(s) a batch, {args.steps - start_step} steps")  # fmt: skip
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
-    most = 40 if is_toy(args.model) else 16
+    most = 40 if is_toy(args.model) else 16  # all of the toy's classes; of large pictures a page
     shown = pool[:: -(-len(pool) // most)] if pool else data.balanced_captions(24)  # what the grids show
     since = time.perf_counter()
     if start_step == 0:
@@ -363,6 +372,10 @@ def train(args):
         # A step samples N images and learns from them; learning costs about 1.5 times what sampling does.
         minutes = (time.perf_counter() - since) / len(shown) * N * 2.5 * args.steps / 60
         print(f"about {minutes:.0f} min, going by before.png; saved for --resume every {args.save_every} steps")
+    else:
+        rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+        each = np.median([sum(row[key] for key in row if key.startswith("seconds_")) for row in rows])
+        print(f"about {each * (args.steps - start_step) / 60:.0f} min, going by the {start_step} steps so far")
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
 
@@ -376,7 +389,8 @@ def train(args):
         asked = pick_prompts(args, pool, step)
         prompts = [caption for caption in captions_of(args.model, asked) for _ in range(G)]
         cond, cond_mask = encode(asked)  # (B, ...), once a prompt
-        generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what this one would have drawn
+        # a resumed run draws what this one would have drawn; a large prime, so that runs of other seeds share nothing
+        generator.manual_seed(args.seed * 1_000_003 + step)
         with autocast(device, args.dtype):
             cond, cond_mask, tokens, old_logprobs = sample_groups(
                 policy, cond, cond_mask, G, generator, args.cfg_scale, args.temperature
@@ -385,7 +399,9 @@ def train(args):
 
         # 2. judge: decode, score, compare inside each group
         with torch.no_grad():
-            images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)
+            images = to_unit(
+                torch.cat([tokenizer.decode(part) for part in tokens.split(args.micro_batch)])
+            )  # (N,3,H,W)
         since = lap(seconds, "decode", since, device)
         scores, judge_seconds = score(judges, images, prompts)  # {name: (N,)}
         heard = {name: fill_missing(values, G) for name, values in scores.items()}
@@ -436,8 +452,9 @@ def train(args):
         spread = rewards.view(B, G)
         metrics = dict(step=step, reward=rewards.mean().item(), reward_std=rewards.std().item(), **sums)
         for name, values in scores.items():
-            finite = values[values.isfinite()] if values.isfinite().any() else values.new_zeros(1)
-            metrics |= {f"{name}_mean": finite.mean().item(), f"{name}_std": finite.std(correction=0).item()}
+            finite = values[values.isfinite()]
+            if len(finite):  # else there is no mean, and 0 may be the worst score
+                metrics |= {f"{name}_mean": finite.mean().item(), f"{name}_std": finite.std(correction=0).item()}
             metrics |= {f"{name}_not_finite": int((~values.isfinite()).sum()), f"{name}_seconds": judge_seconds[name]}
         if is_toy(args.model):  # for the curves only; the policy never hears of it
             right = [data.satisfies(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
@@ -451,12 +468,13 @@ def train(args):
         )  # fmt: skip
         lap(seconds, "report", since, device)
         metrics |= {f"seconds_{part}": value for part, value in seconds.items()}
+        metrics = {name: value for name, value in metrics.items() if value is not None}
         metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
         with open(args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             events.add_scalar(name, value, step)
-        judged = " ".join(f"{name} {metrics[name + '_mean']:6.3f}" for name in scores)
+        judged = " ".join(f"{name} {metrics.get(name + '_mean', np.nan):6.3f}" for name in scores)
         verified = f" right {metrics['verifier']:4.0%}" if is_toy(args.model) else ""
         bar.write(
             f"step {step:4d}  reward {metrics['reward']:6.3f} ({judged}){verified}  kl {metrics['kl']:.4f}  "
