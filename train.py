@@ -295,9 +295,14 @@ def load_state(args, policy, optimizer):
 
 
 def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
-    """The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it."""
+    """
+    The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it. Returns the
+    seconds that sampling and decoding took.
+    """
+    since = time.perf_counter()
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
     images, _ = draw(model, tokenizer, encode, asked, seed=1234, **sampling)  # --seed or not: grids of runs compare
+    seconds = time.perf_counter() - since
     captions = captions_of(args.model, asked)
     scores, _ = score(judges, images.to(args.device), captions)
     labels = []
@@ -307,6 +312,7 @@ def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
         labels.append(f"{caption.removeprefix('a photo of ')}\n{said}")
     columns = len(data.CATEGORIES) if args.task == "t2i" else 10  # a category a column; two of the toy's colours a row
     save_grid(path, images, labels, columns, title=title)
+    return seconds
 
 
 def plot_curves(args):
@@ -366,11 +372,11 @@ def train(args):
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
     most = 40 if is_toy(args.model) else 16  # all of the toy's classes; of large pictures a page
     shown = pool[:: -(-len(pool) // most)] if pool else data.balanced_captions(24)  # what the grids show
-    since = time.perf_counter()
     if start_step == 0:
-        draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, "before: the base model")
+        title = "before: the base model"
+        drawn = draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, title)
         # A step samples N images and learns from them; learning costs about 1.5 times what sampling does.
-        minutes = (time.perf_counter() - since) / len(shown) * N * 2.5 * args.steps / 60
+        minutes = drawn / len(shown) * N * 2.5 * args.steps / 60
         print(f"about {minutes:.0f} min, going by before.png; saved for --resume every {args.save_every} steps")
     else:
         rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
