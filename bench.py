@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from model import MODELS, SIZES, ModelConfig, Transformer
+from model import MODELS, SIZES, ModelConfig, Transformer, check_device
 
 
 def main(argv=None):
@@ -28,6 +28,12 @@ def main(argv=None):
     add("--repeat", type=int, default=2, help="timed runs; the first one also warms up (default 2)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
+    if min(args.images, args.repeat, 1 if args.grid is None else args.grid) < 1 or not args.cfg_scale >= 1:
+        parser.error("--images, --grid, --repeat and --cfg-scale must be at least 1")
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     toy = args.size in MODELS
     if toy and args.grid:

@@ -29,7 +29,7 @@ import torch
 
 import data
 from grpo import token_logprobs
-from model import MODELS, autocast, is_toy, load_model
+from model import MODELS, autocast, is_out_of_memory, is_toy, load_model
 from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
 from sample import (
     add_model_flags,
@@ -182,8 +182,10 @@ def parse_args(argv=None):
     add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
     add_judge_flags(parser)
     args = parser.parse_args(argv)
-    if args.num < 1 or not min(args.cfg_scale or [1]) >= 1 or args.batch_size < 1 or args.seed < 0:
-        parser.error("needed: --num >= 1, --cfg-scale >= 1, --batch-size >= 1, --seed >= 0")
+    if args.num < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
+        parser.error("needed: --num >= 1, --batch-size >= 1, 0 <= --seed < 2^63")
+    if not all(1 <= scale < np.inf for scale in args.cfg_scale or []):  # also refuses NaN
+        parser.error("needed: --cfg-scale >= 1")
     return args
 
 
@@ -252,10 +254,14 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
-    except torch.OutOfMemoryError:
-        sys.exit("evaluate.py: out of memory; lower --batch-size")
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"evaluate.py: {error}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit("evaluate.py: out of memory; lower --batch-size")
+    except KeyboardInterrupt:
+        sys.exit("\nevaluate.py: stopped")
 
 
 if __name__ == "__main__":

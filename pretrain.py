@@ -465,15 +465,17 @@ def main(argv=None):
         "--quick", action="store_true", help="five steps a stage and few images: a check that it runs; needs --out"
     )
     args = parser.parse_args(argv)
-    if args.quick and args.out == parser.get_default("out"):
+    if args.quick and args.out.resolve() == parser.get_default("out").resolve():
         parser.error("--quick needs --out: it would overwrite the shipped weights")
-    args.out.mkdir(parents=True, exist_ok=True)
     args.eval_images = 48 if args.quick else 1024
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         for stage in args.stages:
             STAGES[stage](args, **(dict(steps=5) if args.quick and stage != "measure" else {}))
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"pretrain.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\npretrain.py: stopped; stages that ended are written, --stages makes the others")
 
 
 if __name__ == "__main__":

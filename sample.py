@@ -22,7 +22,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from model import MODELS, TextEncoder, autocast, check_device, is_toy, load_model, weights_header
+from model import (
+    MODELS,
+    TextEncoder,
+    autocast,
+    check_device,
+    is_out_of_memory,
+    is_toy,
+    load_model,
+    weights_header,
+)
 from tokenizer import find_file, load_tokenizer, to_uint8, to_unit
 
 # One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
@@ -243,6 +252,8 @@ def parse_args(argv=None):
         parser.error("needed: --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1, --cfg-scale >= 1")
     if args.compare and not args.ckpt:
         parser.error("--compare sets the model of --ckpt against its base, so it needs --ckpt")
+    if args.base and not args.compare:
+        parser.error("--base is what --compare draws beside --ckpt; to draw from it alone, give it as --ckpt")
     return args
 
 
@@ -296,10 +307,14 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
-    except torch.OutOfMemoryError:
-        sys.exit("sample.py: out of memory; lower --batch-size")
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"sample.py: {error}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit("sample.py: out of memory; lower --batch-size")
+    except KeyboardInterrupt:
+        sys.exit("\nsample.py: stopped")
 
 
 if __name__ == "__main__":

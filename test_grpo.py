@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import data
 import evaluate
 import pretrain
@@ -39,6 +40,7 @@ from model import (
     TextEncoder,
     Transformer,
     autocast,
+    is_out_of_memory,
     is_toy,
     keep_likeliest,
     left_pad,
@@ -1071,6 +1073,13 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     assert paper["lr"] == 1e-5 and paper["kl"] == 0 and paper["sampler_gap"] > 2 * first["sampler_gap"]
 
 
+def test_out_of_memory_is_told_from_our_bugs():
+    with pytest.raises(RuntimeError) as none_left:
+        torch.empty(10**15)
+    assert is_out_of_memory(none_left.value) and is_out_of_memory(torch.OutOfMemoryError())
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
 def test_print_files_says_where_everything_is_expected(capsys):
     for name, row in MODELS.items():
         sample.main(["--model", name, "--print-files"])
@@ -1109,6 +1118,12 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--out", "/proc/none/grid.png"], "/proc/none"),
     (sample, ["--out", "{}/grid"], "ends in .png"),
     (sample, ["--npz", "{}"], "is a folder"),
+    (sample, ["--base", "{}/none"], "--compare"),
+    (evaluate, ["--cfg-scale", "1", "nan"], "--cfg-scale"),
+    (pretrain, ["--quick", "--out", str(HERE / "weights/../weights")], "overwrite the shipped weights"),
+    (pretrain, ["--quick", "--out", "{}/cut.pt"], "cut.pt"),
+    (bench, ["--images", "-1"], "at least 1"),
+    (bench, ["--device", "warp"], "no such device"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
     (train, ["--rewards", "clip=x"], "not a number"),
     (train, ["--rewards", "clip,clip=2"], "named twice"),

@@ -45,7 +45,7 @@ from grpo import (
     sample_groups,
     token_logprobs,
 )
-from model import MODELS, autocast, is_toy, load_model
+from model import MODELS, autocast, is_out_of_memory, is_toy, load_model
 from rewards import add_judge_flags, judge_options, load_judges, parse_rewards, score, weighted_sum
 from sample import (
     add_model_flags,
@@ -511,13 +511,21 @@ def main(argv=None):
         train(args)
     except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
         sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         sys.exit(
             "train.py: out of memory; lower --micro-batch and --judge-batch first (the result stays the same), then "
             "--prompts-per-step"
         )
     except KeyboardInterrupt:
-        sys.exit(f"\ntrain.py: stopped; the same command with --resume goes on from the last save in {args.out}")
+        saved = (args.out / "state.pt").exists()
+        then = (
+            f"with --resume goes on from the last save in {args.out}"
+            if saved
+            else "starts again: nothing was saved yet"
+        )
+        sys.exit(f"\ntrain.py: stopped; the same command {then}")
 
 
 if __name__ == "__main__":
