@@ -9,11 +9,12 @@ weights are most of it, so the time hardly grows with the number of images until
 """
 
 import argparse
+import sys
 import time
 
 import torch
 
-from model import MODELS, SIZES, ModelConfig, Transformer, check_device
+from model import MODELS, SIZES, ModelConfig, Transformer, check_device, is_out_of_memory
 
 
 def main(argv=None):
@@ -48,7 +49,12 @@ def main(argv=None):
           f"cfg {args.cfg_scale:g}, float32, {args.device}, {torch.get_num_threads()} threads")  # fmt: skip
     for k in range(args.repeat):
         start = time.perf_counter()
-        model.generate(labels, cfg_scale=args.cfg_scale)
+        try:
+            model.generate(labels, cfg_scale=args.cfg_scale)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            sys.exit("bench.py: out of memory; lower --images")
         if args.device.startswith("cuda"):
             torch.cuda.synchronize(args.device)
         seconds = time.perf_counter() - start

@@ -137,7 +137,13 @@ def toy_caption(caption):
     it is none of the 57, with those that come nearest.
     """
     known = [caption for captions in T2I_CAPTIONS.values() for caption in captions]
-    written = write(*parse(caption))
+    try:
+        written = write(*parse(caption))
+    except ValueError:
+        raise ValueError(
+            f"{caption!r} is not in the toy world; its captions speak of {', '.join(T2I_SHAPES)}, in "
+            f"{' and '.join(T2I_COLOURS)}, up to three of a kind or two of different kinds, such as {known[-1]!r}"
+        ) from None
     if written not in known:
         near = difflib.get_close_matches(written, known, n=2, cutoff=0)
         raise ValueError(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")

@@ -90,7 +90,7 @@ def find_weights(repo, filename, folder):
     if folder and (Path(folder) / filename).is_file():
         return Path(folder) / filename
     try:
-        return find_file(f"hf:{repo}/{filename}")
+        return find_file(f"hf:{repo}/{filename}", "put it into --reward-weights DIR")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{filename} is not in --reward-weights ({folder or 'not given'}); {error}") from None
 
@@ -493,6 +493,8 @@ def parse_rewards(text):
             raise ValueError(f"--rewards: no judge is called {name!r}; there are {', '.join(known)} and pyiqa:NAME")
         if not math.isfinite(weights[name]):
             raise ValueError(f"--rewards: the weight of {name} is not finite")
+    if not any(weights.values()):
+        raise ValueError("--rewards: all weights are 0, so nothing would be learned")
     return weights
 
 

@@ -84,14 +84,33 @@ def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, dtype="float32"
     return torch.cat(images), torch.cat(tokens)
 
 
+def wrap(label, width, font, most=4):
+    """The lines, `most` at most, in which a label (may have newlines) fits into `width` px; a longer word is cut."""
+    lines = []
+    for text in label.split("\n"):
+        lines.append("")
+        for word in text.split(" "):
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and font.getlength(longer) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+    for k, line in enumerate(lines):
+        while font.getlength(line) > width:
+            line = line[:-1]
+        lines[k] = line
+    return lines[:most]
+
+
 def save_grid(path, images, labels, columns, title=""):
     """
     Writes a PNG of images (n, 3, H, W) in [0, 1], `columns` wide, each with its label (may have newlines) below it.
     """
     n, _, height, width = images.shape
     zoom = max(1, 128 // width)
-    lines = max(label.count("\n") + 1 for label in labels)
     font = ImageFont.load_default(11)
+    labels = [wrap(label, width * zoom, font) for label in labels]
+    lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
     top = 20 if title else 0
     sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
@@ -101,9 +120,7 @@ def save_grid(path, images, labels, columns, title=""):
         x, y = k % columns * cell_w + 3, top + k // columns * cell_h + 3
         pixels = to_uint8(image * 2 - 1).permute(1, 2, 0).numpy()
         sheet.paste(Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
-        for j, text in enumerate(label.split("\n")):
-            while text and pen.textlength(text, font=font) > width * zoom:  # cut what would run into the neighbour
-                text = text[:-1]
+        for j, text in enumerate(label):
             pen.text((x, y + height * zoom + 13 * j), text, fill="black", font=font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -123,7 +140,7 @@ def resolve_ckpt(ckpt, model_name, task):
     name = model_name or written_by or f"toy-{task or 'c2i'}"
     if written_by and written_by != name:
         raise ValueError(
-            f"{path} holds a {written_by} model, not {name}; leave out --model and --preset, or change them"
+            f"{path} holds a {written_by} model, not {name}; --model, --preset and all weights must be of one model"
         )
     if task and MODELS[name].config.task != task:
         raise ValueError(f"--model {name} is a {MODELS[name].config.task} model, but --task is {task}")
@@ -248,8 +265,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num < 1 or args.batch_size < 1:
         parser.error("--num and --batch-size must be at least 1")
-    if args.temperature < 0 or (args.top_k or 0) < 0 or not 0 < args.top_p <= 1 or not (args.cfg_scale or 1) >= 1:
-        parser.error("needed: --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1, --cfg-scale >= 1")
+    cfg_scale = 1 if args.cfg_scale is None else args.cfg_scale
+    if not 0 <= args.temperature < np.inf or (args.top_k or 0) < 0 or not 0 < args.top_p <= 1:  # also refuses NaN
+        parser.error("needed: --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1")
+    if not 1 <= cfg_scale < np.inf or not 0 <= args.seed < 2**63:
+        parser.error("needed: --cfg-scale >= 1, 0 <= --seed < 2^63")
     if args.compare and not args.ckpt:
         parser.error("--compare sets the model of --ckpt against its base, so it needs --ckpt")
     if args.base and not args.compare:
@@ -292,7 +312,7 @@ def run(args):
     captions = [drawn[2] + labels[j] for drawn, k in order for j in range(k, k + args.num)]
     columns = args.num if args.compare or args.num > 1 else min(len(asked), 8)
     if not args.compare and columns <= 4:  # two classes side by side make a squarer sheet
-        columns *= 2
+        columns = min(2 * columns, len(asked))
     save_grid(args.out, images, captions, columns, f"{name}, cfg {cfg_scale:g}, seed {args.seed}")
     print(f"{args.out}: {len(images)} pictures of {name}, cfg {cfg_scale:g}, temperature {args.temperature:g}")
     if args.npz:

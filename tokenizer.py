@@ -16,6 +16,7 @@ Shapes: B images, H x W px, h x w = N tokens, D = codebook_dim, V = codebook_siz
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,11 +207,14 @@ def to_uint8(images):
 # Weights. Shared by every model of the project.
 
 
-def find_file(where):
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
+
+
+def find_file(where, instead="give its path: --ckpt, --vq-ckpt"):
     """
     The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in the Hugging Face hub's cache,
     downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). Raises FileNotFoundError,
-    and ValueError for another form.
+    which says what to do `instead`, and ValueError for another form.
     """
     if not str(where).startswith("hf:"):
         return Path(where)
@@ -224,7 +228,7 @@ def find_file(where):
     except Exception as error:  # offline, gone, refused, disk full; of several libraries' kinds
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"{file} of huggingface.co/{owner}/{repo} cannot be had ({reason}); fetch it elsewhere and give its path"
+            f"{file} of huggingface.co/{owner}/{repo} cannot be had ({reason}); fetch it elsewhere and {instead}"
         ) from None
 
 
@@ -261,13 +265,13 @@ def read_weights(path, prefix=""):
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no checkpoint makes torch raise anything, IndexError among others
-        reason = str(error).split("\n")[0]
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path}: truncated, or holds more than tensors ({reason}); fetch it again") from None
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ValueError(f"{path}: holds no named tensors")
+        raise ValueError(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
     return {ours: found[name] for name, ours in part_of(found, prefix).items()}
 
 

@@ -183,7 +183,10 @@ def parse_args(argv=None):
         args.weights = parse_rewards(args.rewards)
         args.text_pad = padding_for(args.ckpt, args)
         judge_options(args, args.model)  # here for its errors only
-        args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
+        try:
+            args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
+        except ValueError:
+            raise ValueError(f"--score-cfg is 'same' or a number, not {args.score_cfg!r}") from None
         settle_precision(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -192,10 +195,10 @@ def parse_args(argv=None):
     at_least = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, sample_every=1,
                     save_every=1, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, seed=0)  # fmt: skip
     for name, least in at_least.items():
-        if not getattr(args, name) >= least:  # also catches NaN
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if not (args.temperature > 0 and args.lr > 0 and args.max_grad_norm > 0):
-        parser.error("--temperature, --lr and --max-grad-norm must be above 0")
+        if not least <= getattr(args, name) < 2**40:  # also refuses NaN and infinity
+            parser.error(f"--{name.replace('_', '-')} must be at least {least} and finite")
+    if not (0 < args.temperature < np.inf and 0 < args.lr < np.inf and args.max_grad_norm > 0):
+        parser.error("--temperature, --lr and --max-grad-norm must be above 0, the first two finite")
     if not 0 < args.adam_beta2 < 1:
         parser.error("--adam-beta2 must be between 0 and 1")
     return args
@@ -243,7 +246,11 @@ def write_whole(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk need not stay full
+        raise
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
     os.replace(temporary, path)
 
@@ -278,10 +285,13 @@ def load_state(args, policy, optimizer):
         state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW wants its step counters there
         step, flags = state["step"], state["flags"]
     except Exception as error:  # torch raises half a dozen kinds for a file that is not whole
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); delete {args.out} to start again") from None
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}); start again in another --out, from the base or with "
+            f"--ckpt {args.out} from the last policy"
+        ) from None
     now = flags_that_matter(args)
     for name, value in flags.items():
-        if now.get(name) != value:
+        if name in now and now[name] != value:  # --steps is among them with one schedule only
             raise ValueError(
                 f"--{name.replace('_', '-')} is {now.get(name)}, but the run in {args.out} began with {value}"
             )
@@ -348,7 +358,6 @@ def train(args):
         pool = read_asked(args.model, args.classes, args.prompts)
     elif args.task == "c2i":
         pool = list(range(row.config.num_classes))
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
 
     # build: the policy, its frozen copy, the tokenizer, the judges
     policy = load_model(args.model, args.ckpt, device)
@@ -360,6 +369,10 @@ def train(args):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0)
     generator = torch.Generator(device)
     start_step = load_state(args, policy, optimizer) if args.resume else 0
+    try:
+        (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {args.out} cannot be written ({error.strerror}); choose another folder") from None
 
     # say what will happen
     B, G, T = args.prompts_per_step, args.group_size, row.config.num_tokens
