@@ -9,15 +9,15 @@ weights are most of it, so the time hardly grows with the number of images until
 """
 
 import argparse
-import sys
 import time
 
 import torch
 
-from model import MODELS, SIZES, ModelConfig, Transformer, check_device, is_out_of_memory
+from model import MODELS, SIZES, ModelConfig, Transformer, check_device
+from sample import run_script
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -31,17 +31,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.images, args.repeat, 1 if args.grid is None else args.grid) < 1 or not args.cfg_scale >= 1:
         parser.error("--images, --grid, --repeat and --cfg-scale must be at least 1")
-    try:
-        check_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    if args.size in MODELS and args.grid:
+        parser.error(f"{args.size} has a grid of its own; leave out --grid")
+    if args.size in MODELS and MODELS[args.size].config.task != "c2i":
+        parser.error("only class-conditional sizes: a caption's length would be one more thing to choose")
+    return args
+
+
+def run(args):
+    check_device(args.device)
     torch.manual_seed(0)
     toy = args.size in MODELS
-    if toy and args.grid:
-        parser.error(f"{args.size} has a grid of its own; leave out --grid")
     config = MODELS[args.size].config if toy else ModelConfig("c2i", *SIZES[args.size], grid_size=args.grid or 16)
-    if config.task != "c2i":
-        parser.error("only class-conditional sizes: a caption's length would be one more thing to choose")
     model = Transformer(config).eval().to(args.device)
     labels = torch.arange(args.images, device=args.device) % config.num_classes
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -49,16 +50,15 @@ def main(argv=None):
           f"cfg {args.cfg_scale:g}, float32, {args.device}, {torch.get_num_threads()} threads")  # fmt: skip
     for k in range(args.repeat):
         start = time.perf_counter()
-        try:
-            model.generate(labels, cfg_scale=args.cfg_scale)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            sys.exit("bench.py: out of memory; lower --images")
+        model.generate(labels, cfg_scale=args.cfg_scale)
         if args.device.startswith("cuda"):
             torch.cuda.synchronize(args.device)
         seconds = time.perf_counter() - start
         print(f"run {k + 1}: {seconds:.2f} s, {args.images * config.num_tokens / seconds:.0f} tokens/s")
+
+
+def main(argv=None):
+    run_script("bench.py", run, parse_args(argv), "lower --images")
 
 
 if __name__ == "__main__":

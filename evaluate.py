@@ -21,7 +21,6 @@ Writes a Markdown table (printed too) and JSON next to the checkpoint.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 
 import data
 from grpo import token_logprobs
-from model import MODELS, autocast, is_out_of_memory, is_toy, load_model
+from model import MODELS, autocast, is_toy, load_model
 from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
 from sample import (
     add_model_flags,
@@ -40,6 +39,7 @@ from sample import (
     padding_for,
     read_asked,
     resolve_ckpt,
+    run_script,
     settle_precision,
 )
 from tokenizer import to_unit
@@ -202,7 +202,7 @@ def run(args):
     else:
         asked = fixed_asked(name, args.num)
     captions = captions_of(name, asked)
-    tokenizer, encode = load_around(name, paths[0] if paths else None, args)
+    tokenizer, encode = load_around(name, args)
     judges = load_judges(
         parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
     )
@@ -251,17 +251,7 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
-        sys.exit(f"evaluate.py: {error}")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        sys.exit("evaluate.py: out of memory; lower --batch-size")
-    except KeyboardInterrupt:
-        sys.exit("\nevaluate.py: stopped")
+    run_script("evaluate.py", run, parse_args(argv), "lower --batch-size")
 
 
 if __name__ == "__main__":

@@ -454,11 +454,6 @@ def check_device(device):
         raise ValueError(f"--device {device}: no such device here; leave it out to take what there is") from None
 
 
-def is_out_of_memory(error):
-    """Whether a RuntimeError of torch's says so: a GPU's has a class of its own, a CPU's only its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def load_model(name, path=None, device="cpu"):
     """
     The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.

@@ -35,7 +35,7 @@ import data
 from evaluate import fixed_asked, verifier_accuracy
 from model import MODELS, TextEncoder, Transformer, load_model
 from rewards import clip_image_features, critic_network, critic_scores, load_judges, score
-from sample import captions_of, draw, make_encoder
+from sample import captions_of, draw, make_encoder, run_script
 from tokenizer import TOKENIZERS, VQModel, load_strict, load_tokenizer, read_weights, to_unit
 
 
@@ -457,6 +457,12 @@ STAGES = {
 }
 
 
+def run(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        STAGES[stage](args, **(dict(steps=5) if args.quick and stage != "measure" else {}))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order")
@@ -468,14 +474,8 @@ def main(argv=None):
     if args.quick and args.out.resolve() == parser.get_default("out").resolve():
         parser.error("--quick needs --out: it would overwrite the shipped weights")
     args.eval_images = 48 if args.quick else 1024
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for stage in args.stages:
-            STAGES[stage](args, **(dict(steps=5) if args.quick and stage != "measure" else {}))
-    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
-        sys.exit(f"pretrain.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\npretrain.py: stopped; stages that ended are written, --stages makes the others")
+    stopped = "stopped; stages that ended are written, --stages makes the others"
+    run_script("pretrain.py", run, args, "close other programs", lambda: stopped)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from model import (
-    MODELS,
-    TextEncoder,
-    autocast,
-    check_device,
-    is_out_of_memory,
-    is_toy,
-    load_model,
-    weights_header,
-)
+from model import MODELS, TextEncoder, autocast, check_device, is_toy, load_model, weights_header
 from tokenizer import find_file, load_tokenizer, to_uint8, to_unit
 
 # One picture a colour and each shape at least once, so that the first grid shows the whole toy world.
@@ -203,11 +194,14 @@ def padding_for(path, args):
     return args.text_pad or header_of(path).get("text_pad", "left")
 
 
-def load_around(name, path, args):
-    """(tokenizer, encode): what stands around the transformer `name` whose weights are at `path` (None: its base's)."""
+def load_around(name, args):
+    """
+    (tokenizer, encode): what stands around the transformer `name`. Where --text-pad is open, captions are padded on the
+    left until encode.pad says otherwise.
+    """
     row = MODELS[name]
     tokenizer = load_tokenizer(row.tokenizer, args.vq_ckpt or row.vq_ckpt, args.device)
-    return tokenizer, make_encoder(name, args.device, args.text_encoder, padding_for(path, args))
+    return tokenizer, make_encoder(name, args.device, args.text_encoder, args.text_pad or "left")
 
 
 def print_files(name, args):
@@ -293,7 +287,7 @@ def run(args):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {args.out}: the grid's name ends in .png, .jpg or .webp")
-    tokenizer, encode = load_around(name, path, args)
+    tokenizer, encode = load_around(name, args)
     labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
     sampling = dict(cfg_scale=cfg_scale, temperature=args.temperature, top_k=top_k, top_p=args.top_p, dtype=args.dtype)
     rows = []  # one (images, tokens, label prefix) a model
@@ -323,18 +317,30 @@ def run(args):
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(rows[-1][1].shape)}, {key}")
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def is_out_of_memory(error):
+    """Whether a RuntimeError of torch's says so: a GPU's has a class of its own, a CPU's only its words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def run_script(script, run, args, remedy, stopped=lambda: "stopped"):
+    """
+    run(args), where what the user can mend ends in one sentence and exit code 1: an OSError or ValueError in its own,
+    memory that is out in the `remedy`, Ctrl-C in what stopped() returns. Anything else is our bug and its traceback.
+    """
     try:
         run(args)
-    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
-        sys.exit(f"sample.py: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"{script}: {error}")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit("sample.py: out of memory; lower --batch-size")
+        sys.exit(f"{script}: out of memory; {remedy}")
     except KeyboardInterrupt:
-        sys.exit("\nsample.py: stopped")
+        sys.exit(f"\n{script}: {stopped()}")
+
+
+def main(argv=None):
+    run_script("sample.py", run, parse_args(argv), "lower --batch-size")
 
 
 if __name__ == "__main__":

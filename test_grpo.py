@@ -40,7 +40,6 @@ from model import (
     TextEncoder,
     Transformer,
     autocast,
-    is_out_of_memory,
     is_toy,
     keep_likeliest,
     left_pad,
@@ -862,6 +861,23 @@ def test_scores_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
     assert found == {"missing: silent": 1, "reward: loud": 2, "missing: loud": 0.5}
 
 
+def test_every_policy_is_asked_as_it_was_trained(tmp_path):
+    """Were the first --ckpt's padding everyone's, the base's figures would depend on what it is compared with."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(MODELS["toy-t2i"].ckpt)
+    for pad in ("left", "right"):
+        save_file(weights, tmp_path / f"{pad}.safetensors", metadata=dict(format="pt", model="toy-t2i", text_pad=pad))
+    columns = []
+    for order in (["left", "right"], ["right", "left"]):
+        paths = [str(tmp_path / f"{pad}.safetensors") for pad in order]
+        evaluate.main(["--ckpt", *paths, "--num", "48", "--cfg-scale", "1", "--rewards", "clip"])
+        columns.append(json.loads((tmp_path / "evaluation.json").read_text())["columns"])
+    a, b = columns
+    assert a["base, cfg 1"] == b["base, cfg 1"] == a["tuned 1, cfg 1"] == b["tuned 2, cfg 1"]
+    assert a["tuned 2, cfg 1"] == b["tuned 1, cfg 1"] != a["base, cfg 1"]
+
+
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
 def test_train_sample_and_evaluate_run(task, tmp_path, capsys):
     run = tmp_path / "run"
@@ -1076,8 +1092,8 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
 def test_out_of_memory_is_told_from_our_bugs():
     with pytest.raises(RuntimeError) as none_left:
         torch.empty(10**15)
-    assert is_out_of_memory(none_left.value) and is_out_of_memory(torch.OutOfMemoryError())
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert sample.is_out_of_memory(none_left.value) and sample.is_out_of_memory(torch.OutOfMemoryError())
+    assert not sample.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_print_files_says_where_everything_is_expected(capsys):

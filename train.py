@@ -45,7 +45,7 @@ from grpo import (
     sample_groups,
     token_logprobs,
 )
-from model import MODELS, autocast, is_out_of_memory, is_toy, load_model
+from model import MODELS, autocast, is_toy, load_model
 from rewards import add_judge_flags, judge_options, load_judges, parse_rewards, score, weighted_sum
 from sample import (
     add_model_flags,
@@ -55,6 +55,7 @@ from sample import (
     padding_for,
     read_asked,
     resolve_ckpt,
+    run_script,
     save_grid,
     settle_precision,
 )
@@ -246,13 +247,11 @@ def write_whole(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk need not stay full
-        raise
+        os.replace(temporary, path)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
-    os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk need not stay full
 
 
 def save_policy(args, policy, step):
@@ -362,7 +361,7 @@ def train(args):
     # build: the policy, its frozen copy, the tokenizer, the judges
     policy = load_model(args.model, args.ckpt, device)
     ref_model = copy.deepcopy(policy).requires_grad_(False)
-    tokenizer, encode = load_around(args.model, args.ckpt, args)
+    tokenizer, encode = load_around(args.model, args)
     judges = load_judges(args.weights, device, judge_options(args, args.model))
     # No weight decay: the KL says already where the weights should stay. The toys' beta 2 is .95: 200 steps would
     # not fill an average over 1,000.
@@ -418,9 +417,8 @@ def train(args):
 
         # 2. judge: decode, score, compare inside each group
         with torch.no_grad():
-            images = to_unit(
-                torch.cat([tokenizer.decode(part) for part in tokens.split(args.micro_batch)])
-            )  # (N,3,H,W)
+            decoded = [tokenizer.decode(part) for part in tokens.split(args.micro_batch)]
+        images = to_unit(torch.cat(decoded))  # (N, 3, H, W)
         since = lap(seconds, "decode", since, device)
         scores, judge_seconds = score(judges, images, prompts)  # {name: (N,)}
         heard = {name: fill_missing(values, G) for name, values in scores.items()}
@@ -520,25 +518,14 @@ def train(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        train(args)
-    except (OSError, ValueError) as error:  # what the user can mend, in one sentence; anything else is our bug
-        sys.exit(f"train.py: {error}")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        sys.exit(
-            "train.py: out of memory; lower --micro-batch and --judge-batch first (the result stays the same), then "
-            "--prompts-per-step"
-        )
-    except KeyboardInterrupt:
+    remedy = "lower --micro-batch and --judge-batch first (the result stays the same), then --prompts-per-step"
+
+    def stopped():
         saved = (args.out / "state.pt").exists()
-        then = (
-            f"with --resume goes on from the last save in {args.out}"
-            if saved
-            else "starts again: nothing was saved yet"
-        )
-        sys.exit(f"\ntrain.py: stopped; the same command {then}")
+        then = f"goes on from the last save in {args.out} with --resume" if saved else "starts again: nothing was saved"
+        return f"stopped; the same command {then}"
+
+    run_script("train.py", train, args, remedy, stopped)
 
 
 if __name__ == "__main__":
