@@ -20,6 +20,7 @@ Writes a Markdown table (printed too) and JSON next to the checkpoint.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -123,12 +124,12 @@ def toy_metrics(task, images, captions, clip, renders_features):
 
 @torch.no_grad()
 def mean_entropy(model, encode, asked, tokens, batch_size=64, dtype="float32"):
-    """Entropy of the conditional model, nats per token, over its own samples tokens (n, N)."""
+    """Entropy of the conditional model, nats per token, over its own samples tokens (n, T)."""
     total = 0.0
     for k in range(0, len(asked), batch_size):
         cond, cond_mask = encode(asked[k : k + batch_size])
         with autocast(cond.device, dtype):
-            _, entropy = token_logprobs(model, cond, tokens[k : k + batch_size].to(cond.device), cond_mask)  # (n, N)
+            _, entropy = token_logprobs(model, cond, tokens[k : k + batch_size].to(cond.device), cond_mask)  # (n, T)
         total += entropy.mean(1).sum().item()
     return total / len(asked)
 
@@ -151,6 +152,12 @@ def write_results(out, facts, columns):
     out.with_name(out.name + ".json").write_text(json.dumps(facts | dict(columns=columns), indent=1) + "\n")
     out.with_name(out.name + ".md").write_text(table)
     return table
+
+
+def free_name(folder):
+    """FOLDER/evaluation, or with -2, -3, ... behind it: the table of a large model takes hours to make again."""
+    names = (folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
+    return next(name for name in names if not name.with_name(name.name + ".json").exists())
 
 
 def parse_args(argv=None):
@@ -179,7 +186,10 @@ def parse_args(argv=None):
     add("--rewards", help="judges to report (default: clip,critic for the toys, else clip)")
     add("--seed", type=int, default=0, help="of sampling; the renders' is another (default 0)")
     add("--batch-size", type=int, default=64, help="images at once (default 64)")
-    add("--out", help="where to write NAME.md and NAME.json (default: evaluation beside the first --ckpt, else in out)")
+    add(
+        "--out",
+        help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the first --ckpt, else in out)",
+    )
     add_judge_flags(parser)
     args = parser.parse_args(argv)
     if args.num < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
@@ -211,7 +221,9 @@ def run(args):
         trained_with = float(ours.get("cfg_scale", row.cfg_scale))
         args.cfg_scale = [1.0, trained_with if trained_with > 1 else 2.0]
     beside = paths[0].parent if ours else Path("out")  # beside a policy of ours, but not in weights/ or the hub's cache
-    out = Path(args.out) if args.out else beside / "evaluation"
+    out = Path(args.out) if args.out else free_name(beside)
+    if not out.name:
+        raise ValueError(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(model=name, tuned=[str(path) for path in paths], num=args.num, seed=args.seed)
 
@@ -226,10 +238,10 @@ def run(args):
     ]
     for which, path in policies:
         model = load_model(name, path, device)
-        encode.pad = padding_for(path, args)  # the base's captions as the base was trained
+        encode.pad = padding_for(path, args.text_pad if path in paths or not paths else None)
         for cfg in args.cfg_scale:
             images, tokens = draw(
-                model, tokenizer, encode, asked, args.seed, args.batch_size, args.dtype, cfg_scale=cfg
+                model, tokenizer, encode, asked, args.seed, args.batch_size, dtype=args.dtype, cfg_scale=cfg
             )
             figures = toy_metrics(row.config.task, images, captions, clip, renders_features) if toy else {}
             figures |= mean_rewards(images, captions, judges, device, args.batch_size)

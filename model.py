@@ -1,7 +1,7 @@
 """
-The transformer: LlamaGen (arXiv 2406.06525), a Llama that writes an image as N = grid_size^2 tokens in raster order.
+The transformer: LlamaGen (arXiv 2406.06525), a Llama that writes an image as T = grid_size^2 tokens in raster order.
 
-    [P conditioning positions][N image tokens]        p(tokens | cond) = prod_t p(token_t | cond, tokens_<t)
+    [P conditioning positions][T image tokens]        p(tokens | cond) = prod_t p(token_t | cond, tokens_<t)
 
 The output at the last conditioning position predicts token 0; there is no BOS, no EOS and no padding of image
 tokens. c2i conditions on a class (P = 1, a row of an embedding table), t2i on T5 features (P = 120, through a
@@ -13,7 +13,7 @@ The policy is `policy_logprobs(logits, ...)`: guidance, then temperature. The sa
 for sampling pictures only.
 
 Module attributes bear LlamaGen's own parameter names, so that official files load without conversion.
-Shapes: B sequences, P conditioning positions, N image tokens, T = P + N, C width, H heads, D = C/H, V codes.
+Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C width, H heads, D = C/H, V codes.
 """
 
 import math
@@ -37,7 +37,7 @@ class ModelConfig:
     n_head: int
     dim: int  # C
     vocab_size: int = 16384  # V, the tokenizer's codebook_size
-    grid_size: int = 16  # N = grid_size^2
+    grid_size: int = 16  # T = grid_size^2
     num_classes: int = 1000  # c2i only
     caption_dim: int = 2048  # t2i only: width of the text features
     cond_len: int = 1  # P: 1 for c2i, 120 for LlamaGen's t2i
@@ -76,7 +76,7 @@ class Linear(nn.Linear):
 
 def rope_2d(config, base=10000):
     """
-    The 2D rotary embedding as complex numbers e^(i angle), (T, D/2): a token's row turns the first half of the angles,
+    The 2D rotary embedding as complex numbers e^(i angle), (L, D/2): a token's row turns the first half of the angles,
     its column the second. At conditioning positions they are 0, which makes queries and keys there zero *vectors*:
     every image token attends to all of the text with the same score, so word order must be in the features.
     """
@@ -84,9 +84,9 @@ def rope_2d(config, base=10000):
     frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # (D/4,)
     place = torch.arange(config.grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, D/4)
     rows = place[:, None].expand(-1, config.grid_size, -1)
-    angles = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)  # (N, D/2)
+    angles = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)  # (T, D/2)
     turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-    return torch.cat([turns.new_zeros(config.cond_len, half), turns])  # (T, D/2)
+    return torch.cat([turns.new_zeros(config.cond_len, half), turns])  # (L, D/2)
 
 
 def rotate(x, rope):
@@ -105,7 +105,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache=None, start=0):
         """
         x (B, S, C) are positions start .. start+S-1; rope (S, D/2); mask (B, 1, S, start+S), or None for causal.
-        With a cache (2, B, H, T, D), keys and values are written into it and only its filled part is read.
+        With a cache (2, B, H, L, D), keys and values are written into it and only its filled part is read.
         """
         B, S, C = x.shape
         qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
@@ -197,11 +197,11 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def mask(self, cond_mask):
-        """cond_mask (B, P) -> (B, 1, T, T), True where attention is allowed; None stays None, which means causal."""
+        """cond_mask (B, P) -> (B, 1, L, L), True where attention is allowed; None stays None, which means causal."""
         if cond_mask is None:
             return None
         total = len(self.rope)
-        real = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, T)
+        real = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, L)
         ones = torch.ones(total, total, dtype=torch.bool, device=cond_mask.device)
         return ((ones.tril() & real[:, None]) | torch.eye(total, dtype=torch.bool, device=ones.device))[:, None]
 
@@ -224,10 +224,10 @@ class Transformer(nn.Module):
 
     def forward(self, cond, tokens, cond_mask=None):
         """
-        Teacher forcing: logits (B, N, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the
-        tokens before it. The logits are the largest tensor of training: B*N*V*4 bytes, and again for their gradient.
+        Teacher forcing: logits (B, T, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the
+        tokens before it. The logits are the largest tensor of training: B*T*V*4 bytes, and again for their gradient.
         """
-        x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, T-1, C)
+        x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, L-1, C)
         S, mask = x.shape[1], self.mask(cond_mask)
         mask = None if mask is None else mask[..., :S, :S]
         for layer in self.layers:
@@ -239,7 +239,7 @@ class Transformer(nn.Module):
         self, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, generator=None
     ):
         """
-        Samples tokens (B, N), int64, and returns them with the log-probabilities (B, N), nats, float32, that the
+        Samples tokens (B, T), int64, and returns them with the log-probabilities (B, T), nats, float32, that the
         distribution they were drawn from gave them.
 
         cfg_scale     above 1 guides every token (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
         generator     a torch.Generator on cond's device
 
-        Memory: the cache takes 2 * layers * B * T * C floats, twice that with guidance.
+        Memory: the cache takes 2 * layers * B * L * C floats, twice that with guidance.
         """
         config, B = self.config, len(cond)
         if cfg_scale > 1:

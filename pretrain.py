@@ -12,13 +12,15 @@ so stages can be run one by one with the same result.
 The bases are stopped early on purpose. Reinforcement learning needs a policy that is right often enough to have right
 samples in most groups and wrong often enough to have something to learn, as the real models are.
 
-Shapes: B images, N = 64 tokens, V = 512 codes.
+Shapes: B images, T = 64 tokens, V = 512 codes.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from functools import partial
@@ -62,6 +64,14 @@ def save_half(state, path):
     save_file({k: v.detach().half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
 
 
+def put_in_place(folder):
+    """NAME.new becomes NAME, which is returned. At a stage's end: one that is stopped leaves the old weights whole."""
+    place = folder.with_suffix("")
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+    shutil.rmtree(folder)
+    return place
+
+
 def report(args, name, path, figures, seed, seconds):
     """Writes weights/NAME.json beside the weights at `path`: command, seed, seconds, figures, sha256."""
     facts = dict(
@@ -77,7 +87,7 @@ def report(args, name, path, figures, seed, seconds):
 
 
 def patch_discriminator():
-    """PatchGAN (arXiv 1611.07004): images (B, 3, 64, 64) -> one "real?" logit for each 22 px patch (B, 1, 16, 16)."""
+    """PatchGAN (arXiv 1611.07004): images (B, 3, 64, 64) -> one "real?" logit for each 18 px patch (B, 1, 16, 16)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2),
         nn.Conv2d(32, 64, 4, 2, 1), nn.GroupNorm(8, 64), nn.LeakyReLU(0.2),
@@ -98,8 +108,8 @@ def train_vq(args, steps=1100, batch=32, lr=1e-3, adversarial=0.004, seed=1):
     for step in (bar := trange(steps, desc="tokenizer")):
         set_lr(optimizer, step, steps, lr)
         images = renders(world_captions(batch, rng), rng)
-        latents = model.latents(images)  # (B, N, D)
-        codes = model.quantize.vectors()[model.nearest(latents)]  # (B, N, D)
+        latents = model.latents(images)  # (B, T, D)
+        codes = model.quantize.vectors()[model.nearest(latents)]  # (B, T, D)
         output = model.render(latents + (codes - latents).detach())  # straight-through: d output / d latents = 1
         commitment = (codes - latents.detach()).square().mean() + 0.25 * (codes.detach() - latents).square().mean()
         loss = (output - images).square().mean() + 0.2 * (output - images).abs().mean() + commitment
@@ -165,8 +175,8 @@ def write_words(folder):
 
 
 def slots(caption):
-    """A caption's meaning as six class numbers: count, colour, shape, second colour, second shape, relation."""
-    objects, relation = data.meaning(caption)
+    """What a picture shows, read in order, as six class numbers: count, colour, shape, colour, shape, relation."""
+    objects, relation = data.reading_order(caption)
     (count, colour, shape), (_, colour2, shape2) = (*objects, (0, None, None))[:2]
     choices = [(None, *data.COLOURS), data.SHAPES, (None, *data.COLOURS), (None, *data.SHAPES), (None, *data.RELATIONS)]
     said = (colour, shape, colour2, shape2, relation)
@@ -176,16 +186,19 @@ def slots(caption):
 def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
     """
     The toy's text encoder: a two-layer T5 with random weights learns, from captions alone, to parse: at every word's
-    position a linear layer must read off the meaning of the whole caption. FLAN-T5 brings as much to LlamaGen.
+    position a linear layer must read off what the picture will show, in the order in which it is written. FLAN-T5
+    brings as much to LlamaGen.
 
-    It has to be at every position because image tokens attend to all of the text alike (see model.rope_2d). A T5
-    that learned only through the pictures was tried first, and after 1,200 steps colours were still at chance.
+    It has to be at every position because image tokens attend to all of the text alike (see model.rope_2d). And in
+    order, because a T5 that knew only which two objects there are left the transformer to guess the first of them: the
+    log-probability of a picture was the same for "a and b" as for "b and a", and bindings stayed at chance. A T5 that
+    learned only through the pictures was tried first of all, and after 1,200 steps colours were still at chance.
     """
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
-    row, folder = MODELS["toy-t2i"], args.out / "toy-t5"
+    row, folder = MODELS["toy-t2i"], args.out / "toy-t5.new"
     vocabulary = write_words(folder)
     T5EncoderModel(
         T5Config(
@@ -212,8 +225,8 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
         optimizer.step()
         found = torch.stack([part.argmax(-1) for part in logits], -1)
         right.append(float((found == target).all(-1).float().mean()))
-    path = folder / "model.safetensors"
-    save_half(encode.t5.state_dict(), path)
+    save_half(encode.t5.state_dict(), folder / "model.safetensors")
+    path = put_in_place(folder) / "model.safetensors"
     figures = dict(words_that_know_the_whole_meaning=round(float(np.mean(right[-20:])), 4))
     report(args, "toy-t5", path, figures, seed, time.time() - start)
 
@@ -265,7 +278,7 @@ def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
-def train_t2i(args, steps=2200, batch=32, lr=2e-3, seed=3):
+def train_t2i(args, steps=2800, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
 
 
@@ -322,12 +335,11 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
 
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
-    folder = args.out / "toy-clip"
-    vocabulary = write_words(folder)
-    CLIP_CONFIG["model_cfg"]["text_cfg"]["vocab_size"] = len(vocabulary)
-    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
-    path = folder / "open_clip_model.safetensors"
-    path.unlink(missing_ok=True)
+    folder = args.out / "toy-clip.new"
+    config = copy.deepcopy(CLIP_CONFIG)
+    config["model_cfg"]["text_cfg"]["vocab_size"] = len(write_words(folder))
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "open_clip_model.safetensors").unlink(missing_ok=True)  # of a run that was stopped
     model, words = open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}")
     tokenizer = load_tokenizer("toy", args.out / "toy-vq.safetensors")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -353,7 +365,8 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
         losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", scale=f"{model.logit_scale.exp():.0f}", refresh=False)
-    save_half(model.state_dict(), path)
+    save_half(model.state_dict(), folder / "open_clip_model.safetensors")
+    path = put_in_place(folder) / "open_clip_model.safetensors"
     figures = dict(loss=round(float(np.mean(losses[-50:])), 3))
     report(args, "toy-clip", path, figures, seed, time.time() - start)
 
@@ -366,7 +379,7 @@ def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
     file = args.out / "toy-c2i-fakes.npz"
     if not file.exists():
         raise FileNotFoundError(f"{file}: the samples to tell from real ones come from --stages c2i; run that first")
-    fakes = torch.from_numpy(np.load(file)["tokens"].astype(np.int64))  # (drawn, N)
+    fakes = torch.from_numpy(np.load(file)["tokens"].astype(np.int64))  # (drawn, T)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
     hits = []
     for step in (bar := trange(steps, desc="critic")):

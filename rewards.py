@@ -38,6 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import is_toy
 from tokenizer import ResBlock, find_file, load_strict, read_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -64,7 +65,7 @@ def add_judge_flags(parser):
 def judge_options(args, model):
     """The options dict of parsed flags, for judging pictures of the model named `model`. Raises ValueError."""
     options = {name: getattr(args, name) for name in OPTIONS}
-    real = options["clip_model"] or options["clip_pretrained"] or not model.startswith("toy")
+    real = options["clip_model"] or options["clip_pretrained"] or not is_toy(model)
     if real:  # the toy's CLIP has seen nothing but shapes; open_clip's have never seen any
         options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
         options["clip_pretrained"] = options["clip_pretrained"] or "openai"
@@ -222,7 +223,15 @@ def pyiqa_scores(images, prompts, metric):
     """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,). One at a time: not every
     metric of pyiqa takes several."""
     sign = -1 if metric.lower_better else 1
-    return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
+    try:
+        return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # some want larger pictures, or captions, or a folder
+        raise ValueError(
+            f"pyiqa:{metric.metric_name} cannot judge pictures of {images.shape[-1]} px one by one ({short(error)}); "
+            f"leave it out of --rewards"
+        ) from None
 
 
 def pyiqa_judge(name, device):

@@ -58,9 +58,9 @@ def make_encoder(name, device="cpu", text_encoder=None, text_pad="left"):
 
 
 @torch.no_grad()
-def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, dtype="float32", **sampling):
+def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, decode_batch=64, dtype="float32", **sampling):
     """
-    One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, N), on the CPU.
+    One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU.
     `sampling` goes to Transformer.generate, under autocast to `dtype`. The pictures depend on seed and batch_size.
     """
     device = model.output.weight.device
@@ -70,7 +70,7 @@ def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, dtype="float32"
         cond, cond_mask = encode(asked[k : k + batch_size])
         with autocast(device, dtype):
             drawn, _ = model.generate(cond, cond_mask, generator=generator, **sampling)
-        images.append(to_unit(tokenizer.decode(drawn)).cpu())
+        images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
         tokens.append(drawn.cpu())
     return torch.cat(images), torch.cat(tokens)
 
@@ -189,9 +189,9 @@ def header_of(path):
     return weights_header(path) if path else {}
 
 
-def padding_for(path, args):
-    """--text-pad, or where that was left open what the policy at `path` (None: the base) was trained with."""
-    return args.text_pad or header_of(path).get("text_pad", "left")
+def padding_for(path, text_pad):
+    """`text_pad`, or where that is None what the policy at `path` (None: the model's own base) was trained with."""
+    return text_pad or header_of(path).get("text_pad", "left")
 
 
 def load_around(name, args):
@@ -255,7 +255,11 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
     # where to
     add("--out", default="out/samples.png", help="the grid (default out/samples.png)")
-    add("--npz", metavar="FILE", help="also write uint8 images (n, H, W, 3) as arr_0, tokens, and labels or prompts")
+    add(
+        "--npz",
+        metavar="FILE",
+        help="also write --ckpt's uint8 images (n, H, W, 3) as arr_0, tokens, and labels or prompts",
+    )
     args = parser.parse_args(argv)
     if args.num < 1 or args.batch_size < 1:
         parser.error("--num and --batch-size must be at least 1")
@@ -291,15 +295,21 @@ def run(args):
     labels = [caption.removeprefix("a photo of ") for caption in captions_of(name, asked)]
     sampling = dict(cfg_scale=cfg_scale, temperature=args.temperature, top_k=top_k, top_p=args.top_p, dtype=args.dtype)
     rows = []  # one (images, tokens, label prefix) a model
-    models = [("", path)]
-    if args.compare:
-        models = [("base: ", resolve_ckpt(args.base, name, None)[1]), ("tuned: ", path)]
-    for which, weights in models:
+    models = [("", path, args.text_pad)]
+    if args.compare:  # the base's captions as the base was trained, whatever --text-pad says of --ckpt
+        models = [("base: ", resolve_ckpt(args.base, name, None)[1], None), ("tuned: ", path, args.text_pad)]
+    for which, weights, text_pad in models:
         model = load_model(name, weights, args.device)
-        encode.pad = padding_for(weights, args)  # the base's captions as the base was trained
+        encode.pad = padding_for(weights, text_pad)
         images, tokens = draw(model, tokenizer, encode, asked, args.seed, args.batch_size, **sampling)
         rows.append((images, tokens, which))
         del model  # before the next one: two of the large ones may not fit
+    if args.npz:  # before the grid, which can be too wide for its format
+        key = "labels" if row.config.task == "c2i" else "prompts"
+        pixels = to_uint8(rows[-1][0] * 2 - 1).permute(0, 2, 3, 1).numpy()
+        with open(args.npz, "wb") as file:  # np.savez would add .npz to a name
+            np.savez(file, arr_0=pixels, tokens=rows[-1][1].numpy(), **{key: np.array(asked)})
+        print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(rows[-1][1].shape)}, {key}")
     # a line of the grid: the num pictures of one class or prompt; with --compare the base's line comes first
     order = [(drawn, k) for k in range(0, len(asked), args.num) for drawn in rows]
     images = torch.cat([drawn[0][k : k + args.num] for drawn, k in order])
@@ -309,17 +319,11 @@ def run(args):
         columns = min(2 * columns, len(asked))
     save_grid(args.out, images, captions, columns, f"{name}, cfg {cfg_scale:g}, seed {args.seed}")
     print(f"{args.out}: {len(images)} pictures of {name}, cfg {cfg_scale:g}, temperature {args.temperature:g}")
-    if args.npz:
-        key = "labels" if row.config.task == "c2i" else "prompts"
-        pixels = to_uint8(rows[-1][0] * 2 - 1).permute(0, 2, 3, 1).numpy()
-        with open(args.npz, "wb") as file:  # np.savez would add .npz to a name
-            np.savez(file, arr_0=pixels, tokens=rows[-1][1].numpy(), **{key: np.array(asked)})
-        print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(rows[-1][1].shape)}, {key}")
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError of torch's says so: a GPU's has a class of its own, a CPU's only its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error says so. Python's and that of torch's GPUs have a class, that of torch's CPU has only words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run_script(script, run, args, remedy, stopped=lambda: "stopped"):
@@ -331,7 +335,7 @@ def run_script(script, run, args, remedy, stopped=lambda: "stopped"):
         run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{script}: {error}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         sys.exit(f"{script}: out of memory; {remedy}")

@@ -384,6 +384,11 @@ def test_kl_is_never_negative_and_zero_at_the_start():
         for k in range(64)
     ]
     assert min(kls) > 0
+    near = logprobs + torch.randn(64, 9) * 1e-4  # where e^d - d - 1 is all rounding
+    kl = grpo_loss(logprobs, logprobs, near, torch.zeros(64))[1]["kl"]
+    assert kl == pytest.approx(float((near - logprobs).double().square().mean() / 2), rel=0.01)
+    each = zip(logprobs.view(-1, 1, 1), near.view(-1, 1, 1), strict=True)
+    assert all(grpo_loss(p, p, q, torch.zeros(1))[1]["kl"] >= 0 for p, q in each)
 
 
 @pytest.mark.parametrize(
@@ -524,6 +529,23 @@ def test_the_toy_judges_rank_right_above_wrong():
         judges["critic"](torch.rand(1, 3, 256, 256), ["a"])
 
 
+def test_the_t2i_base_hears_which_object_is_named_first():
+    """
+    It begins each picture with that one. While the text encoder knew only which two objects there are, "a and b" and
+    "b and a" were the same to it, and bindings were right by chance.
+    """
+    captions = [c for kind in ("two objects", "binding") for c in data.T2I_CAPTIONS[kind] for _ in range(8)]
+    assert data.reading_order("a circle below a square")[0][0] == (1, None, "square")
+    turned = [data.write(data.parse(caption)[0][::-1], None) for caption in captions]
+    model, encode = load_model("toy-t2i"), sample.make_encoder("toy-t2i")
+    tokenizer = load_tokenizer("toy", MODELS["toy-t2i"].vq_ckpt)
+    with torch.no_grad():
+        tokens = tokenizer.encode(torch.from_numpy(data.render(captions, np.random.default_rng(0))) * 2 - 1)
+        asked = [encode(texts) for texts in (captions, turned)]
+        right, wrong = (token_logprobs(model, cond, tokens, mask)[0].sum(1) for cond, mask in asked)  # (N,), nats
+    assert (right > wrong).float().mean() > 0.8
+
+
 def test_clip_scores_do_not_depend_on_the_batch():
     """Text features are computed once per distinct prompt; an index off by one would give everyone another's."""
     judge = rewards.load_judges(["clip"])["clip"]
@@ -531,6 +553,14 @@ def test_clip_scores_do_not_depend_on_the_batch():
     images = torch.from_numpy(data.render(captions, np.random.default_rng(0)))
     alone = torch.cat([judge(i[None], [c]) for i, c in zip(images, captions, strict=True)])
     assert torch.allclose(judge(images, captions), alone, atol=1e-5)
+
+
+def test_a_metric_that_cannot_judge_says_so():
+    """pyiqa counts among its no-reference metrics some that want larger pictures, captions or a folder of pictures."""
+    metric = torch.nn.Conv2d(3, 1, 99)
+    metric.lower_better, metric.metric_name = False, "niqe"
+    with pytest.raises(ValueError, match=r"pyiqa:niqe cannot judge pictures of 64 px"):
+        rewards.pyiqa_scores(torch.rand(2, 3, 64, 64), ["a", "b"], metric)
 
 
 def test_any_pyiqa_metric_is_a_judge():
@@ -868,12 +898,10 @@ def test_every_policy_is_asked_as_it_was_trained(tmp_path):
     weights = load_file(MODELS["toy-t2i"].ckpt)
     for pad in ("left", "right"):
         save_file(weights, tmp_path / f"{pad}.safetensors", metadata=dict(format="pt", model="toy-t2i", text_pad=pad))
-    columns = []
     for order in (["left", "right"], ["right", "left"]):
         paths = [str(tmp_path / f"{pad}.safetensors") for pad in order]
         evaluate.main(["--ckpt", *paths, "--num", "48", "--cfg-scale", "1", "--rewards", "clip"])
-        columns.append(json.loads((tmp_path / "evaluation.json").read_text())["columns"])
-    a, b = columns
+    a, b = (json.loads((tmp_path / f"evaluation{k}.json").read_text())["columns"] for k in ("", "-2"))  # both are kept
     assert a["base, cfg 1"] == b["base, cfg 1"] == a["tuned 1, cfg 1"] == b["tuned 2, cfg 1"]
     assert a["tuned 2, cfg 1"] == b["tuned 1, cfg 1"] != a["base, cfg 1"]
 
@@ -936,6 +964,27 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def test_a_run_is_not_resumed_against_another_base(tmp_path):
+    """Its KL would be to weights that it never began from, and nothing in the log would say so."""
+    base, flags = tmp_path / "base.safetensors", ["--out", str(tmp_path / "run"), *TINY_RUN, *TWO["c2i"]]
+    shutil.copy(MODELS["toy-c2i"].ckpt, base)
+    train.main(["--ckpt", str(base), "--steps", "1", "--lr-schedule", "constant", *flags])
+    shutil.copy(tmp_path / "run/policy.safetensors", base)
+    with pytest.raises(SystemExit, match="has changed since the run"):
+        train.main(["--ckpt", str(base), "--steps", "2", "--lr-schedule", "constant", "--resume", *flags])
+
+
+def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
+    """A text encoder of random weights in the place of the trained one would load without a word."""
+    shutil.copytree(HERE / "weights", tmp_path / "weights")
+    before = {path: path.read_bytes() for path in (tmp_path / "weights").rglob("*") if path.is_file()}
+    monkeypatch.setattr(data, "sample_captions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for stage in ("t5", "clip", "t2i"):
+        with pytest.raises(SystemExit, match="stopped"):
+            pretrain.main(["--stages", stage, "--out", str(tmp_path / "weights")])
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_the_same_seed_draws_the_same_pictures():
     model, tokenizer = load_model("toy-c2i"), load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)
     encode = sample.make_encoder("toy-c2i")
@@ -964,6 +1013,8 @@ def test_shipped_weights_are_what_their_reports_describe():
     for name, found in reports.items():
         path = HERE / f"weights/{folders.get(name, name)}.safetensors"
         assert hashlib.sha256(path.read_bytes()).hexdigest() == found["sha256"] and found["seed"] is not None
+    right = reports["toy-t2i"]["figures"]["right, cfg 1"]  # room for GRPO, and right samples in most of its groups
+    assert 0.5 <= right["all"] <= 0.7 and min(right.values()) >= 0.2
     assert sum(p.stat().st_size for p in (HERE / "weights").rglob("*") if p.is_file()) < 20e6
 
 

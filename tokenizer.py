@@ -6,13 +6,13 @@ The image tokenizer: LlamaGen's VQGAN (arXiv 2406.06525, section 2.1; VQGAN: arX
 
 The transformer never sees a pixel and the tokenizer never sees a class: `encode` and `decode` are all that the two
 share. Both the code vectors and the encoder's output are l2-normalised before they are compared, so "nearest" is
-"highest cosine"; with D = 8 that keeps nearly all of the codebook in use.
+"highest cosine"; with D = 8 that keeps nearly all of LlamaGen's codebook in use, and half of the toy's.
 
 Module attributes bear LlamaGen's own names so that official files load without conversion. Where we differ: `patch`
 (1 in every official model). The toy folds 4x4 pixels into channels before the first convolution, because on a CPU
 convolutions over many pixels and few channels run at a tenth of the speed of those over few pixels and many.
 
-Shapes: B images, H x W px, h x w = N tokens, D = codebook_dim, V = codebook_size.
+Shapes: B images, H x W px, h x w = T tokens, D = codebook_dim, V = codebook_size.
 """
 
 import math
@@ -170,26 +170,26 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def latents(self, images):
-        """The encoder's unit vectors before quantisation: images (B, 3, H, W) in [-1, 1] -> (B, N, D)."""
+        """The encoder's unit vectors before quantisation: images (B, 3, H, W) in [-1, 1] -> (B, T, D)."""
         z = self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.patch)))  # (B, D, h, w)
         return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)
 
     def nearest(self, latents):
-        """The code of highest cosine for each latent (B, N, D) -> tokens (B, N). Peak memory: B*N*V floats."""
+        """The code of highest cosine for each latent (B, T, D) -> tokens (B, T). Peak memory: B*T*V floats."""
         return (latents @ self.quantize.vectors().T).argmax(-1)
 
     def render(self, codes):
-        """Code vectors (B, N, D) of a square grid -> images (B, 3, H, W), about [-1, 1]."""
+        """Code vectors (B, T, D) of a square grid -> images (B, 3, H, W), about [-1, 1]."""
         side = math.isqrt(codes.shape[1])
         z = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, D, h, w)
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, N), int64, in raster order."""
+        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, T), int64, in raster order."""
         return self.nearest(self.latents(images))
 
     def decode(self, tokens):
-        """Tokens (B, N) of a square grid, 0 <= token < V -> images (B, 3, H, W), about [-1, 1] (not clamped)."""
+        """Tokens (B, T) of a square grid, 0 <= token < V -> images (B, 3, H, W), about [-1, 1] (not clamped)."""
         return self.render(self.quantize.vectors()[tokens])
 
 

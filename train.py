@@ -23,10 +23,13 @@ Shapes: B prompts a step, G = group_size samples each, N = B*G images, T image t
 
 import argparse
 import copy
+import hashlib
 import json
+import mmap
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +62,7 @@ from sample import (
     save_grid,
     settle_precision,
 )
-from tokenizer import to_unit
+from tokenizer import find_file, to_unit
 
 # The paper's eight rewards. It gives them all weight 1 and scales them inside: the cosines by 5, MANIQA by 2, Qwen's
 # answers by 1/4; here a judge keeps its own scale and the factor is its weight.
@@ -182,7 +185,7 @@ def parse_args(argv=None):
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.weights = parse_rewards(args.rewards)
-        args.text_pad = padding_for(args.ckpt, args)
+        args.text_pad = padding_for(args.ckpt, args.text_pad)
         judge_options(args, args.model)  # here for its errors only
         try:
             args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
@@ -269,20 +272,30 @@ def flags_that_matter(args):
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
 
-def save_state(args, policy, optimizer, step):
-    """state.pt: all that --resume needs. Random state is not in it because (seed, step) is all the random state."""
-    state = dict(step=step, flags=flags_that_matter(args), policy=policy.state_dict(), optimizer=optimizer.state_dict())
+def file_hash(path):
+    """sha256 of a file that may be larger than memory."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+def save_state(args, policy, optimizer, step, base):
+    """
+    state.pt: all that --resume needs. Random state is not in it because (seed, step) is all the random state; of the
+    base only its file_hash, `base`.
+    """
+    state = dict(step=step, flags=flags_that_matter(args), base=base)
+    state |= dict(policy=policy.state_dict(), optimizer=optimizer.state_dict())
     write_whole(args.out / "state.pt", lambda path: torch.save(state, path))
 
 
-def load_state(args, policy, optimizer):
+def load_state(args, policy, optimizer, base):
     """Restores policy and optimizer and returns the next step. Raises FileNotFoundError, or ValueError."""
     path = args.out / "state.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume; leave out --resume to start a run in {args.out}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW wants its step counters there
-        step, flags = state["step"], state["flags"]
+        step, flags, began_with = state["step"], state["flags"], state["base"]
     except Exception as error:  # torch raises half a dozen kinds for a file that is not whole
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}); start again in another --out, from the base or with "
@@ -294,6 +307,11 @@ def load_state(args, policy, optimizer):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {now.get(name)}, but the run in {args.out} began with {value}"
             )
+    if began_with != base:
+        raise ValueError(
+            f"the base ({args.ckpt or args.model}) has changed since the run in {args.out} began; bring back the old "
+            f"weights, or start again in another --out"
+        )
     if step > args.steps:
         raise ValueError(f"the run in {args.out} has done {step} steps already; --steps counts them all")
     policy.load_state_dict(state["policy"])
@@ -304,14 +322,10 @@ def load_state(args, policy, optimizer):
 
 
 def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
-    """
-    The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it. Returns the
-    seconds that sampling and decoding took.
-    """
-    since = time.perf_counter()
+    """The captioned grid: the same prompts and seeds each time, below each picture what the judges say of it."""
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
-    images, _ = draw(model, tokenizer, encode, asked, seed=1234, **sampling)  # --seed or not: grids of runs compare
-    seconds = time.perf_counter() - since
+    # --seed or not: grids of runs compare
+    images, _ = draw(model, tokenizer, encode, asked, seed=1234, decode_batch=args.micro_batch, **sampling)
     captions = captions_of(args.model, asked)
     scores, _ = score(judges, images.to(args.device), captions)
     labels = []
@@ -321,7 +335,6 @@ def draw_grid(args, path, model, tokenizer, encode, judges, asked, title):
         labels.append(f"{caption.removeprefix('a photo of ')}\n{said}")
     columns = len(data.CATEGORIES) if args.task == "t2i" else 10  # a category a column; two of the toy's colours a row
     save_grid(path, images, labels, columns, title=title)
-    return seconds
 
 
 def plot_curves(args):
@@ -367,7 +380,8 @@ def train(args):
     # not fill an average over 1,000.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0)
     generator = torch.Generator(device)
-    start_step = load_state(args, policy, optimizer) if args.resume else 0
+    base = file_hash(find_file(args.ckpt or row.ckpt))
+    start_step = load_state(args, policy, optimizer, base) if args.resume else 0
     try:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -386,10 +400,14 @@ def train(args):
     shown = pool[:: -(-len(pool) // most)] if pool else data.balanced_captions(24)  # what the grids show
     if start_step == 0:
         title = "before: the base model"
-        drawn = draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, title)
-        # A step samples N images and learns from them; learning costs about 1.5 times what sampling does.
-        minutes = drawn / len(shown) * N * 2.5 * args.steps / 60
-        print(f"about {minutes:.0f} min, going by before.png; saved for --resume every {args.save_every} steps")
+        draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, title)
+        # A rehearsal of a step's sampling, because time does not grow in proportion to images: half of them, on a GPU,
+        # take almost as long. An update then costs about 1.2 times that.
+        since, asked = time.perf_counter(), [shown[k % len(shown)] for k in range(N)]
+        sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
+        draw(policy, tokenizer, encode, asked, batch_size=N, decode_batch=args.micro_batch, **sampling)
+        minutes = (time.perf_counter() - since) * (1 + 1.2 * args.updates_per_batch) * args.steps / 60
+        print(f"about {minutes:.0f} min, going by one sampling; saved for --resume every {args.save_every} steps")
     else:
         rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
         each = np.median([sum(row[key] for key in row if key.startswith("seconds_")) for row in rows])
@@ -486,7 +504,9 @@ def train(args):
         lap(seconds, "report", since, device)
         metrics |= {f"seconds_{part}": value for part, value in seconds.items()}
         metrics = {name: value for name, value in metrics.items() if value is not None}
-        metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
+        metrics = {
+            name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in metrics.items()
+        }
         with open(args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
@@ -505,7 +525,7 @@ def train(args):
             draw_grid(args, path, policy, tokenizer, encode, judges, shown, f"after {step + 1} steps")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_policy(args, policy, step + 1)
-            save_state(args, policy, optimizer, step + 1)
+            save_state(args, policy, optimizer, step + 1, base)
     events.close()
 
     title = f"after {args.steps} steps of GRPO"
@@ -516,16 +536,16 @@ def train(args):
           f"then: python evaluate.py --ckpt {args.out}{also}")  # fmt: skip
 
 
+def how_to_go_on(args):
+    saved = (args.out / "state.pt").exists()
+    then = f"goes on from the last save in {args.out} with --resume" if saved else "starts again: nothing was saved"
+    return f"stopped; the same command {then}"
+
+
 def main(argv=None):
     args = parse_args(argv)
     remedy = "lower --micro-batch and --judge-batch first (the result stays the same), then --prompts-per-step"
-
-    def stopped():
-        saved = (args.out / "state.pt").exists()
-        then = f"goes on from the last save in {args.out} with --resume" if saved else "starts again: nothing was saved"
-        return f"stopped; the same command {then}"
-
-    run_script("train.py", train, args, remedy, stopped)
+    run_script("train.py", train, args, remedy, partial(how_to_go_on, args))
 
 
 if __name__ == "__main__":
