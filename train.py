@@ -344,12 +344,12 @@ def plot_curves(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
     panels = [("reward", "reward"), ("kl", "KL to the reference, nats/token"), ("entropy", "entropy, nats/token")]
-    panels += [("verifier", "share right, by the verifier")] if "verifier" in rows[0] else []
+    panels += [("verifier", "share right, by the verifier")] if "verifier" in logged[0] else []
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
     for axis, (key, title) in zip(axes, panels, strict=True):
-        values, width = np.array([row[key] for row in rows]), max(1, len(rows) // 10)
+        values, width = np.array([line[key] for line in logged]), max(1, len(logged) // 10)
         smooth = np.convolve(values, np.ones(width) / width, "valid")
         axis.plot(values, ".", markersize=2, alpha=0.4)
         axis.plot(np.arange(width - 1, len(values)) - (width - 1) / 2, smooth)
@@ -409,8 +409,8 @@ def train(args):
         minutes = (time.perf_counter() - since) * (1 + 1.2 * args.updates_per_batch) * args.steps / 60
         print(f"about {minutes:.0f} min, going by one sampling; saved for --resume every {args.save_every} steps")
     else:
-        rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
-        each = np.median([sum(row[key] for key in row if key.startswith("seconds_")) for row in rows])
+        logged = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+        each = np.median([sum(line[key] for key in line if key.startswith("seconds_")) for line in logged])
         print(f"about {each * (args.steps - start_step) / 60:.0f} min, going by the {start_step} steps so far")
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
