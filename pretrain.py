@@ -274,7 +274,7 @@ def sample_asked(name, n, rng):
     return data.sample_captions(n, rng)
 
 
-def train_c2i(args, steps=900, batch=32, lr=2e-3, seed=2):
+def train_c2i(args, steps=1100, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
