@@ -117,8 +117,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     # for A < 0 only rho < 1 - eps.
     policy_loss = -torch.minimum(ratio * A, clipped * A)
     d = ref_logprobs - logprobs
-    # k3: an unbiased estimate of KL(pi || pi_ref) that is never negative. expm1(d), because e^d - 1 is rounded so much
-    # for the small d of the first steps that the estimate would be
+    # k3: an unbiased estimate of KL(pi || pi_ref) that is never negative. expm1(d), because the rounding of e^d - 1
+    # turned it negative while d is small, as in the first steps.
     kl = d.expm1() - d
     loss = (policy_loss + kl_coef * kl).mean()
     cut = ((A > 0) & (ratio > 1 + clip_eps)) | ((A < 0) & (ratio < 1 - clip_eps))

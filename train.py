@@ -401,8 +401,8 @@ def train(args):
     if start_step == 0:
         title = "before: the base model"
         draw_grid(args, args.out / "before.png", policy, tokenizer, encode, judges, shown, title)
-        # A rehearsal of a step's sampling, because time does not grow in proportion to images: half of them, on a GPU,
-        # take almost as long. An update then costs about 1.2 times that.
+        # A rehearsal of a step's sampling, because time is not proportional to images (24 for before.png take most of
+        # what 64 take). An update then costs about 1.2 times that.
         since, asked = time.perf_counter(), [shown[k % len(shown)] for k in range(N)]
         sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
         draw(policy, tokenizer, encode, asked, batch_size=N, decode_batch=args.micro_batch, **sampling)
