@@ -265,8 +265,9 @@ def read_weights(path, prefix=""):
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no checkpoint makes torch raise anything, IndexError among others
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"{path}: truncated, or holds more than tensors ({reason}); fetch it again") from None
+        # only its kind: torch's own words end in advice to unpickle whatever is in it
+        kind = type(error).__name__
+        raise ValueError(f"{path}: truncated, or holds more than tensors ({kind}); fetch it again") from None
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
