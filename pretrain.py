@@ -278,7 +278,7 @@ def train_c2i(args, steps=1100, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
-def train_t2i(args, steps=2800, batch=32, lr=2e-3, seed=3):
+def train_t2i(args, steps=3100, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
 
 
