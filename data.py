@@ -30,6 +30,11 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+
+class Mistake(ValueError):
+    """What the user can mend, in one sentence that says how: the scripts end with it, without a traceback."""
+
+
 IMAGE_SIZE = 64  # px; 8x8 tokens after the toy tokenizer's 8-fold downsampling
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {  # RGB in [0, 1]; the brightest channel of each is far above the lightest background's 0.30
@@ -53,12 +58,12 @@ def parse(caption):
     The toy caption as (objects, relation): objects is a list of (count, colour or None, shape), relation one of
     RELATIONS or None. "A photo of" and articles may be left out, so class names parse too.
 
-    Raises ValueError, naming the part that is not in the toy world's grammar.
+    Raises Mistake, naming the part that is not in the toy world's grammar.
     """
     text = re.sub(r"^(a|the)?\s*(photo|picture) of\s+", "", caption.lower().strip().rstrip("."))
     found = re.split(rf"\s+(and|{'|'.join(RELATIONS)})\s+", text)
     if len(found) not in (1, 3):
-        raise ValueError(f"{caption!r}: the toy world draws one kind of object, or two joined by 'and' or a position")
+        raise Mistake(f"{caption!r}: the toy world draws one kind of object, or two joined by 'and' or a position")
     objects = []
     for part in found[::2]:
         words = [word for word in part.split() if word not in ("a", "an", "one")]
@@ -68,12 +73,12 @@ def parse(caption):
         if count > 1:
             shape = {f"{s}es" if s.endswith("s") else f"{s}s": s for s in SHAPES}.get(shape)
         if shape not in SHAPES:
-            raise ValueError(
+            raise Mistake(
                 f"{part!r} is not in the toy world; it has the shapes {', '.join(SHAPES)}, the colours "
                 f"{', '.join(COLOURS)} and the numbers {', '.join(COUNTS)}"
             )
         if count > 1 and len(found) == 3:
-            raise ValueError(f"{caption!r}: the toy world has one of each where there are two kinds of objects")
+            raise Mistake(f"{caption!r}: the toy world has one of each where there are two kinds of objects")
         objects.append((count, colour, shape))
     relation = found[1] if len(found) == 3 and found[1] != "and" else None
     return objects, relation
@@ -90,7 +95,7 @@ def write(objects, relation):
 
 
 def category_of(caption):
-    """GenEval's category of a toy caption. Raises ValueError where `parse` does."""
+    """GenEval's category of a toy caption. Raises Mistake where `parse` does."""
     objects, relation = parse(caption)
     if relation:
         return "position"
@@ -103,7 +108,7 @@ def category_of(caption):
 def reading_order(caption):
     """
     As `parse`, with the objects in the order of the picture, left or top one first: "A right of B" shows B left of A.
-    Raises ValueError where `parse` does.
+    Raises Mistake where `parse` does.
     """
     objects, relation = parse(caption)
     if relation in ("right of", "below"):
@@ -114,7 +119,7 @@ def reading_order(caption):
 def meaning(caption):
     """
     A caption's sense, the same for captions that say the same ("A left of B" and "B right of A"). Two captions of one
-    category with different meanings exclude each other. Raises ValueError where `parse` does.
+    category with different meanings exclude each other. Raises Mistake where `parse` does.
     """
     objects, relation = reading_order(caption)
     return (tuple(objects) if relation else tuple(sorted(objects, key=str))), relation
@@ -144,20 +149,20 @@ def class_caption(name):
 
 def toy_caption(caption):
     """
-    A user's caption as the t2i toy knows it: "a red circle" becomes "a photo of a red circle". Raises ValueError if
+    A user's caption as the t2i toy knows it: "a red circle" becomes "a photo of a red circle". Raises Mistake if
     it is none of the 57, with those that come nearest.
     """
     known = [caption for captions in T2I_CAPTIONS.values() for caption in captions]
     try:
         written = write(*parse(caption))
     except ValueError:
-        raise ValueError(
+        raise Mistake(
             f"{caption!r} is not in the toy world; its captions speak of {', '.join(T2I_SHAPES)}, in "
             f"{' and '.join(T2I_COLOURS)}, up to three of a kind or two of different kinds, such as {known[-1]!r}"
         ) from None
     if written not in known:
         near = difflib.get_close_matches(written, known, n=2, cutoff=0)
-        raise ValueError(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")
+        raise Mistake(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")
     return written
 
 
@@ -265,7 +270,7 @@ def _layout(n, relation, rng):
 def kinds_of(caption, rng):
     """
     The objects that a picture of `caption` shows, a (colour, shape) each; colours that the caption leaves open are
-    drawn from rng. Objects of one kind share a colour. Raises ValueError where `parse` does.
+    drawn from rng. Objects of one kind share a colour. Raises Mistake where `parse` does.
     """
     objects, _ = parse(caption)
     palette = COLOURS if len(objects) == 1 and objects[0][2] not in T2I_SHAPES else T2I_COLOURS
@@ -285,7 +290,7 @@ def paint(kinds, relation, rng):
 def render(captions, rng):
     """
     One picture a caption, (N, 3, 64, 64) float32 in [0, 1]; what a caption leaves open (colours, sizes, places,
-    background) is drawn from rng. Raises ValueError where `parse` does.
+    background) is drawn from rng. Raises Mistake where `parse` does.
     """
     return np.stack([paint(kinds_of(caption, rng), parse(caption)[1], rng) for caption in captions])
 
@@ -360,7 +365,7 @@ def _fits(seen, asked):
 def satisfies(image, caption):
     """
     Whether the picture (3, 64, 64) in [0, 1], array or CPU tensor, shows exactly what the caption asks: these
-    objects and no others, well formed, of these colours, in this relation. Raises ValueError where `parse` does.
+    objects and no others, well formed, of these colours, in this relation. Raises Mistake where `parse` does.
     """
     objects, relation = parse(caption)
     found, stray = find_objects(image)
@@ -380,36 +385,57 @@ def satisfies(image, caption):
     return False
 
 
+def share_right(images, captions, task):
+    """
+    {"all": share of pictures that show what was asked, and by shape (c2i) or category (t2i)}; for t2i "all" is the mean
+    over categories.
+    """
+    right = np.array([satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
+    kinds = np.array([parse(c)[0][0][2] if task == "c2i" else category_of(c) for c in captions])
+    order = SHAPES if task == "c2i" else CATEGORIES
+    parts = {kind: float(right[kinds == kind].mean()) for kind in order if (kinds == kind).any()}
+    return {"all": float(right.mean() if task == "c2i" else np.mean(list(parts.values())))} | parts
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What users write: class names or numbers, captions, files of them.
 
 
 def imagenet_classes():
-    """The 1,000 names of ImageNet's classes in label order, as open_clip carries them."""
+    """The 1,000 names of ImageNet's classes in label order, as open_clip carries them: "tench"."""
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
     return tuple(IMAGENET_CLASSNAMES)
 
 
+def wordnet_classes():
+    """The same in WordNet's words, as the official AR-GRPO asks its judges: "tench, Tinca tinca". 622 names differ."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return tuple(info.index_to_description(label) for label in range(info.num_classes()))
+
+
 def find_class(text, names):
-    """The label of a class given by name or by number. Raises ValueError with the nearest names."""
+    """The label of a class given by name or by number. Raises Mistake with the nearest names."""
     text = str(text).strip()
     if re.fullmatch(r"-?\d+", text):
         if 0 <= int(text) < len(names):
             return int(text)
-        raise ValueError(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
+        raise Mistake(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
     lowered = [name.lower() for name in names]
     if text.lower() in lowered:
         return lowered.index(text.lower())
     near = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the first names are {', '.join(names[:5])}"
-    raise ValueError(f"no class is called {text!r}; {hint}")
+    raise Mistake(f"no class is called {text!r}; {hint}")
 
 
 def read_prompts(path):
     """
     The prompts of a file: .txt, one a line; .json, a list; .jsonl, one a line. JSON entries are strings or objects
-    with the text under "prompt", "caption" or "text". Raises ValueError for anything else, FileNotFoundError.
+    with the text under "prompt", "caption" or "text", or the release's {"conversations": [{"value": text}]}.
+    Raises Mistake for anything else, FileNotFoundError.
     """
     path = Path(path)
     if not path.is_file():
@@ -423,21 +449,23 @@ def read_prompts(path):
         elif path.suffix == ".jsonl":
             entries = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
-            raise ValueError("a prompt file ends in .txt, .json or .jsonl")
+            raise Mistake("a prompt file ends in .txt, .json or .jsonl")
         if not isinstance(entries, list):
-            raise ValueError("the file must hold a list of prompts")
+            raise Mistake("the file must hold a list of prompts")
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
-        raise ValueError(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {error}") from None
     prompts = []
     for k, entry in enumerate(entries, 1):
         if isinstance(entry, dict):
-            entry = next((entry[key] for key in ("prompt", "caption", "text") if key in entry), None)
+            turns = entry.get("conversations")
+            entry = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else entry
+            entry = next((entry[key] for key in ("prompt", "caption", "text", "value") if key in entry), None)
         if not isinstance(entry, str):
-            raise ValueError(f"{path}: entry {k} is neither a string nor an object with a prompt, caption or text")
+            raise Mistake(f"{path}: entry {k} is neither a string nor an object with a prompt, caption or text")
         if entry.strip():
             prompts.append(entry.strip())
     if not prompts:
-        raise ValueError(f"{path}: no prompts in it")
+        raise Mistake(f"{path}: no prompts in it")
     return prompts
 
 

@@ -7,58 +7,44 @@ How good is a policy, next to the base it came from? In the toy world, where tru
     python evaluate.py --ckpt out/llamagen-b-256 --classes goldfish rooster --num 64 --rewards clip
 
     right         share of pictures that the verifier accepts (data.py), in all and by shape (c2i) or category (t2i)
-    rewards       mean score of each judge
+    rewards       mean value of each judge
     entropy       nats per token, of the conditional model on its own samples: how undecided the policy still is
     Frechet       distance of Gaussians fitted to features of samples and of fresh renders (arXiv 1706.08500)
-    precision     share of samples that lie among the renders; recall: of renders among the samples (arXiv 1904.06991)
+    precision     share of samples that look like some render; recall: of renders that look like some sample
+                  (arXiv 1904.06991)
 
 Features are the toy CLIP's, so these three numbers compare with each other and with nothing else. The last column
-is renders that went through the tokenizer and back: what a perfect transformer would score. For LlamaGen, which has no
-verifier and no renders, rewards and entropy are measured.
+is renders that went through the tokenizer and back: what a perfect transformer would reach. LlamaGen has no verifier
+and no renders, so rewards and entropy are measured.
 
-Writes a Markdown table (printed too) and JSON next to the checkpoint.
+Writes a Markdown table, which is printed too, and JSON next to the checkpoint.
+
+Shapes: n pictures, m renders, E features of the toy CLIP, T image tokens.
 """
 
-import argparse
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
+import zoo
+from data import Mistake
 from grpo import token_logprobs
-from model import MODELS, autocast, is_toy, load_model
-from rewards import add_judge_flags, clip_image_features, judge_options, load_clip, load_judges, parse_rewards, score
-from sample import (
-    add_model_flags,
-    captions_of,
-    draw,
-    header_of,
-    load_around,
-    padding_for,
-    read_asked,
-    resolve_ckpt,
-    run_script,
-    settle_precision,
+from rewards import (
+    add_judge_flags,
+    clip_image_features,
+    judge_images,
+    judge_options,
+    load_clip,
+    load_judges,
+    parse_rewards,
 )
+from sample import draw
 from tokenizer import to_unit
-
-
-def fixed_asked(name, n):
-    """The n labels or captions that every evaluation of the model `name` uses: all in turn."""
-    config = MODELS[name].config
-    return [k % config.num_classes for k in range(n)] if config.task == "c2i" else data.balanced_captions(n)
-
-
-def verifier_accuracy(images, captions, task):
-    """{"all": share right, and by shape (c2i) or category (t2i); for t2i "all" is the mean over categories}."""
-    right = np.array([data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
-    kinds = np.array([data.parse(c)[0][0][2] if task == "c2i" else data.category_of(c) for c in captions])
-    order = data.SHAPES if task == "c2i" else data.CATEGORIES
-    parts = {kind: float(right[kinds == kind].mean()) for kind in order if (kinds == kind).any()}
-    return {"all": float(right.mean() if task == "c2i" else np.mean(list(parts.values())))} | parts
 
 
 def frechet_distance(a, b):
@@ -74,8 +60,11 @@ def frechet_distance(a, b):
 
 def precision_recall(samples, renders, k=3):
     """
-    Improved precision and recall (arXiv 1904.06991, eq. 1-2) of features (n, E) and (m, E): a point lies among a set
-    if it is no farther from some member than that member is from its k-th nearest fellow.
+    Improved precision and recall (arXiv 1904.06991, eq. 1-2) of features samples (n, E) and renders (m, E).
+
+    Around each render lies a ball that reaches to its k-th nearest other render. Precision is the share of samples that
+    lie in at least one of these balls. Recall is the same with the roles exchanged: the share of renders that lie in a
+    ball around a sample.
     """
     samples, renders = torch.as_tensor(samples), torch.as_tensor(renders)
     across = torch.cdist(samples, renders)  # (n, m)
@@ -89,16 +78,16 @@ def precision_recall(samples, renders, k=3):
 @torch.no_grad()
 def mean_rewards(images, captions, judges, device="cpu", batch_size=256):
     """
-    {judge: mean score} of images (n, 3, H, W) in [0, 1]. Scores that are not finite are left out and their share is
-    told; a judge without any has no mean.
+    {"reward: JUDGE": mean value} of images (n, 3, H, W) in [0, 1]. Values that are not finite are left out, and
+    "missing: JUDGE" is their share; a judge that has no other values has no mean.
     """
-    scores = {}
+    judged = {}
     for k in range(0, len(images), batch_size):
         part = images[k : k + batch_size].to(device)
-        for judge, values in score(judges, part, captions[k : k + batch_size])[0].items():
-            scores.setdefault(judge, []).append(values)
+        for judge, values in judge_images(judges, part, captions[k : k + batch_size])[0].items():
+            judged.setdefault(judge, []).append(values)
     figures = {}
-    for judge, values in scores.items():
+    for judge, values in judged.items():
         values = torch.cat(values)
         finite = values[values.isfinite()]
         figures |= {f"reward: {judge}": finite.mean().item()} if len(finite) else {}
@@ -115,8 +104,8 @@ def clip_features(clip, images):
 
 def toy_metrics(task, images, captions, clip, renders_features):
     """What only the toy world can say of images (n, 3, 64, 64) in [0, 1], as {name of metric: figure}."""
-    features, accuracy = clip_features(clip, images), verifier_accuracy(images, captions, task)
-    figures = {f"right: {kind}": share for kind, share in accuracy.items()}
+    figures = {f"right: {kind}": share for kind, share in data.share_right(images, captions, task).items()}
+    features = clip_features(clip, images)
     figures["Frechet x 1000"] = 1000 * frechet_distance(features, renders_features)  # unit features: it is small
     figures["precision"], figures["recall"] = precision_recall(features, renders_features)
     return figures
@@ -128,7 +117,7 @@ def mean_entropy(model, encode, asked, tokens, batch_size=64, dtype="float32"):
     total = 0.0
     for k in range(0, len(asked), batch_size):
         cond, cond_mask = encode(asked[k : k + batch_size])
-        with autocast(cond.device, dtype):
+        with zoo.autocast(cond.device, dtype):
             _, entropy = token_logprobs(model, cond, tokens[k : k + batch_size].to(cond.device), cond_mask)  # (n, T)
         total += entropy.mean(1).sum().item()
     return total / len(asked)
@@ -144,126 +133,123 @@ def as_table(columns):
     return "\n".join(lines)
 
 
-def write_results(out, facts, columns):
-    """Writes NAME.md and NAME.json of the columns so far, and returns the table."""
+def write_results(args, columns):
+    """
+    Writes NAME.md and NAME.json of {(cfg, column): {metric: figure}}, so far as there are columns, and returns the
+    table: columns of one cfg side by side, the renders last.
+    """
+    by_name = {name: columns[cfg, name] for cfg, name in sorted(columns, key=lambda column: column[0])}
+    facts = dict(model=args.model, tuned=[str(path) for path in args.tuned], num=args.num, seed=args.seed)
     tuned = ", ".join(facts["tuned"]) or "none"
-    head = f"{facts['model']}, {facts['num']} samples a column, seed {facts['seed']}; tuned: {tuned}"
-    table = f"{head}\n\n{as_table(columns)}\n"
-    out.with_name(out.name + ".json").write_text(json.dumps(facts | dict(columns=columns), indent=1) + "\n")
-    out.with_name(out.name + ".md").write_text(table)
+    head = f"{args.model}, {args.num} samples per column, seed {args.seed}; tuned: {tuned}"
+    table = f"{head}\n\n{as_table(by_name)}\n"
+    args.out.with_name(args.out.name + ".json").write_text(json.dumps(facts | dict(columns=by_name), indent=1) + "\n")
+    args.out.with_name(args.out.name + ".md").write_text(table)
     return table
 
 
 def free_name(folder):
-    """FOLDER/evaluation, or with -2, -3, ... behind it: the table of a large model takes hours to make again."""
+    """FOLDER/evaluation, or with -2, -3, ... behind it: never an older table, which may have taken hours."""
     names = (folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
     return next(name for name in names if not name.with_name(name.name + ".json").exists())
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add_model_flags(add)
-    add(
-        "--ckpt",
-        nargs="+",
-        metavar="PATH",
-        default=[],
-        help="weights, or folders that train.py wrote, all of one model (default: only the base)",
-    )
+    parser = zoo.script_parser(__doc__)
+    add = parser.add_argument_group("what is evaluated").add_argument
+    zoo.add_model_flags(add)
+    add("--ckpt", nargs="+", metavar="PATH", default=[], help="weights, or folders that train.py wrote, all of one "
+        "model (default: only the base)")  # fmt: skip
     add("--base", metavar="PATH", help="weights of the base (default: the model's own)")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers, in turn (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
     add("--num", type=int, default=1024, help="pictures for each column (default 1024: standard error 1.5 points)")
-    add(
-        "--cfg-scale",
-        type=float,
-        nargs="+",
-        help="guidance to sample with (default: 1 and what the first --ckpt was trained with, or 2 if that is 1)",
-    )
-    add("--rewards", help="judges to report (default: clip,critic for the toys, else clip)")
-    add("--seed", type=int, default=0, help="of sampling; the renders' is another (default 0)")
-    add("--batch-size", type=int, default=64, help="images at once (default 64)")
-    add(
-        "--out",
-        help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the first --ckpt, else in out)",
-    )
-    add_judge_flags(parser)
-    args = parser.parse_args(argv)
-    if args.num < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
-        parser.error("needed: --num >= 1, --batch-size >= 1, 0 <= --seed < 2^63")
-    if not all(1 <= scale < np.inf for scale in args.cfg_scale or []):  # also refuses NaN
-        parser.error("needed: --cfg-scale >= 1")
+    add("--cfg-scale", type=float, nargs="+", help="guidance to sample with (default: 1 and what the first --ckpt was "
+        "trained with, or 2 if that is 1)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
+    add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add("--out", type=Path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the first "
+        "--ckpt, else in out)")  # fmt: skip
+    add = parser.add_argument_group("judging").add_argument
+    add("--rewards", help="judges to report (default: clip,realism for the toys, else clip)")
+    add_judge_flags(add)
+    return resolve(parser.parse_args(argv))
+
+
+def resolve(args):
+    """Fills in what the command line left open. Raises Mistake, OSError."""
+    zoo.settle_device(args)
+    args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
+    args.task, toy = zoo.MODELS[args.model].config.task, zoo.is_toy(args.model)
+    # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
+    _, base, base_header = zoo.find_policy(args.base, args.model)
+    args.policies = [("base", base, (args.text_pad if not args.ckpt else None) or base_header["text_pad"])]
+    for k, ckpt in enumerate(args.ckpt, 1):
+        _, path, own_header = zoo.find_policy(ckpt, args.model)
+        name = f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
+        args.policies.append((name, path, args.text_pad or own_header["text_pad"]))
+    args.tuned = [path for _, path, _ in args.policies[1:]]
+    if not args.cfg_scale:
+        args.cfg_scale = [1.0, header["cfg_scale"] if header["cfg_scale"] > 1 else 2.0]
+    # Frechet distance, precision and recall mean nothing for fewer than 48
+    zoo.check_range(args, num=48 if toy else 1, batch_size=1, cfg_scale=1, seed=0)
+    args.judge_weights = parse_rewards(args.rewards or ("clip,realism" if toy else "clip"))
+    args.judge_options = judge_options(args, args.model)
+    if args.classes or args.prompts or (args.task == "t2i" and not toy):
+        pool = zoo.read_asked(args.model, args.classes, args.prompts)
+        args.asked = [pool[k % len(pool)] for k in range(args.num)]
+    else:
+        args.asked = zoo.fixed_asked(args.model, args.num)
+    # beside a policy of ours, but not in weights/ or in the hub's cache
+    args.out = args.out or free_name(args.tuned[0].parent if args.tuned and header["step"] else Path("out"))
+    if not args.out.name:
+        raise Mistake(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
 def run(args):
-    settle_precision(args)
-    name, _ = resolve_ckpt(args.ckpt[0] if args.ckpt else None, args.model, args.task)
-    paths = [resolve_ckpt(ckpt, name, args.task)[1] for ckpt in args.ckpt]
-    row, device, toy = MODELS[name], args.device, is_toy(name)
-    if toy and args.num < 48:
-        raise ValueError("--num must be at least 48: Frechet distance, precision and recall mean nothing for fewer")
-    if args.classes or args.prompts or (row.config.task == "t2i" and not toy):
-        pool = read_asked(name, args.classes, args.prompts)
-        asked = [pool[k % len(pool)] for k in range(args.num)]
-    else:
-        asked = fixed_asked(name, args.num)
-    captions = captions_of(name, asked)
-    tokenizer, encode = load_around(name, args)
-    judges = load_judges(
-        parse_rewards(args.rewards or ("clip,critic" if toy else "clip")), device, judge_options(args, name)
-    )
-    ours = header_of(paths[0]) if paths else {}
-    if not args.cfg_scale:
-        trained_with = float(ours.get("cfg_scale", row.cfg_scale))
-        args.cfg_scale = [1.0, trained_with if trained_with > 1 else 2.0]
-    beside = paths[0].parent if ours else Path("out")  # beside a policy of ours, but not in weights/ or the hub's cache
-    out = Path(args.out) if args.out else free_name(beside)
-    if not out.name:
-        raise ValueError(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    facts = dict(model=name, tuned=[str(path) for path in paths], num=args.num, seed=args.seed)
-
-    if toy:
+    tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
+    encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
+    judges = load_judges(args.judge_weights, args.device, args.judge_options)
+    captions, clip, renders_features = zoo.captions_of(args.model, args.asked), None, None
+    if zoo.is_toy(args.model):
         clip, _ = load_clip()
         renders = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 1])))
         renders_features = clip_features(clip, renders)
+    measure = partial(figures_of, args, captions, judges, clip, renders_features)
     columns = {}  # (cfg, name): {metric: figure}
-    several = len(paths) > 1
-    policies = [("base", resolve_ckpt(args.base, name, None)[1])] + [
-        (f"tuned {k}" if several else "tuned", p) for k, p in enumerate(paths, 1)
-    ]
-    for which, path in policies:
-        model = load_model(name, path, device)
-        encode.pad = padding_for(path, args.text_pad if path in paths or not paths else None)
+    for which, path, pad in args.policies:
+        model, padded = zoo.load_model(args.model, path, args.device), partial(encode, pad=pad)
+        options = dict(batch_size=args.batch_size, dtype=args.dtype)
         for cfg in args.cfg_scale:
-            images, tokens = draw(
-                model, tokenizer, encode, asked, args.seed, args.batch_size, dtype=args.dtype, cfg_scale=cfg
-            )
-            figures = toy_metrics(row.config.task, images, captions, clip, renders_features) if toy else {}
-            figures |= mean_rewards(images, captions, judges, device, args.batch_size)
-            figures["entropy"] = mean_entropy(model, encode, asked, tokens, args.batch_size, args.dtype)
-            columns[cfg, f"{which}, cfg {cfg:g}"] = figures
-            ordered = sorted(columns, key=lambda column: column[0])  # base and tuned of one cfg side by side
-            by_name = {column[1]: columns[column] for column in ordered}
-            table = write_results(out, facts, by_name)  # each time: a column of a large model takes hours
+            images, tokens = draw(model, tokenizer, padded, args.asked, args.seed, cfg_scale=cfg, **options)
+            entropy = mean_entropy(model, padded, args.asked, tokens, **options)
+            columns[cfg, f"{which}, cfg {cfg:g}"] = measure(images) | dict(entropy=entropy)
+            table = write_results(args, columns)  # each time, because a column of a large model takes hours
         del model  # before the next one: two of the large ones may not fit
-    if toy:
-        fresh = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 2]))) * 2 - 1
-        with torch.no_grad():
-            trips = [tokenizer.decode(tokenizer.encode(part.to(device))).cpu() for part in fresh.split(256)]
-        trips = to_unit(torch.cat(trips))
-        figures = toy_metrics(row.config.task, trips, captions, clip, renders_features)
-        figures |= mean_rewards(trips, captions, judges, device, args.batch_size)
-        table = write_results(out, facts, by_name | {"renders, round trip": figures})
-    print(table + f"\n{out}.md and .json")
+    if clip:
+        columns[np.inf, "renders, round trip"] = measure(round_trips(tokenizer, captions, args))  # inf: the last column
+        table = write_results(args, columns)
+    print(f"{table}\n{args.out}.md and .json")
+
+
+def figures_of(args, captions, judges, clip, renders_features, images):
+    """{metric: figure} of images (n, 3, H, W) in [0, 1]; clip and renders_features (m, E) are None except for a toy."""
+    figures = toy_metrics(args.task, images, captions, clip, renders_features) if clip else {}
+    return figures | mean_rewards(images, captions, judges, args.device, args.batch_size)
+
+
+@torch.no_grad()
+def round_trips(tokenizer, captions, args):
+    """Fresh renders of captions through the tokenizer and back, (m, 3, 64, 64) in [0, 1]."""
+    fresh = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 2]))) * 2 - 1
+    parts = [tokenizer.decode(tokenizer.encode(part.to(args.device))).cpu() for part in fresh.split(256)]
+    return to_unit(torch.cat(parts))
 
 
 def main(argv=None):
-    run_script("evaluate.py", run, parse_args(argv), "lower --batch-size")
+    zoo.run_script(parse_args, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """
 GRPO for images: sample groups, compare inside each group, push what was better than its group, stay near the reference.
 
-    1. sample_groups     G images a prompt from the current policy
+    1. sample_groups     G images per prompt from the current policy
     2. group_advantages  A_i = (r_i - mean of its group) / (std of its group + 1e-4)          no value network
     3. token_logprobs    log pi(token_t | cond, tokens_<t) of every token, by policy and reference
     4. grpo_loss         the clipped objective and the KL penalty
 
-GRPO: arXiv 2402.03300, eq. 3-4. For autoregressive images: arXiv 2508.06924 (AR-GRPO). An image is an episode of T
-actions, the tokens; the reward comes once, at its end, and every token of an image shares its image's advantage.
+GRPO: arXiv 2402.03300, eq. 3-4. For autoregressive images: arXiv 2508.06924 (AR-GRPO). The state is the prompt and the
+tokens so far, the action is the next token, an episode is one image of T tokens. The reward comes once, at its end, and
+every token of an image shares its image's advantage.
 
 Where we differ from the official code: it samples with guidance but scores log-probabilities without it, so that it
-trains another distribution than the one that drew the images. Here sampler and scorer share
-`model.policy_logprobs`, and with the same cfg_scale their ratio is 1 on a fresh batch.
+trains another distribution than the one that drew the images. Here sampler and scorer share `model.policy_logprobs`,
+and with the same cfg_scale their ratio is 1 on a fresh batch.
 
-Everything is a pure function of tensors. Shapes: B prompts, G samples each, N = B*G images, prompt-major (a group is
-consecutive rows, so a group is a reshape), T image tokens, V codes.
+Everything is a pure function of tensors; `python grpo.py` works through one group. Shapes: B prompts, G samples each,
+N = B*G images, prompt-major (a group is consecutive rows, so a group is a reshape), T image tokens, V codes.
 """
 
 import torch
@@ -24,7 +25,7 @@ from model import policy_logprobs
 
 def sample_groups(model, cond, cond_mask, group_size, generator=None, cfg_scale=1.0, temperature=1.0):
     """
-    G images a prompt: cond (B, ...) and cond_mask (B, P) or None are encoded once a prompt, then repeated here.
+    G images per prompt: cond (B, ...) and cond_mask (B, P) or None are encoded once per prompt, then repeated here.
     Returns cond (N, ...), cond_mask (N, P) or None, tokens (N, T) and old_logprobs (N, T), nats.
     """
     cond = cond.repeat_interleave(group_size, 0)
@@ -52,50 +53,44 @@ def token_logprobs(model, cond, tokens, cond_mask=None, cfg_scale=1.0, temperatu
 
 
 @torch.no_grad()
-def frozen_logprobs(model, cond, tokens, cond_mask, micro_batch, **scoring):
+def score_tokens(model, cond, tokens, cond_mask, micro_batch, cfg_scale=1.0, temperature=1.0):
     """token_logprobs without gradient, `micro_batch` images at a time: (N, T), nats."""
-    parts = torch.arange(len(tokens), device=tokens.device).split(micro_batch)
-    masks = [None if cond_mask is None else cond_mask[rows] for rows in parts]
-    each = zip(parts, masks, strict=True)
-    return torch.cat([token_logprobs(model, cond[rows], tokens[rows], mask, **scoring)[0] for rows, mask in each])
+    scored = []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(micro_batch):
+        mask = None if cond_mask is None else cond_mask[rows]
+        scored.append(token_logprobs(model, cond[rows], tokens[rows], mask, cfg_scale, temperature)[0])
+    return torch.cat(scored)
 
 
 def group_advantages(rewards, group_size):
     """
     A_i = (r_i - mean(group)) / (std(group) + 1e-4), std unbiased; rewards (N,) -> advantages (N,), unitless.
 
-    1e-4 not 1e-8: a group of all but equal rewards would otherwise be blown up into noise. Equal rewards give exactly
-    zero: differences are taken from the group's first member before the mean, which rounding would leave off by an ulp.
+    A reward that is not finite is missing: mean and std are those of the group's other members, and its advantage is 0.
+    1e-4 not 1e-8: a group of all but equal rewards would otherwise be blown up into noise.
     """
     groups = rewards.view(-1, group_size)
-    groups = groups - groups[:, :1]
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
-
-
-def fill_missing(score, group_size):
-    """
-    A judge's scores (N,) with those that are not finite set to the mean of their group's finite ones (0 if it has
-    none), where they neither help nor hurt. A plain 0 would be the best score of a metric that is never positive.
-    """
-    groups = score.view(-1, group_size)
     finite = groups.isfinite()
-    mean = torch.where(finite, groups, 0).sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(finite, groups, mean).flatten()
+    count = finite.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(finite, groups, 0).sum(1, keepdim=True) / count
+    groups = torch.where(finite, groups, mean)
+    groups = groups - groups[:, :1]  # equal rewards then give exactly 0, where rounding of their mean would not
+    # the filled members deviate by 0, so they count in the divisor only
+    std = groups.std(1, keepdim=True) * ((group_size - 1) / (count - 1).clamp(min=1)).sqrt()
+    centred = torch.where(finite, groups - groups.mean(1, keepdim=True), 0)
+    return (centred / (std + 1e-4)).flatten()
 
 
-def decoupled_advantages(scores, weights, group_size):
+def decoupled_advantages(judged, weights, group_size):
     """
-    GDPO (arXiv 2601.05242): normalise each reward inside its group, then sum, then normalise over the batch, so that
-    a reward of small spread is not drowned by one of large spread.
+    GDPO (arXiv 2601.05242): normalise each judge's scores inside their group, then sum, then normalise over the batch,
+    so that a judge of small spread is not drowned by one of large spread.
 
-    scores, weights   {name: (N,)}, finite, and {name: float}
+    judged, weights   {name: (N,)}, where NaN is missing and has no say, and {name: float}
     Returns advantages (N,), unitless.
     """
-    total = 0
-    for name, score in scores.items():
-        total = total + weights[name] * group_advantages(score, group_size)
-    return (total - total.mean()) / (total.std() + 1e-4) if total.abs().max() > 0 else total
+    total = sum(weights[name] * group_advantages(scores, group_size) for name, scores in judged.items())
+    return (total - total.mean()) / (total.std() + 1e-4) if total.any() else total
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl_coef=0.1):
@@ -117,10 +112,40 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     # for A < 0 only rho < 1 - eps.
     policy_loss = -torch.minimum(ratio * A, clipped * A)
     d = ref_logprobs - logprobs
-    # k3: an unbiased estimate of KL(pi || pi_ref) that is never negative. expm1(d), because the rounding of e^d - 1
-    # turned it negative while d is small, as in the first steps.
+    # k3. Its *value* is an unbiased estimate of KL(pi || pi_ref) from tokens that pi drew, and never negative. Its
+    # *gradient*, here, where no gradient flows through the drawing, is in expectation that of KL(pi_ref || pi).
+    # expm1(d), because the rounding of e^d - 1 is larger than the result while d is small, as in the first steps.
     kl = d.expm1() - d
     loss = (policy_loss + kl_coef * kl).mean()
     cut = ((A > 0) & (ratio > 1 + clip_eps)) | ((A < 0) & (ratio < 1 - clip_eps))
     stats = dict(loss=loss, kl=kl.mean(), ratio=ratio.mean(), clip_frac=cut.float().mean())
     return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def sampler_gap(logprobs, sampled_logprobs):
+    """
+    mean |pi(token) / pi_sampler(token) - 1| of (N, T) nats each: is what is scored what was sampled? The mean of the
+    ratio itself cannot tell, because it is 1 in expectation whatever the two distributions are.
+    """
+    return ((logprobs.detach() - sampled_logprobs).exp() - 1).abs().mean()
+
+
+def demo():
+    """One group of eight, from rewards to the push that each image's tokens get."""
+    rewards = torch.tensor([0.91, 0.74, 0.88, 0.62, 0.95, 0.70, 0.81, 0.59])
+    advantages = group_advantages(rewards, 8)
+    logprobs = torch.full((8, 1), -2.0, requires_grad=True)  # T = 1; policy = old policy = reference, as at step 0
+    loss, stats = grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), advantages)
+    loss.backward()
+    print(f"eight pictures of one prompt: mean reward {rewards.mean():.3f}, std {rewards.std():.3f}")
+    print("image  reward  advantage  d loss / d log-probability")
+    for i in range(8):
+        push = "its tokens become likelier" if advantages[i] > 0 else "its tokens become less likely"
+        print(f"{i:5d}  {rewards[i]:6.2f}  {advantages[i]:+9.2f}  {logprobs.grad[i, 0]:+10.3f}   {push}")
+    print(
+        f"loss {stats['loss'].abs():.4f}, ratio {stats['ratio']:.0f}, KL {stats['kl']:.0f}: the gradient is what counts"
+    )
+
+
+if __name__ == "__main__":
+    demo()

@@ -18,19 +18,13 @@ Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C widt
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-from tokenizer import find_file, load_strict, read_weights
 
-HERE = Path(__file__).parent
-
-
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     task: str  # "c2i" or "t2i"
     n_layer: int
@@ -45,17 +39,6 @@ class ModelConfig:
     @property
     def num_tokens(self):
         return self.grid_size**2
-
-
-SIZES = {  # layers, heads, C              parameters at the grid and vocabulary that the size was released for
-    "toy-c2i": (6, 5, 160),  # 2.3M
-    "toy-t2i": (6, 5, 160),  # 2.3M
-    "GPT-B": (12, 12, 768),  # 111M
-    "GPT-L": (24, 16, 1024),  # 343M
-    "GPT-XL": (36, 20, 1280),  # 775M
-    "GPT-XXL": (48, 24, 1536),  # 1.4B
-    "GPT-3B": (24, 32, 3200),  # 3.1B
-}
 
 
 class Linear(nn.Linear):
@@ -76,9 +59,12 @@ class Linear(nn.Linear):
 
 def rope_2d(config, base=10000):
     """
-    The 2D rotary embedding as complex numbers e^(i angle), (L, D/2): a token's row turns the first half of the angles,
-    its column the second. At conditioning positions they are 0, which makes queries and keys there zero *vectors*:
-    every image token attends to all of the text with the same score, so word order must be in the features.
+    The 2D rotary embedding (arXiv 2104.09864, over rows and columns) as complex factors e^(i angle), (L, D/2): the
+    first half of the angles comes from a token's row, the second from its column.
+
+    At the conditioning positions the *factor* is 0, not the angle, so queries and keys are zero vectors there. Every
+    image token therefore gives all positions of the text the same attention score, 0: which word matters, and the
+    order of words, must already be in the text features.
     """
     half = config.dim // config.n_head // 2
     frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # (D/4,)
@@ -113,7 +99,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + S], cache[1, :, :, start : start + S] = k, v
             k, v = cache[:, :, :, : start + S]
-        # One new query may see everything before it, so it needs a causal mask no more than a text mask demands.
+        # Without a text mask the mask is causal. A single new query stands last and may see all keys: no mask at all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)
         return self.wo(y.transpose(1, 2).reshape(B, S, C))
 
@@ -135,7 +121,9 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention, self.feed_forward = Attention(config), FeedForward(config.dim)
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)  # of float32 under autocast too: the residual is
+        # Under bfloat16 autocast only matrix products are rounded; x, the sum that runs through all blocks, and these
+        # norms of it stay float32.
+        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
 
     def forward(self, x, rope, mask, cache=None, start=0):
@@ -212,8 +200,8 @@ class Transformer(nn.Module):
 
     def embed(self, cond):
         """
-        The conditioning positions (B, P, C), float32: autocast leaves cap_proj's output in bfloat16, and the text's
-        residual would stay so in `generate` but not in `forward`, where it is joined to float32 token embeddings.
+        The conditioning positions (B, P, C), float32. Autocast leaves cap_proj's output in bfloat16; then
+        `generate` would run the text in bfloat16 and `forward`, which joins it to float32 token embeddings, in float32.
         """
         return self.cls_embedding(cond).float()
 
@@ -320,163 +308,26 @@ def keep_likeliest(logp, top_k=0, top_p=1.0):
     return logp
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text conditioning: a frozen T5 encoder. FLAN-T5-XL for LlamaGen, a two-layer one for the toy.
+def demo():
+    """What the toy base wants to write next, and that the cached pass and the full one agree."""
+    import data
+    from zoo import load_model
+
+    model, name = load_model("toy-c2i"), "red circle"
+    label = torch.tensor([data.TOY_CLASSES.index(name)])
+    tokens, logprobs = model.generate(label, generator=torch.Generator().manual_seed(0))  # (1, T) each
+    with torch.no_grad():
+        full = policy_logprobs(model(label, tokens))[0]  # (T, V)
+    print(f"{name}: 64 tokens are written one after the other, in rows of 8. Before some of them the model expects:")
+    for t in (0, 20, 36, 63):
+        top = full[t].topk(4)
+        likely = "  ".join(f"{k:3d} {full[t, k].exp():4.0%}" for k in top.indices.tolist())
+        entropy, drawn = -(full[t].exp() * full[t]).sum(), f"{tokens[0, t]}, p {logprobs[0, t].exp():.0%}"
+        print(f"  token {t:2d}: {likely}   entropy {entropy:.2f} nats; drawn {drawn}")
+    gap = (full.gather(1, tokens[0, :, None])[:, 0] - logprobs[0]).abs().max()
+    print(f"log-probability of the picture: {logprobs.sum():.1f} nats; with the cache, token by token, and in one full "
+          f"pass its tokens' differ by {gap:.1e} at most")  # fmt: skip
 
 
-class TextEncoder:
-    """
-    Captions -> (features (B, P, caption_dim) float32, mask (B, P) bool), both *left*-padded: LlamaGen was trained
-    with the text next to the image, because token 0 is predicted from position P - 1. pad="right" is for weights
-    trained as the released AR-GRPO text-to-image model was, padding next to the image. Padding features are zero.
-
-    path is a folder in transformers' form or OWNER/REPO on the Hugging Face hub. Raises FileNotFoundError, ValueError.
-    """
-
-    def __init__(self, path, cond_len, caption_dim, device="cpu", dtype=torch.float32, pad="left"):
-        from transformers import AutoTokenizer, T5EncoderModel
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # one a shard, amid our own lines
-        self.cond_len, self.device, self.pad = cond_len, device, pad
-        try:
-            self.words = AutoTokenizer.from_pretrained(path)
-            self.t5, info = T5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            if info["missing_keys"] or info["mismatched_keys"]:  # transformers only warns, and fills in random numbers
-                raise ValueError(f"{[*info['missing_keys'], *info['mismatched_keys']][0]} is missing or misshapen")
-        except Exception as error:  # absent here and on the hub, cut short, another kind of model: of many kinds
-            reason = str(error).strip().split("\n")[0]
-            raise FileNotFoundError(
-                f"--text-encoder {path}: no T5 encoder to be had there ({reason}); give a folder that holds "
-                "config.json, the weights and the tokenizer, or connect to the internet"
-            ) from None
-        if self.t5.config.d_model != caption_dim:
-            width = self.t5.config.d_model
-            raise ValueError(f"--text-encoder {path}: its features are {width} wide, the model's {caption_dim}")
-        self.t5.eval().requires_grad_(False).to(device)
-
-    def ids(self, captions):
-        """Token ids and mask, each (B, P), padded on the right, as T5 wants them."""
-        options = dict(max_length=self.cond_len, padding="max_length", truncation=True, return_tensors="pt")
-        found = self.words([data.clean_caption(caption) for caption in captions], **options)
-        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
-
-    def __call__(self, captions):
-        distinct = list(dict.fromkeys(captions))  # a step may ask for a prompt twice; it is read once
-        ids, mask = self.ids(distinct)
-        # T5 was trained and is run in its own dtype: under autocast its float32 parts would be rounded too
-        with torch.autocast(ids.device.type, enabled=False):
-            features = self.t5(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        features, mask = left_pad(features, mask) if self.pad == "left" else (features * mask[..., None], mask.bool())
-        which = torch.tensor([distinct.index(caption) for caption in captions], device=ids.device)
-        return features[which], mask[which]
-
-
-def left_pad(features, mask):
-    """Right-padded features (B, P, C) and mask (B, P) -> the same with padding zeroed and moved to the left."""
-    order = mask.argsort(dim=-1, stable=True)  # padding (0) first, text (1) last in its own order
-    mask = mask.gather(-1, order).bool()
-    features = features.gather(1, order[..., None].expand_as(features))
-    return features * mask[..., None], mask
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The models by name, and their weights.
-
-
-@dataclass
-class ModelRow:
-    config: ModelConfig
-    tokenizer: str  # a row of tokenizer.TOKENIZERS
-    ckpt: str | Path  # a path, or hf:OWNER/REPO/FILE on the Hugging Face hub
-    vq_ckpt: str | Path
-    text_encoder: str | Path = None  # t2i only: a folder in transformers' form, or OWNER/REPO
-    text_dtype: torch.dtype = torch.bfloat16  # what the features were computed in when the model was trained
-    cfg_scale: float = 1.0  # guidance and filtering that its authors draw pictures with
-    top_k: int = 0
-
-
-def _llamagen_c2i(size, grid, file):
-    return ModelRow(
-        ModelConfig("c2i", *SIZES[size], grid_size=grid), "vq-16", f"hf:FoundationVision/LlamaGen/{file}",
-        "hf:FoundationVision/LlamaGen/vq_ds16_c2i.pt", cfg_scale=4.0, top_k=2000,
-    )  # fmt: skip
-
-
-def _llamagen_t2i(grid, file):
-    return ModelRow(
-        ModelConfig("t2i", *SIZES["GPT-XL"], grid_size=grid, cond_len=120), "vq-16",
-        f"hf:peizesun/llamagen_t2i/{file}", "hf:peizesun/llamagen_t2i/vq_ds16_t2i.pt", "google/flan-t5-xl",
-        cfg_scale=7.5, top_k=1000,
-    )  # fmt: skip
-
-
-MODELS = {
-    "toy-c2i": ModelRow(
-        ModelConfig("c2i", *SIZES["toy-c2i"], vocab_size=512, grid_size=8, num_classes=40),
-        "toy", HERE / "weights/toy-c2i.safetensors", HERE / "weights/toy-vq.safetensors",
-    ),
-    "toy-t2i": ModelRow(
-        ModelConfig("t2i", *SIZES["toy-t2i"], vocab_size=512, grid_size=8, caption_dim=64, cond_len=12),
-        "toy", HERE / "weights/toy-t2i.safetensors", HERE / "weights/toy-vq.safetensors", HERE / "weights/toy-t5",
-        torch.float32,
-    ),
-    "llamagen-b-256": _llamagen_c2i("GPT-B", 16, "c2i_B_256.pt"),
-    "llamagen-b-384": _llamagen_c2i("GPT-B", 24, "c2i_B_384.pt"),
-    "llamagen-l-256": _llamagen_c2i("GPT-L", 16, "c2i_L_256.pt"),
-    "llamagen-l-384": _llamagen_c2i("GPT-L", 24, "c2i_L_384.pt"),
-    "llamagen-xl-384": _llamagen_c2i("GPT-XL", 24, "c2i_XL_384.pt"),
-    "llamagen-xxl-384": _llamagen_c2i("GPT-XXL", 24, "c2i_XXL_384.pt"),
-    "llamagen-3b-384": _llamagen_c2i("GPT-3B", 24, "c2i_3B_384.pt"),
-    "llamagen-t2i-xl-256": _llamagen_t2i(16, "t2i_XL_stage1_256.pt"),
-    "llamagen-t2i-xl-512": _llamagen_t2i(32, "t2i_XL_stage2_512.pt"),
-}  # fmt: skip
-
-
-def is_toy(name):
-    return name.startswith("toy-")
-
-
-def autocast(device, dtype):
-    """
-    The precision of sampling and scoring: weights stay float32, with dtype bfloat16 the products of the layers are
-    taken in it. Logits, softmax, loss and the tokenizer are float32 always. A context manager.
-    """
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def check_device(device):
-    """Raises ValueError unless torch can put a tensor on `device`; has GPUs take float32 convolutions in float32."""
-    torch.backends.cudnn.allow_tf32 = False  # the tokenizer's and the judges'; True is torch's default
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises depends on how it was built
-        raise ValueError(f"--device {device}: no such device here; leave it out to take what there is") from None
-
-
-def load_model(name, path=None, device="cpu"):
-    """
-    The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
-    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises FileNotFoundError, or ValueError naming
-    the first weight that does not fit.
-    """
-    path = find_file(path or MODELS[name].ckpt)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = Transformer(MODELS[name].config)
-    load_strict(model, read_weights(path, "gpt_model."), path, ignore=("freqs_cis",))
-    model.rope = rope_2d(model.config)
-    return model.eval().to(device)
-
-
-def weights_header(path):
-    """What a file of ours says of itself, {"model": name of MODELS, ...}; {} for anybody else's. Raises ValueError."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            return header if header.get("model") in MODELS else {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+if __name__ == "__main__":
+    demo()

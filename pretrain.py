@@ -2,20 +2,19 @@
 Makes every weight of the toy world from nothing: the tokenizer, the two base transformers, the judges.
 
     python pretrain.py                       # everything, in order, under 2 hours on 2 cores; writes weights/
-    python pretrain.py --stages clip         # one of its stages; later ones read what earlier ones wrote
+    python pretrain.py --stages clip         # one of the stages; later ones read what earlier ones wrote
     python pretrain.py --quick --out /tmp/w  # a few steps of each: does it run?
 
 Nobody needs this to use the project, since its results are in weights/, each with a JSON that says how it was made and
 how good it is. It is here so that nothing about the toy is a secret. Every stage has its own seed and reads only files,
 so stages can be run one by one with the same result.
 
-The bases are stopped early on purpose. Reinforcement learning needs a policy that is right often enough to have right
-samples in most groups and wrong often enough to have something to learn, as the real models are.
+The bases stop early on purpose, while they are about as often right as the real models are. Reinforcement learning
+needs a policy that has right samples in most groups, and wrong ones to learn from.
 
 Shapes: B images, T = 64 tokens, V = 512 codes.
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -34,15 +33,16 @@ from safetensors.torch import save_file
 from tqdm import trange
 
 import data
-from evaluate import fixed_asked, verifier_accuracy
-from model import MODELS, TextEncoder, Transformer, load_model
-from rewards import clip_image_features, critic_network, critic_scores, load_judges, score
-from sample import captions_of, draw, make_encoder, run_script
-from tokenizer import TOKENIZERS, VQModel, load_strict, load_tokenizer, read_weights, to_unit
+import zoo
+from data import Mistake
+from model import Transformer
+from rewards import clip_image_features, judge_images, load_judges, realism_network, realism_values
+from sample import draw
+from tokenizer import VQModel, to_unit
 
 
 def world_captions(n, rng):
-    """n captions, half of c2i's classes and half of t2i's: what tokenizer and judges must serve."""
+    """n captions, half of them of c2i's classes, half of t2i's: tokenizer and judges serve both tasks."""
     names = [data.TOY_CLASSES[k] for k in rng.integers(len(data.TOY_CLASSES), size=n - n // 2)]
     return [data.class_caption(name) for name in names] + data.sample_captions(n // 2, rng)
 
@@ -65,7 +65,7 @@ def save_half(state, path):
 
 
 def put_in_place(folder):
-    """NAME.new becomes NAME, which is returned. At a stage's end: one that is stopped leaves the old weights whole."""
+    """Makes NAME.new NAME, and returns that. Stages end with it, so that one that is stopped leaves the old weights."""
     place = folder.with_suffix("")
     shutil.copytree(folder, place, dirs_exist_ok=True)
     shutil.rmtree(folder)
@@ -102,9 +102,9 @@ def train_vq(args, steps=1100, batch=32, lr=1e-3, adversarial=0.004, seed=1):
     """
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
-    model, critic = VQModel(TOKENIZERS["toy"]), patch_discriminator()
+    model, discriminator = VQModel(zoo.VQ_TOY), patch_discriminator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=lr / 4, betas=(0.5, 0.9), weight_decay=0)
+    d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr / 4, betas=(0.5, 0.9), weight_decay=0)
     for step in (bar := trange(steps, desc="tokenizer")):
         set_lr(optimizer, step, steps, lr)
         images = renders(world_captions(batch, rng), rng)
@@ -114,21 +114,21 @@ def train_vq(args, steps=1100, batch=32, lr=1e-3, adversarial=0.004, seed=1):
         commitment = (codes - latents.detach()).square().mean() + 0.25 * (codes.detach() - latents).square().mean()
         loss = (output - images).square().mean() + 0.2 * (output - images).abs().mean() + commitment
         if step >= steps // 2:
-            loss = loss - adversarial * critic(output).mean()
+            loss = loss - adversarial * discriminator(output).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step >= steps // 2 - 100:  # a head start, so that its first word is worth something
-            real, fake = critic(images), critic(output.detach())
-            critic_optimizer.zero_grad()
+        if step >= steps // 2 - 100:  # the discriminator starts before its verdict counts
+            real, fake = discriminator(images), discriminator(output.detach())
+            d_optimizer.zero_grad()
             (F.relu(1 - real) + F.relu(1 + fake)).mean().backward()
-            critic_optimizer.step()
+            d_optimizer.step()
         if step % 20 == 0:
             bar.set_postfix(psnr=f"{psnr(output.detach(), images):.1f}", refresh=False)
     path = args.out / "toy-vq.safetensors"
     save_half(model.state_dict(), path)
-    model = load_tokenizer("toy", path)  # the figures are those of the float16 weights that are shipped
+    model = zoo.load_tokenizer("toy-c2i", path)  # the figures are those of the float16 weights that are shipped
     rng = np.random.default_rng(seed + 1000)
     captions = world_captions(args.eval_images, rng)
     images = renders(captions, rng)
@@ -179,26 +179,26 @@ def slots(caption):
     objects, relation = data.reading_order(caption)
     (count, colour, shape), (_, colour2, shape2) = (*objects, (0, None, None))[:2]
     choices = [(None, *data.COLOURS), data.SHAPES, (None, *data.COLOURS), (None, *data.SHAPES), (None, *data.RELATIONS)]
-    said = (colour, shape, colour2, shape2, relation)
-    return [count] + [options.index(value) for options, value in zip(choices, said, strict=True)]
+    values = (colour, shape, colour2, shape2, relation)
+    return [count] + [options.index(value) for options, value in zip(choices, values, strict=True)]
 
 
 def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
     """
-    The toy's text encoder: a two-layer T5 with random weights learns, from captions alone, to parse: at every word's
-    position a linear layer must read off what the picture will show, in the order in which it is written. FLAN-T5
-    brings as much to LlamaGen.
+    The toy's text encoder: a two-layer T5 with random weights learns, from captions alone, to parse. From the features
+    at every word's position a linear layer must read off what the picture will show, in the order of the caption.
+    FLAN-T5 brings as much to LlamaGen.
 
-    It has to be at every position because image tokens attend to all of the text alike (see model.rope_2d). And in
-    order, because a T5 that knew only which two objects there are left the transformer to guess the first of them: the
-    log-probability of a picture was the same for "a and b" as for "b and a", and bindings stayed at chance. A T5 that
-    learned only through the pictures was tried first of all, and after 1,200 steps colours were still at chance.
+    At every position, because image tokens attend to all of the text alike (see model.rope_2d). In order, because a T5
+    that knows only which two objects there are leaves the transformer to guess the first of them: a picture then has
+    the same log-probability for "a and b" as for "b and a", and bindings stay at chance. A T5 that learned only through
+    the pictures left even colours at chance after 1,200 steps.
     """
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
-    row, folder = MODELS["toy-t2i"], args.out / "toy-t5.new"
+    row, folder = zoo.MODELS["toy-t2i"], args.out / "toy-t5.new"
     vocabulary = write_words(folder)
     T5EncoderModel(
         T5Config(
@@ -206,7 +206,7 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
             feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=len(vocabulary) - 1,
         )
     ).save_pretrained(folder)  # fmt: skip
-    encode = TextEncoder(folder, row.config.cond_len, row.config.caption_dim)
+    encode = zoo.TextEncoder(folder, row.config)
     sizes = [4, 9, 5, 9, 6, 5]  # how many classes each slot has
     head = nn.Linear(row.config.caption_dim, sum(sizes))
     parameters = [*encode.t5.requires_grad_(True).parameters(), *head.parameters()]
@@ -235,8 +235,11 @@ def train_base(args, name, steps, batch, lr, seed):
     """Maximum likelihood on tokens of fresh renders, the condition dropped with probability 0.1."""
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
-    tokenizer, model = load_tokenizer("toy", args.out / "toy-vq.safetensors"), Transformer(MODELS[name].config)
-    encode = make_encoder(name, text_encoder=args.out / "toy-t5")
+    tokenizer, model = (
+        zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors"),
+        Transformer(zoo.MODELS[name].config),
+    )
+    encode = zoo.load_encoder(name, args.out / "toy-t5")
     path = args.out / f"{name}.safetensors"
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
     fakes, losses = [], []
@@ -244,7 +247,7 @@ def train_base(args, name, steps, batch, lr, seed):
         set_lr(optimizer, step, steps, lr)
         asked = sample_asked(name, batch, rng)
         with torch.no_grad():
-            tokens = tokenizer.encode(renders(captions_of(name, asked), rng))
+            tokens = tokenizer.encode(renders(zoo.captions_of(name, asked), rng))
         cond, cond_mask = encode(asked)
         dropped = torch.from_numpy(rng.random(batch) < 0.1).view(-1, *[1] * (cond.dim() - 1))
         cond = torch.where(dropped, model.cls_embedding.null(cond), cond)
@@ -256,7 +259,7 @@ def train_base(args, name, steps, batch, lr, seed):
         losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(nats=f"{np.mean(losses[-20:]):.3f}", refresh=False)
-        # what the critic will learn to tell from real
+        # what the realism judge will learn to tell from real pictures
         if name == "toy-c2i" and step + 1 in (steps * 6 // 10, steps * 8 // 10, steps):
             with torch.no_grad():
                 fakes.append(draw(model, tokenizer, encode, sample_asked(name, args.eval_images, rng), seed=step)[1])
@@ -269,8 +272,8 @@ def train_base(args, name, steps, batch, lr, seed):
 
 def sample_asked(name, n, rng):
     """n random labels or captions, as the model `name` takes them."""
-    if MODELS[name].config.task == "c2i":
-        return rng.integers(MODELS[name].config.num_classes, size=n).tolist()
+    if zoo.MODELS[name].config.task == "c2i":
+        return rng.integers(zoo.MODELS[name].config.num_classes, size=n).tolist()
     return data.sample_captions(n, rng)
 
 
@@ -341,7 +344,7 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "open_clip_model.safetensors").unlink(missing_ok=True)  # of a run that was stopped
     model, words = open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}")
-    tokenizer = load_tokenizer("toy", args.out / "toy-vq.safetensors")
+    tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     losses = []
     for step in (bar := trange(steps, desc="clip")):
@@ -371,21 +374,24 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
     report(args, "toy-clip", path, figures, seed, time.time() - start)
 
 
-def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
-    """Real round trips against what the c2i base drew at 60, 80 and 100% of its training: cross-entropy, half each."""
+def train_realism(args, steps=900, batch=48, lr=1e-3, seed=5):
+    """
+    The judge of looks learns to tell round trips of renders, "real", from what the c2i base drew at 60, 80 and 100% of
+    its training: cross-entropy, half of a batch each.
+    """
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
-    tokenizer, network = load_tokenizer("toy", args.out / "toy-vq.safetensors"), critic_network()
+    tokenizer, network = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors"), realism_network()
     file = args.out / "toy-c2i-fakes.npz"
     if not file.exists():
-        raise FileNotFoundError(f"{file}: the samples to tell from real ones come from --stages c2i; run that first")
+        raise Mistake(f"{file}: the samples to tell from real ones come from --stages c2i; run that first")
     fakes = torch.from_numpy(np.load(file)["tokens"].astype(np.int64))  # (drawn, T)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
     hits = []
-    for step in (bar := trange(steps, desc="critic")):
+    for step in (bar := trange(steps, desc="realism")):
         set_lr(optimizer, step, steps, lr)
         with torch.no_grad():
-            captions = captions_of("toy-c2i", sample_asked("toy-c2i", batch // 2, rng))
+            captions = zoo.captions_of("toy-c2i", sample_asked("toy-c2i", batch // 2, rng))
             real = tokenizer.encode(renders(captions, rng))
             fake = fakes[rng.integers(len(fakes), size=batch // 2)]
             images = tokenizer.decode(torch.cat([real, fake])).clamp(-1, 1)
@@ -399,9 +405,9 @@ def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
         hits.append(float(((logits > 0) == (target > 0)).float().mean()))
         if step % 20 == 0:
             bar.set_postfix(accuracy=f"{np.mean(hits[-20:]):.3f}", refresh=False)
-    path = args.out / "toy-critic.safetensors"
+    path = args.out / "toy-realism.safetensors"
     save_half(network.state_dict(), path)
-    report(args, "toy-critic", path, dict(accuracy=round(float(np.mean(hits[-50:])), 3)), seed, time.time() - start)
+    report(args, "toy-realism", path, dict(accuracy=round(float(np.mean(hits[-50:])), 3)), seed, time.time() - start)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -411,35 +417,36 @@ def train_critic(args, steps=900, batch=48, lr=1e-3, seed=5):
 def measure(args):
     """
     Adds to the reports what needs bases and judges both, on the float16 weights that are shipped: how many of a base's
-    fixed samples the verifier accepts, and each judge's AUC, the chance that it scores a right one above a wrong one.
+    fixed samples are right, and each judge's AUC, the chance that it puts a right one above a wrong one.
     """
     from scipy.stats import mannwhitneyu
 
-    path = args.out / "toy-critic.safetensors"
-    critic = partial(critic_scores, network=load_strict(critic_network(), read_weights(path), path).eval())
+    path = args.out / "toy-realism.safetensors"
+    network = zoo.load_strict(realism_network(), zoo.read_weights(path), path).eval()
+    realism = partial(realism_values, network=network)
     clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
-    tokenizer = load_tokenizer("toy", args.out / "toy-vq.safetensors")
+    tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
     add_figures(args, "toy-clip", right_above_wrong(clip, tokenizer, args.eval_images // 4))
     for name in ("toy-c2i", "toy-t2i"):
-        model = load_model(name, args.out / f"{name}.safetensors")
-        encode, asked = make_encoder(name, text_encoder=args.out / "toy-t5"), fixed_asked(name, args.eval_images)
-        captions, found = captions_of(name, asked), dict(images=len(asked))
+        model = zoo.load_model(name, args.out / f"{name}.safetensors")
+        encode, asked = zoo.load_encoder(name, args.out / "toy-t5"), zoo.fixed_asked(name, args.eval_images)
+        captions, found = zoo.captions_of(name, asked), dict(images=len(asked))
         for cfg in (2.0, 1.0):  # the judges then rank what is drawn without guidance, as in training
             images, _ = draw(model, tokenizer, encode, asked, cfg_scale=cfg)
-            shares = verifier_accuracy(images, captions, MODELS[name].config.task)
+            shares = data.share_right(images, captions, zoo.MODELS[name].config.task)
             found[f"right, cfg {cfg:g}"] = {kind: round(share, 3) for kind, share in shares.items()}
         add_figures(args, name, found)
         right = np.array([data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
         if right.all() or not right.any():  # --quick: nothing to rank
             continue
-        for judge, values in score({"toy-clip": clip, "toy-critic": critic}, images, captions)[0].items():
+        for judge, values in judge_images({"toy-clip": clip, "toy-realism": realism}, images, captions)[0].items():
             above = mannwhitneyu(values[right], values[~right]).statistic / (right.sum() * (~right).sum())
             add_figures(args, judge, {f"AUC, right above wrong samples of {name}": round(float(above), 3)})
 
 
 @torch.no_grad()
 def right_above_wrong(clip, tokenizer, n, seed=1004):
-    """Share of n round trips a category whose caption `clip` scores above one that is wrong in one attribute."""
+    """Per category, the share of n round trips whose caption `clip` puts above one that is wrong in one attribute."""
     rng, figures = np.random.default_rng(seed), {}
     for category in data.CATEGORIES:
         captions = data.sample_captions(n, rng, [category])
@@ -465,9 +472,22 @@ STAGES = {
     "c2i": train_c2i,
     "t2i": train_t2i,
     "clip": train_clip,
-    "critic": train_critic,
+    "realism": train_realism,
     "measure": measure,
 }
+
+
+def parse_args(argv=None):
+    parser = zoo.script_parser(__doc__)
+    add = parser.add_argument
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order (default: all)")
+    add("--out", type=Path, default=zoo.WEIGHTS, help="folder to write to (default: weights/)")
+    add("--quick", action="store_true", help="five steps per stage and few images: a check that it runs; needs --out")
+    args = parser.parse_args(argv)
+    if args.quick and args.out.resolve() == zoo.WEIGHTS.resolve():
+        raise Mistake("--quick needs --out: it would overwrite the shipped weights")
+    args.eval_images = 48 if args.quick else 1024
+    return args
 
 
 def run(args):
@@ -477,18 +497,9 @@ def run(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="folder to write to")
-    parser.add_argument(
-        "--quick", action="store_true", help="five steps a stage and few images: a check that it runs; needs --out"
+    zoo.run_script(
+        parse_args, run, argv, lambda args: "stopped; stages that ended are written, --stages makes the others"
     )
-    args = parser.parse_args(argv)
-    if args.quick and args.out.resolve() == parser.get_default("out").resolve():
-        parser.error("--quick needs --out: it would overwrite the shipped weights")
-    args.eval_images = 48 if args.quick else 1024
-    stopped = "stopped; stages that ended are written, --stages makes the others"
-    run_script("pretrain.py", run, args, "close other programs", lambda: stopped)
 
 
 if __name__ == "__main__":

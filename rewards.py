@@ -1,25 +1,32 @@
 """
-The judges, and how their scores become one reward.
+The judges, and how what they say of a picture becomes one reward.
 
-A judge is a function  fn(images (N, 3, H, W) in [0, 1], prompts: N strings) -> scores (N,)  made by a factory that
-loads its weights and imports its library. Prompts repeat inside a batch (a group of samples shares its prompt), so a
-judge computes text features once per distinct prompt. Adding a judge is a factory and a line in JUDGES. Where several
-scores come out of one model, a single function returns {name: scores (N,)}.
+A judge is a function  fn(images (N, 3, H, W) in [0, 1], prompts: N strings) -> values (N,), higher is better.  It is
+made by a factory, which imports its library and loads its weights. Adding a judge takes a factory and a line in JUDGES.
+Prompts repeat inside a batch (the samples of a group share one), so a judge reads each distinct prompt once. A model
+that gives several values returns {name: values (N,)}.
 
     clip         cosine of image and caption features of an open_clip model: does it show what was asked?
     hps          the same of HPSv2.1, a CLIP trained on which of two pictures people preferred
-    clip-step, hps-step   the two cosines in four steps, as the paper; no further forward pass
+    clip-step, hps-step   the two cosines in four steps, as in the paper; they need no further forward pass
     maniqa       MANIQA trained on KonIQ: technical quality, no caption
     qwen-match, qwen-real, qwen-odd   three questions to Qwen2.5-VL: match, 0 to 5; is it real, is nothing odd, 0 to 1
-    critic       toy only: probability that the picture is real and not sampled: does it look right?
+    realism      toy only: probability that the picture is real and not sampled: does it look right?
     pyiqa:NAME   any no-reference quality metric of pyiqa, negated where lower is better (piqe needs no download)
 
-`--rewards clip=1,critic=0.25` is their weighted sum. Each judge keeps its own scale; the paper's multipliers (5 for
-the cosines, 2 for MANIQA, 1/4 for each question) are weights. A score that is not finite has no say (it counts as its
-group's mean) and is counted in the log; the official code scores an unreadable answer like the worst picture.
+`--rewards clip=1,realism=0.25` is their weighted sum. Each judge keeps its own scale; the paper's multipliers (5 for
+the cosines, 2 for MANIQA, 1/4 for each question) are weights. A judge of weight 0 is logged and has no say: this is how
+to hold one out, to see whether the policy got better or only learned to please the others.
 
-Where weights come from: --reward-weights DIR if the file is there (README, "Several judges", has the names), else the
-hub. Every judge loads strictly: one that was half initialised at random would still return plausible numbers.
+A value that is not finite is missing: it counts as the mean of its group, and the log counts it. Every judge loads
+strictly: one that was half initialised at random would still return plausible numbers. Weights come from
+--reward-weights DIR where the file is there (`python sample.py --print-files` has the names), else from the hub.
+
+Where the official code differs: it rounds pictures down to 8 bits before CLIP, HPS and MANIQA; it runs HPS in half
+precision; MANIQA sees random crops. Its prompt for Qwen puts the text before the image and asks for a description, five
+criteria and a score, in up to 256 tokens. It tries three times, and an unreadable answer then counts as the worst one.
+
+    python rewards.py     # what the toy's two judges say of right pictures and of wrong ones
 """
 
 import base64
@@ -38,62 +45,42 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import is_toy
-from tokenizer import ResBlock, find_file, load_strict, read_weights
+import zoo
+from data import Mistake
+from tokenizer import ResBlock, to_unit
 
-WEIGHTS = Path(__file__).parent / "weights"
-TOY_CLIP = f"local-dir:{WEIGHTS / 'toy-clip'}"  # an open_clip model name: configuration, weights and words in a folder
+TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configuration, weights and words in a folder
 
 # What a factory may want to know; add_judge_flags describes each. load_judges fills in what its caller leaves out.
 OPTIONS = dict(clip_model=TOY_CLIP, clip_pretrained=None, reward_weights=None, qwen_answer="probability",
                qwen_server=None, judge_batch=16)  # fmt: skip
 
 
-def add_judge_flags(parser):
+def add_judge_flags(add):
     """The flags that train.py and evaluate.py share: whose weights judge, and how."""
-    add = parser.add_argument_group("the judges' models").add_argument
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--reward-weights", metavar="DIR", help="judges' weights are looked for here before the hub (README: names)")
+    add("--reward-weights", metavar="DIR", help="folder that is searched for judges' weights before the hub is asked")
     add("--qwen-answer", choices=("probability", "json"), default="probability",
         help="probability (default): the mean over the answer tokens' probabilities, one forward pass; "
-             "json: generated text, parsed, as the paper")  # fmt: skip
-    add("--qwen-server", metavar="URL", help="ask this OpenAI-compatible server, not a local Qwen (default: local)")
-    add("--judge-batch", type=int, default=16, help="images at once in maniqa and qwen; memory, not the result (16)")
+             "json: generated text that is parsed, as in the paper")  # fmt: skip
+    add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process)")
+    add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; memory, not the result (16)")
 
 
 def judge_options(args, model):
-    """The options dict of parsed flags, for judging pictures of the model named `model`. Raises ValueError."""
+    """The options dict of parsed flags, for judging pictures of the model named `model`. Raises Mistake."""
+    zoo.check_range(args, judge_batch=1)
     options = {name: getattr(args, name) for name in OPTIONS}
-    real = options["clip_model"] or options["clip_pretrained"] or not is_toy(model)
-    if real:  # the toy's CLIP has seen nothing but shapes; open_clip's have never seen any
+    # The toy's CLIP has seen nothing except shapes; open_clip's models have never seen any.
+    if options["clip_model"] or options["clip_pretrained"] or not zoo.is_toy(model):
         options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
         options["clip_pretrained"] = options["clip_pretrained"] or "openai"
     else:
         options["clip_model"] = TOY_CLIP
-    if options["judge_batch"] < 1:
-        raise ValueError("--judge-batch must be at least 1")
     if options["reward_weights"] and not Path(options["reward_weights"]).is_dir():
-        raise ValueError(f"--reward-weights: no such folder: {options['reward_weights']}")
+        raise Mistake(f"--reward-weights: no such folder: {options['reward_weights']}")
     return options
-
-
-def short(error):
-    """The first sentence of an exception: libraries explain at length, and ours is one sentence."""
-    return re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0][:200]
-
-
-def find_weights(repo, filename, folder):
-    """
-    The path of DIR/filename (--reward-weights) if it is there, else of the hub's copy, downloaded once.
-    Raises FileNotFoundError.
-    """
-    if folder and (Path(folder) / filename).is_file():
-        return Path(folder) / filename
-    try:
-        return find_file(f"hf:{repo}/{filename}", "put it into --reward-weights DIR")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{filename} is not in --reward-weights ({folder or 'not given'}); {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -103,36 +90,23 @@ def find_weights(repo, filename, folder):
 def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
     """
     (model, tokenizer) of open_clip, frozen, in eval mode, float32. `name`: of open_clip's list, or local-dir:FOLDER, or
-    hf-hub:REPO; `pretrained`: a tag of that list, or a file. FOLDER/<name of the tag's hub repository>/ goes before the
-    hub. Raises ValueError.
+    hf-hub:REPO; `pretrained`: a tag of that list, or a file. FOLDER/<name of the tag's hub repository>/ is looked for
+    before the hub is asked. Raises Mistake.
     """
     import open_clip
 
-    quick_gelu, wanted, hint = False, name, ""
-    if ":" not in name:
-        if name not in open_clip.list_models():
-            raise ValueError(f"--clip-model: open_clip has no model {name!r}; open_clip.list_models() names them")
-        tag = open_clip.get_pretrained_cfg(name, pretrained or "")
-        if not tag and not Path(pretrained or "").is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tags"
-            raise ValueError(f"--clip-pretrained: {pretrained!r} is neither a file nor a tag of {name}; it has {tags}")
-        # OpenAI trained with x sigmoid(1.702 x). With the exact GELU of plain "ViT-B-32" open_clip only warns, and
-        # every cosine is a little off; so the tag decides.
-        quick_gelu = bool(tag and tag.get("quick_gelu"))
-        repo = (tag or {}).get("hf_hub", "").strip("/")
-        wanted = f"{name} {pretrained}"
-        if repo:
-            hint = f"; --reward-weights DIR may hold the files of huggingface.co/{repo} in {Path(repo).name}/"
-        local = Path(folder or "") / Path(repo).name
-        if folder and repo and local.is_dir():
-            name, pretrained = f"local-dir:{local}", None
-    try:
-        model = open_clip.create_model(
-            name, pretrained, device=device, force_quick_gelu=quick_gelu, require_pretrained=True
-        )
-        words = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip raises half a dozen kinds for files that are absent, cut or another model's
-        raise ValueError(f"CLIP {wanted} could not be loaded ({short(error)}){hint}") from None
+    wanted = f"--clip-model {name} {pretrained or ''}".strip()
+    tag = open_clip.get_pretrained_cfg(name, pretrained or "")  # {} where it is none of open_clip's list
+    repo = tag.get("hf_hub", "").strip("/")
+    local = Path(folder or "") / Path(repo).name
+    if folder and repo and local.is_dir():
+        name, pretrained = f"local-dir:{local}", None
+    # OpenAI trained with x sigmoid(1.702 x). With the exact GELU of plain "ViT-B-32" open_clip only warns, and every
+    # cosine is a little off; so the tag decides.
+    options = dict(device=device, force_quick_gelu=tag.get("quick_gelu", False), require_pretrained=True)
+    remedy = f"DIR/{Path(repo).name} of --reward-weights DIR may hold the files of huggingface.co/{repo}"
+    with zoo.reading(wanted, remedy if repo else "open_clip.list_pretrained() names models and tags"):
+        model, words = open_clip.create_model(name, pretrained, **options), open_clip.get_tokenizer(name)
     return model.eval().requires_grad_(False), words
 
 
@@ -149,7 +123,7 @@ def clip_image_features(model, images):
     return model.encode_image((images - mean) / std, normalize=True)
 
 
-def clip_scores(images, prompts, model, words):
+def clip_cosines(images, prompts, model, words):
     """Cosine of each image with its prompt, (N,) in [-1, 1]."""
     distinct = list(dict.fromkeys(prompts))
     texts = model.encode_text(words(distinct).to(images.device), normalize=True)  # (distinct, E)
@@ -159,20 +133,23 @@ def clip_scores(images, prompts, model, words):
 
 def clip_judge(device, options):
     model, words = load_clip(options["clip_model"], options["clip_pretrained"], options["reward_weights"], device)
-    return partial(clip_scores, model=model, words=words)
+    return partial(clip_cosines, model=model, words=words)
 
 
 def hps_judge(device, options):
     """HPSv2.1: its checkpoint replaces every weight of open_clip's ViT-H-14, so LAION's 4 GB are never fetched."""
-    path = find_weights("xswu/HPSv2", "HPS_v2.1_compressed.pt", options["reward_weights"])
-    weights = read_weights(path)
     import open_clip
 
+    path = judge_file("hps", options)
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))  # 986M parameters, float32
     model.visual.image_mean, model.visual.image_std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    load_strict(model, weights, path)  # the file is half precision; copied into float32
+    zoo.load_strict(model, zoo.read_weights(path), path)  # the file is half precision; copied into float32
     model = model.eval().requires_grad_(False).to(device)
-    return partial(clip_scores, model=model, words=open_clip.get_tokenizer("ViT-H-14"))
+    return partial(clip_cosines, model=model, words=open_clip.get_tokenizer("ViT-H-14"))
+
+
+def judge_file(judge, options):
+    return zoo.find_file(zoo.JUDGE_FILES[judge], "--reward-weights DIR", options["reward_weights"])
 
 
 def step_of(cosines):
@@ -189,10 +166,10 @@ def with_step(images, prompts, judge, base, names):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The toy's critic: what MANIQA and the realism questions are to the real run.
+# The toy's judge of looks: what MANIQA and the realism questions are to the real run
 
 
-def critic_network():
+def realism_network():
     """Images (N, 3, 64, 64) in [-1, 1] -> one "real?" logit (N, 1). 0.9M parameters, most of them at 8x8 and 4x4."""
     return nn.Sequential(
         nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), ResBlock(64, 64),  # (N, 64, 16, 16)
@@ -202,53 +179,39 @@ def critic_network():
     )  # fmt: skip
 
 
-def critic_scores(images, prompts, network):
-    """Probability that each image (N, 3, 64, 64) in [0, 1] is real: (N,). Raises ValueError for another size."""
+def realism_values(images, prompts, network):
+    """Probability that each image (N, 3, 64, 64) in [0, 1] is real: (N,). Raises Mistake for another size."""
     if images.shape[-1] != 64:
-        raise ValueError("--rewards: critic knows the toy world's 64 px pictures only")
+        raise Mistake("--rewards: realism knows only the toy world's pictures of 64 px")
     return network(images * 2 - 1)[:, 0].sigmoid()
 
 
-def critic_judge(device, options):
-    path = WEIGHTS / "toy-critic.safetensors"
-    network = load_strict(critic_network(), read_weights(path), path).eval().requires_grad_(False)
-    return partial(critic_scores, network=network.to(device))
+def realism_judge(device, options):
+    path = zoo.WEIGHTS / "toy-realism.safetensors"
+    network = zoo.load_strict(realism_network(), zoo.read_weights(path), path).eval().requires_grad_(False)
+    return partial(realism_values, network=network.to(device))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # pyiqa, and MANIQA (arXiv 2204.08958) through it
 
 
-def pyiqa_scores(images, prompts, metric):
-    """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,). One at a time: not every
-    metric of pyiqa takes several."""
-    sign = -1 if metric.lower_better else 1
-    try:
+def pyiqa_values(images, prompts, metric):
+    """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,)."""
+    sign, what = -1 if metric.lower_better else 1, f"pyiqa:{metric.metric_name}: a picture of {images.shape[-1]} px"
+    with zoo.reading(what, "leave it out of --rewards"):  # some want larger pictures, or captions, or a folder
+        # one at a time, because not every metric of pyiqa takes several
         return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # some want larger pictures, or captions, or a folder
-        raise ValueError(
-            f"pyiqa:{metric.metric_name} cannot judge pictures of {images.shape[-1]} px one by one ({short(error)}); "
-            f"leave it out of --rewards"
-        ) from None
 
 
 def pyiqa_judge(name, device):
-    """Any no-reference metric of pyiqa. Raises ValueError if it has no `name` or cannot fetch its weights."""
+    """Any no-reference metric of pyiqa. Raises Mistake if it has no `name` or cannot fetch its weights."""
     import pyiqa
 
-    known = pyiqa.list_models("NR")
-    if name not in known:
-        raise ValueError(f"pyiqa has no no-reference metric {name!r}; it has {', '.join(known)}")
-    try:
-        metric = pyiqa.create_metric(name, device=device)
-    except Exception as error:  # each metric downloads in its own way
-        raise ValueError(
-            f"pyiqa:{name} could not be built ({short(error)}); pyiqa keeps what it downloads in "
-            f"{torch.hub.get_dir()}/pyiqa"
-        ) from None
-    return partial(pyiqa_scores, metric=metric)
+    if name not in (known := pyiqa.list_models("NR")):
+        raise Mistake(f"pyiqa has no no-reference metric {name!r}; it has {', '.join(known)}")
+    with zoo.reading(f"pyiqa:{name}", f"pyiqa keeps what it downloads in {torch.hub.get_dir()}/pyiqa"):
+        return partial(pyiqa_values, metric=pyiqa.create_metric(name, device=device))
 
 
 def maniqa_network():
@@ -265,24 +228,53 @@ def maniqa_network():
         timm.create_model = create
 
 
-def maniqa_scores(images, prompts, network, batch, crops=20):
+def even_crops(images, grid):
     """
-    MANIQA's score of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, higher is better: the weighted mean
-    over the patches of 20 crops of 224 px, which pyiqa takes on a regular grid. The official code draws its crops at
-    random; then two equal pictures of a group are told apart, a score depends on what else drew random numbers, and a
-    resumed run leaves the curve of the unbroken one.
+    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, at evenly spaced places of which
+    the first and last touch the edges: with the grid (4, 5) every pixel up to 896 px is in some crop. At 224 px or
+    below there is one crop per image, enlarged if need be.
     """
-    # Below 228 px the grid has a step of 0: pyiqa enlarges to 225 px and takes the same crop 20 times. Once will do.
-    network.test_sample = crops if images.shape[-1] >= 228 else 1
-    # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB an image.
-    return torch.cat([network(part)[:, 0] for part in images.split(batch)])
+    if images.shape[-1] <= 224:
+        return F.interpolate(images, (224, 224), mode="bilinear") if images.shape[-1] < 224 else images
+    rows, columns = (torch.linspace(0, images.shape[-1] - 224, n).round().int().tolist() for n in grid)
+    return torch.stack([images[..., y : y + 224, x : x + 224] for y in rows for x in columns], 1).flatten(0, 1)
+
+
+def maniqa_patches(crops, network):
+    """Crops (n, 3, 224, 224) in [0, 1] -> the quality of each patch of 8 px, and its weight: (n, 784) each."""
+    network.vit((crops - network.default_mean.to(crops)) / network.default_std.to(crops))
+    x = network.extract_feature(network.save_output).transpose(1, 2)  # (n, 4 * 768, 784), of four of the 12 layers
+    network.save_output.outputs.clear()
+    stages = ((network.tablock1, network.conv1, network.swintransformer1),
+              (network.tablock2, network.conv2, network.swintransformer2))  # fmt: skip
+    for attention, narrow, swin in stages:
+        for block in attention:
+            x = block(x)
+        x = swin(narrow(x.unflatten(2, (28, 28)))).flatten(2)  # (n, 768, 784), then (n, 384, 784)
+    x = x.transpose(1, 2)
+    return network.fc_score(x)[..., 0], network.fc_weight(x)[..., 0]
+
+
+def maniqa_values(images, prompts, network, batch, grid=(4, 5)):
+    """
+    MANIQA's value of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, higher is better: the weighted mean
+    over the patches of 20 crops of 224 px. The crops are ours. pyiqa's never reach the last 8 rows of 256, or the last
+    40 of 384. The official code's are random: two equal pictures of a group are then told apart, a value depends on
+    what else drew random numbers, and a resumed run leaves the curve of the unbroken one.
+    """
+    values = []
+    for part in images.split(batch):
+        # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
+        quality, weight = (x.reshape(len(part), -1) for x in maniqa_patches(even_crops(part, grid), network))
+        values.append((quality * weight).sum(1) / (weight.sum(1) + 1e-8))  # 1e-8 as pyiqa
+    return torch.cat(values)
 
 
 def maniqa_judge(device, options):
-    path = find_weights("chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt", options["reward_weights"])
-    weights = {name.removeprefix("module."): value for name, value in read_weights(path).items()}  # as pyiqa does
-    network = load_strict(maniqa_network(), weights, path).eval().requires_grad_(False).to(device)
-    return partial(maniqa_scores, network=network, batch=options["judge_batch"])
+    path = judge_file("maniqa", options)
+    weights = {name.removeprefix("module."): value for name, value in zoo.read_weights(path).items()}  # as pyiqa does
+    network = zoo.load_strict(maniqa_network(), weights, path).eval().requires_grad_(False).to(device)
+    return partial(maniqa_values, network=network, batch=options["judge_batch"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,35 +288,29 @@ QUESTIONS = {
     "qwen-match": (
         'An image generator was given the caption "{prompt}" and drew this picture. Rate the picture from 0 to 5. Ask '
         "yourself whether it shows what the caption says, whether anything is missing, and whether it is realistic, "
-        "sharp and free of artefacts. 0 is useless, 5 could not be better.",
-        RATING,
-    ),
+        "sharp and free of artefacts. 0 is useless, 5 could not be better.", RATING),
     "qwen-real": ("Was this picture taken or made by a person, rather than by an AI image generator?", YES_NO),
     "qwen-odd": (
         "Think of distorted bodies and objects, wrong numbers of parts, things that merge or float, smeared textures "
-        "and garbled writing. Is this picture free of all such oddities?",
-        YES_NO,
-    ),
-}
+        "and garbled writing. Is this picture free of all such oddities?", YES_NO),
+}  # fmt: skip
 
 
 def question_text(name, prompt, answer):
     """What is asked about a picture of `prompt`, ending in how to answer: with a single token, or with JSON."""
     question, worth = QUESTIONS[name]
-    rating = worth is RATING
+    how = "Answer with one digit and nothing else." if worth is RATING else "Answer yes or no, and nothing else."
     if answer == "json":
-        scale = "N is your rating, 0 to 5" if rating else "N is 1 for yes and 0 for no"
+        scale = "N is your rating, 0 to 5" if worth is RATING else "N is 1 for yes and 0 for no"
         how = f'Answer with JSON and nothing else: {{"score": N}}, where {scale}.'
-    else:
-        how = "Answer with one digit and nothing else." if rating else "Answer yes or no, and nothing else."
     return f"{question.format(prompt=prompt)} {how}"
 
 
-def read_score(text, most):
-    """The N of {"score": N} anywhere in a generated text; NaN if there is none or it is not within 0 to `most`."""
-    found = re.search(r"""["']?score["']?\s*[:=]\s*["']?(-?\d+(?:\.\d+)?)""", text, re.IGNORECASE)
-    value = float(found[1]) if found else math.nan
-    return value if 0 <= value <= most else math.nan
+def read_rating(text, highest):
+    """The N of {"score": N} anywhere in a generated text; NaN if there is none or it is not within 0 to `highest`."""
+    match = re.search(r"""["']?score["']?\s*[:=]\s*["']?(-?\d+(?:\.\d+)?)""", text, re.IGNORECASE)
+    rating = float(match[1]) if match else math.nan
+    return rating if 0 <= rating <= highest else math.nan
 
 
 def expected_worth(logprobs, worth):
@@ -337,7 +323,7 @@ def expected_worth(logprobs, worth):
     return sum(p * worth[token] for token, p in mass.items()) / total if total else math.nan
 
 
-def qwen_scores(images, prompts, names, answer, ask):
+def qwen_values(images, prompts, names, answer, ask):
     """{name: (N,)} of the questions `names`, all asked of all images (N, 3, H, W) in [0, 1] in one go."""
     pixels = (images * 255).round().to(torch.uint8)  # 8 bits, as in the files that it was trained on; never JPEG
     which = [k for k in range(len(prompts)) for _ in names]  # image-major
@@ -351,69 +337,64 @@ def ask_model(pixels, texts, worths, model, processor, answer, batch):
     """
     n answers, as floats, to n texts about n uint8 pictures (n, 3, H, W), `batch` at once.
     probability: one forward pass, expected_worth over the answers' tokens at the first position of the reply.
-    json: up to 64 tokens, greedily, then read_score.
+    json: up to 64 tokens, the likeliest ones, then read_rating.
     """
     values = []
     for k in range(0, len(texts), batch):
-        talks = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])]
+        chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])]
                  for text in texts[k : k + batch]]  # fmt: skip
-        written = processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=False)
-        inputs = processor(text=written, images=list(pixels[k : k + batch]), padding=True, return_tensors="pt")
+        chats = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=chats, images=list(pixels[k : k + batch]), padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)  # (n, P) tokens, padded on the left: replies start together
-        some = worths[k : k + batch]
         if answer == "json":
             tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             replies = processor.batch_decode(tokens, skip_special_tokens=True)
-            values += [read_score(reply, max(worth.values())) for reply, worth in zip(replies, some, strict=True)]
+            pairs = zip(replies, worths[k : k + batch], strict=True)
+            values += [read_rating(reply, max(worth.values())) for reply, worth in pairs]
         else:
             logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (n, V)
-            logprobs = logits.log_softmax(-1)
-            for row, worth in zip(logprobs, some, strict=True):
-                found = row[answer_tokens(processor.tokenizer, worth)].tolist()
-                values.append(expected_worth(dict(zip(worth, found, strict=True)), worth))
+            for logprobs, worth in zip(logits.log_softmax(-1), worths[k : k + batch], strict=True):
+                of_answers = logprobs[answer_tokens(processor.tokenizer, worth)].tolist()
+                values.append(expected_worth(dict(zip(worth, of_answers, strict=True)), worth))
     return values
 
 
 def answer_tokens(tokenizer, worth):
     """
-    The ids of the answers in `worth`. Raises ValueError if one takes several tokens, whose first would not stand for
-    it, or if two are the same (the "unknown" of a vocabulary that has neither).
+    The ids of the answers in `worth`. Raises Mistake if one takes several tokens, whose first would not stand for it,
+    or if two are the same (the "unknown" of a vocabulary that has neither).
     """
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in worth]
-    if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < len(ids):
+    if any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
         answers = ", ".join(worth)
-        raise ValueError(f"{answers} are not single, distinct tokens of this tokenizer; use --qwen-answer json")
-    return [found[0] for found in ids]
+        raise Mistake(f"{answers} are not single, distinct tokens of this tokenizer; use --qwen-answer json")
+    return [tokens[0] for tokens in ids]
 
 
 def load_qwen(folder, device):
-    """(model, processor): FOLDER/Qwen2.5-VL-3B-Instruct, else the hub's; bfloat16 on a GPU. Raises ValueError."""
+    """(model, processor): FOLDER/Qwen2.5-VL-3B-Instruct, else the hub's; bfloat16 on a GPU. Raises Mistake."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one a shard, amid our own lines
+    logging.disable_progress_bar()  # one per file, amid our own lines
     local = Path(folder or "") / Path(QWEN).name
     source = local if folder and local.is_dir() else QWEN
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    try:
+    remedy = f"DIR/{Path(QWEN).name} of --reward-weights DIR may hold the files of huggingface.co/{QWEN}"
+    with zoo.reading(source, f"{remedy}, and --qwen-server URL needs none"):
         processor = AutoProcessor.from_pretrained(source)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # transformers raises half a dozen kinds for files that are absent or cut
-        raise ValueError(
-            f"{source} could not be loaded ({short(error)}); --reward-weights DIR may hold the files of "
-            f"huggingface.co/{QWEN} in {Path(QWEN).name}/, and --qwen-server URL needs none"
-        ) from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:  # transformers only warns, and fills the gap with random numbers
-        raise ValueError(f"{source}: {wrong[0]} is missing, unknown or of another shape; fetch the files again")
+    for name in [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        # transformers only warns, and fills the gap with random numbers
+        raise Mistake(f"{source}: {name} is missing, unknown or of another shape; fetch the files again")
     processor.tokenizer.padding_side = "left"
     return model.eval().requires_grad_(False).to(device), processor
 
 
 def call_server(url, path, body=None):
     """
-    The JSON that an OpenAI-compatible server returns, for a GET, or a POST of `body`, which is sent again after each of
-    SERVER_PAUSES: one request lost among the paper's 38,400 must not end a run of days. Raises ValueError.
+    The JSON that an OpenAI-compatible server returns, for a GET, or for a POST of `body`, which is sent again after
+    each of SERVER_PAUSES: one request lost among the paper's 38,400 must not end a run of days. Raises Mistake.
     """
     data = None if body is None else json.dumps(body).encode()
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/{path}"
@@ -422,33 +403,29 @@ def call_server(url, path, body=None):
             request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=300) as reply:
                 return json.load(reply)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # refused, lost, slow or an HTTP status; no address or no JSON; half a reply
+        except (OSError, ValueError, http.client.HTTPException) as error:  # refused, lost, slow; no JSON; half a reply
             if pause is None:
-                raise ValueError(f"--qwen-server: {address} does not answer ({short(error)})") from None
+                raise Mistake(f"--qwen-server: {address} does not answer ({error})") from None
             time.sleep(pause)
 
 
 def ask_server_once(pixels, text, worth, url, model, answer):
-    """As ask_model, of one picture (3, H, W), which travels as PNG and so arrives as it is."""
+    """As ask_model, of one picture (3, H, W), which travels as PNG and so arrives as it is. Raises Mistake."""
     from PIL import Image
 
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    url_of_picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [dict(type="image_url", image_url=dict(url=url_of_picture)), dict(type="text", text=text)]
+    picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [dict(type="image_url", image_url=dict(url=picture)), dict(type="text", text=text)]
     body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
     body |= dict(max_tokens=64) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
-    reply = call_server(url, "chat/completions", body)
-    try:
-        choice = reply["choices"][0]
+    remedy = "OpenAI's form is needed" if answer == "json" else "if it gives no logprobs, use --qwen-answer json"
+    with zoo.reading(f"--qwen-server {url}: its answer", remedy):
+        choice = call_server(url, "chat/completions", body)["choices"][0]
         if answer == "json":
-            return read_score(choice["message"]["content"] or "", max(worth.values()))
+            return read_rating(choice["message"]["content"] or "", max(worth.values()))
         likeliest = choice["logprobs"]["content"][0]["top_logprobs"]  # an answer that is not among 20 weighs nothing
         return expected_worth({entry["token"]: entry["logprob"] for entry in likeliest}, worth)
-    except (KeyError, IndexError, TypeError):
-        hint = "" if answer == "json" else "; if it gives no logprobs, use --qwen-answer json"
-        raise ValueError(f"--qwen-server: {url} answered in another form than OpenAI's{hint}") from None
 
 
 def ask_server(pixels, texts, worths, url, model, answer):
@@ -461,13 +438,13 @@ def ask_server(pixels, texts, worths, url, model, answer):
 
 
 def qwen_judge(device, options, names):
-    """One judge for all of the questions `names`. Raises ValueError."""
+    """One judge for all of the questions `names`. Raises Mistake."""
     answer, url = options["qwen_answer"], options["qwen_server"]
     if url:
-        try:  # the first model that it serves; and whether it is there comes out now, not after the first batch
+        with zoo.reading(
+            f"--qwen-server {url}: its list of models", "OpenAI's form is needed"
+        ):  # now, not after the first batch
             model = call_server(url, "models")["data"][0]["id"]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"--qwen-server: {url} names no model that it serves") from None
         ask = partial(ask_server, url=url, model=model, answer=answer)
     else:
         model, processor = load_qwen(options["reward_weights"], device)
@@ -476,41 +453,41 @@ def qwen_judge(device, options, names):
                 answer_tokens(processor.tokenizer, QUESTIONS[name][1])
         batch = options["judge_batch"] * len(names)
         ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=batch)
-    return partial(qwen_scores, names=names, answer=answer, ask=ask)
+    return partial(qwen_values, names=names, answer=answer, ask=ask)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Putting judges together
 
 # name -> factory(device, options)
-JUDGES = {"clip": clip_judge, "hps": hps_judge, "maniqa": maniqa_judge, "critic": critic_judge}
+JUDGES = {"clip": clip_judge, "hps": hps_judge, "maniqa": maniqa_judge, "realism": realism_judge}
 STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine it is the step of
 
 
 def parse_rewards(text):
-    """ "clip=1,critic=0.5" -> {"clip": 1.0, "critic": 0.5}; a name alone weighs 1. Raises ValueError."""
+    """ "clip=1,realism=0.5" -> {"clip": 1.0, "realism": 0.5}; a name alone weighs 1. Raises Mistake."""
     weights, known = {}, [*JUDGES, *STEPS, *QUESTIONS]
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
         if name in weights:
-            raise ValueError(f"--rewards: {name} is named twice")
+            raise Mistake(f"--rewards: {name} is named twice")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise ValueError(f"--rewards: {weight!r} in {part!r} is not a number") from None
+            raise Mistake(f"--rewards: {weight!r} in {part!r} is not a number") from None
         if name not in known and not name.startswith("pyiqa:"):
-            raise ValueError(f"--rewards: no judge is called {name!r}; there are {', '.join(known)} and pyiqa:NAME")
+            raise Mistake(f"--rewards: no judge is called {name!r}; there are {', '.join(known)} and pyiqa:NAME")
         if not math.isfinite(weights[name]):
-            raise ValueError(f"--rewards: the weight of {name} is not finite")
+            raise Mistake(f"--rewards: the weight of {name} is not finite")
     if not any(weights.values()):
-        raise ValueError("--rewards: all weights are 0, so nothing would be learned")
+        raise Mistake("--rewards: all weights are 0, so nothing would be learned")
     return weights
 
 
 def load_judges(names, device="cpu", options=None):
     """
     {name: judge} for the names of a --rewards; those that share a model are one entry, under the model's name.
-    `options`: see OPTIONS. Raises ValueError, FileNotFoundError.
+    `options`: see OPTIONS. Raises Mistake, FileNotFoundError.
     """
     judges, options = {}, OPTIONS | (options or {})
     for name in names:
@@ -530,23 +507,59 @@ def load_judges(names, device="cpu", options=None):
 
 
 @torch.no_grad()
-def score(judges, images, prompts):
+def judge_images(judges, images, prompts):
     """
-    What each judge says of images (N, 3, H, W) in [0, 1]: {name: scores (N,), float32, may hold NaN} and
+    What each judge says of images (N, 3, H, W) in [0, 1]: {name: values (N,), float32, may hold NaN} and
     {name: seconds}. Of names that share a forward pass the first is charged with it.
     """
-    scores, seconds = {}, {}
+    judged, seconds = {}, {}
     for name, judge in judges.items():
         start = time.perf_counter()
-        said = judge(images, prompts)
-        said = said if isinstance(said, dict) else {name: said}
-        scores |= {each: values.float() for each, values in said.items()}
+        values = judge(images, prompts)
+        values = values if isinstance(values, dict) else {name: values}
+        judged |= {each: numbers.float() for each, numbers in values.items()}
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
-        seconds |= dict.fromkeys(said, 0.0) | {next(iter(said)): time.perf_counter() - start}
-    return scores, seconds
+        seconds |= dict.fromkeys(values, 0.0) | {next(iter(values)): time.perf_counter() - start}
+    return judged, seconds
 
 
-def weighted_sum(scores, weights):
-    """Rewards (N,): the sum over judges of weight x score. Missing scores are for grpo.fill_missing to see to."""
-    return sum(weights[name] * values for name, values in scores.items())
+def fill_missing(values, group_size):
+    """
+    A judge's values (N,) with those that are not finite set to the mean of their group's finite ones (0 if it has
+    none), where they neither help nor hurt. A plain 0 would be the best value of a metric that is never positive.
+    """
+    groups = values.view(-1, group_size)
+    finite = groups.isfinite()
+    mean = torch.where(finite, groups, 0).sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(finite, groups, mean).flatten()
+
+
+def weighted_sum(judged, weights, group_size):
+    """Rewards (N,): the sum over judges of weight x value, where a missing value has no say."""
+    return sum(weights[name] * fill_missing(values, group_size) for name, values in judged.items())
+
+
+def demo():
+    """What the toy's judges say of 40 right pictures, and of the same spoilt in three ways."""
+    import numpy as np
+
+    import data
+
+    rng, tokenizer = np.random.default_rng(0), zoo.load_tokenizer("toy-c2i")
+    prompts = [data.class_caption(name) for name in data.TOY_CLASSES]
+    with torch.no_grad():  # judges only ever see what the tokenizer decoded
+        right = to_unit(tokenizer.decode(tokenizer.encode(torch.from_numpy(data.render(prompts, rng)) * 2 - 1)))
+    torn = torch.cat([right[:, :, :32], right[:, :, 32:].roll(16, -1)], 2)  # the lower half is moved by 16 px
+    noise = torch.from_numpy(rng.random(right.shape, np.float32))
+    wrong = [data.wrong_caption(prompt, rng) for prompt in prompts]
+    judges = load_judges(["clip", "realism"])
+    print("mean of 40 pictures       clip  realism")
+    cases = {"right": (right, prompts), "with a wrong caption": (right, wrong), "torn in two": (torn, prompts)}
+    for name, (images, texts) in (cases | {"noise": (noise, prompts)}).items():
+        judged, _ = judge_images(judges, images, texts)
+        print(f"{name:22}{judged['clip'].mean():8.2f} {judged['realism'].mean():8.2f}")
+
+
+if __name__ == "__main__":
+    demo()

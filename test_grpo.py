@@ -1,22 +1,26 @@
 """
-The invariants, one a test. Each names the bug that it keeps out. No network, no mocks, tiny seeded models.
+The invariants, one per test. Each names the bug that it keeps out. No network, no mocks, tiny seeded models.
 
     pytest -q test_grpo.py
 """
 
+import ast
 import base64
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,34 +28,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-import bench
 import data
 import evaluate
+import grpo
 import pretrain
 import rewards
 import sample
 import train
-from grpo import decoupled_advantages, fill_missing, group_advantages, grpo_loss, sample_groups, token_logprobs
-from model import (
-    MODELS,
-    SIZES,
-    ModelConfig,
-    TextEncoder,
-    Transformer,
-    autocast,
-    is_toy,
-    keep_likeliest,
-    left_pad,
-    load_model,
-    policy_logprobs,
-    weights_header,
-)
-from tokenizer import TOKENIZERS, VQConfig, VQModel, load_strict, load_tokenizer, to_uint8, to_unit
+import zoo
+from data import Mistake
+from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, sampler_gap, token_logprobs
+from model import ModelConfig, Transformer, keep_likeliest, rope_2d, sample_row
+from tokenizer import VQConfig, VQModel, to_uint8, to_unit
+from zoo import MODELS, load_encoder, load_model, load_tokenizer
 
 HERE = Path(__file__).parent
 C2I = ModelConfig("c2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, num_classes=5)
 T2I = ModelConfig("t2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, caption_dim=16, cond_len=6)
+BOTH = pytest.mark.parametrize("config", [C2I, T2I], ids=["c2i", "t2i"])
+NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +56,10 @@ def no_network_no_gpu(monkeypatch):
     """The same on every machine: what is not in a folder here is not to be had, and scripts run in float32 on the CPU."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def tiny(config, seed=0):
@@ -74,124 +75,520 @@ def tiny_cond(config, n=4):
     if config.task == "c2i":
         return torch.arange(n) % config.num_classes, None
     mask = torch.arange(config.cond_len)[None] >= torch.tensor([0, 2, 4, 5] * n)[:n, None]  # left-padded
-    return torch.randn(n, config.cond_len, config.caption_dim) * mask[..., None], mask
+    return torch.randn(n, config.cond_len, config.caption_dim, generator=seeded(0)) * mask[..., None], mask
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# the transformer
+# the transformer -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [C2I, T2I], ids=["c2i", "t2i"])
-@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_cached_decoding_equals_the_full_forward_pass(config, cfg_scale):
-    """A cache that is off by one position still draws plausible pictures; only the full pass shows it."""
+def naive_logits(model, cond, tokens, cond_mask, null=False):
+    """The transformer of one sequence, in float64 and with loops: logits (T, V)."""
+    config, w = model.config, {name: value.detach().double() for name, value in model.state_dict().items()}
+    D, grid, P = config.dim // config.n_head, config.grid_size, config.cond_len
+
+    def norm(x, weight):
+        return torch.stack([row / math.sqrt(sum(v * v for v in row.tolist()) / len(row) + 1e-5) for row in x]) * weight
+
+    def turn(vector, position):  # pairs (2i, 2i + 1) of one head: the first half by the row, the second by the column
+        turned, (row, column) = torch.zeros_like(vector), divmod(position - P, grid)
+        for i in range(D // 2 if position >= P else 0):
+            angle = (row if i < D // 4 else column) / 10000 ** (2 * (i % (D // 4)) / (D // 2))
+            a, b = vector[2 * i], vector[2 * i + 1]
+            turned[2 * i] = a * math.cos(angle) - b * math.sin(angle)
+            turned[2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return turned
+
+    if config.task == "c2i":
+        text = w["cls_embedding.embedding_table.weight"][config.num_classes if null else cond][None]
+    else:
+        features = w["cls_embedding.uncond_embedding"] if null else cond.double()
+        h = features @ w["cls_embedding.cap_proj.fc1.weight"].T
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        text = h @ w["cls_embedding.cap_proj.fc2.weight"].T
+    x = torch.cat([text, w["tok_embeddings.weight"][tokens[:-1]]])  # (L - 1, C)
+    for n in range(config.n_layer):
+        layer = {name.removeprefix(f"layers.{n}."): value for name, value in w.items()}
+        q, k, v = (norm(x, layer["attention_norm.weight"]) @ layer["attention.wqkv.weight"].T).split(config.dim, 1)
+        out = torch.zeros_like(x)
+        for head, i in itertools.product(range(config.n_head), range(len(x))):
+            part = slice(head * D, (head + 1) * D)
+            seen = [j for j in range(i + 1) if j == i or j >= P or cond_mask is None or cond_mask[j]]
+            mass = [math.exp(turn(q[i, part], i) @ turn(k[j, part], j) / math.sqrt(D)) for j in seen]
+            out[i, part] = sum(m / sum(mass) * v[j, part] for j, m in zip(seen, mass, strict=True))
+        x = x + out @ layer["attention.wo.weight"].T
+        h = norm(x, layer["ffn_norm.weight"])
+        a, b = h @ layer["feed_forward.w1.weight"].T, h @ layer["feed_forward.w3.weight"].T
+        x = x + (a / (1 + torch.exp(-a)) * b) @ layer["feed_forward.w2.weight"].T
+    return norm(x[P - 1 :], w["norm.weight"]) @ w["output.weight"].T
+
+
+@BOTH
+def test_the_forward_pass_is_the_one_written_out_in_loops(config):
+    """RoPE with rows and columns swapped, a mask off by one, or another eps: pictures stay plausible, weights differ."""
     model, (cond, mask) = tiny(config), tiny_cond(config)
-    tokens, logprobs = model.generate(cond, mask, cfg_scale=cfg_scale, generator=torch.Generator().manual_seed(1))
-    both, both_mask = model.with_null(cond, mask) if cfg_scale > 1 else (cond, mask)
-    logits = model(both, tokens.repeat(len(both) // len(cond), 1), both_mask)
-    full = policy_logprobs(logits, cfg_scale).gather(-1, tokens[..., None])[..., 0]
-    assert (logprobs - full).abs().max() < 1e-4
-    greedy, _ = model.generate(cond, mask, cfg_scale=cfg_scale, temperature=0)
-    logits = model(both, greedy.repeat(len(both) // len(cond), 1), both_mask)
-    assert (policy_logprobs(logits, cfg_scale).argmax(-1) == greedy).all()
+    model.norm.weight.data.uniform_(0.5, 2)
+    tokens = torch.randint(24, (4, 9), generator=seeded(1))
+    with torch.no_grad():
+        ours = model(cond, tokens, mask)
+        without = model(model.cls_embedding.null(cond), tokens, mask)
+    for i in (1, 3):
+        row_mask = None if mask is None else mask[i]
+        for null, found in ((False, ours), (True, without)):
+            naive = naive_logits(model, cond[i], tokens[i], row_mask, null)
+            assert torch.allclose(found[i].double(), naive, atol=2e-5)
 
 
-def test_padding_of_a_caption_is_invisible():
-    """Whatever stands at padding positions must not reach an image token, and text must."""
-    model, (cond, mask) = tiny(T2I), tiny_cond(T2I)
-    tokens = torch.randint(24, (4, 9))
-    noise = torch.randn_like(cond)
-    same, other = torch.where(mask[..., None], cond, noise), torch.where(mask[..., None], noise, cond)
-    assert torch.allclose(model(cond, tokens, mask), model(same, tokens, mask), atol=1e-5)
-    assert (model(cond, tokens, mask) - model(other, tokens, mask)).abs().amax((1, 2)).min() > 1e-3
+@BOTH
+def test_no_token_sees_itself_or_what_comes_after_it(config):
+    """A causal mask or a shift that is off by one: the model reads the answer, and every log-probability is too good."""
+    model, (cond, mask) = tiny(config), tiny_cond(config, 2)
+    tokens = torch.randint(24, (2, 9))
+    logits = model(cond, tokens, mask)
+    for t in range(9):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 24
+        differs = (model(cond, changed, mask) - logits).abs().amax((0, 2)) > 1e-6
+        assert not differs[: t + 1].any() and (t == 8 or differs[t + 1])
 
 
-def test_conditioning_positions_have_zero_queries_and_keys():
-    """LlamaGen's cos = sin = 0 there: leaving the text unrotated instead draws other pictures from official weights."""
-    rope = tiny(T2I).rope
-    assert not rope[:6].any() and torch.allclose(rope[6:].abs(), torch.ones(9, 8))
+@pytest.mark.parametrize("cfg_scale, temperature, top_k", [(1.0, 1.0, 0), (1.0, 0.6, 0), (2.0, 1.5, 0), (1.0, 1.0, 3)])
+def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, top_k):
+    """A sampler that is off by one token or draws from another temperature: ratio and KL would not tell."""
+    model, n = tiny(C2I), 20_000
+    with torch.no_grad():  # class 2, and no class
+        cond, without = model(torch.tensor([2, 5]), torch.zeros(2, 9, dtype=torch.long))[:, 0].double()  # (V,) each
+    p = ((without + cfg_scale * (cond - without)) / temperature).softmax(-1)
+    p = torch.where(p >= p.sort().values[-(top_k or 24)], p, 0) / p.sort().values[-(top_k or 24) :].sum()
+    model.config = replace(C2I, grid_size=1)  # only the first token
+    options = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k)
+    tokens, logprobs = model.generate(torch.full((n,), 2), generator=seeded(0), **options)
+    assert torch.allclose(logprobs[:, 0].double().exp(), p[tokens[:, 0]], atol=1e-5)
+    seen = torch.bincount(tokens[:, 0], minlength=24).double()
+    assert not seen[p == 0].any()
+    assert ((seen - n * p) ** 2 / (n * p)).nan_to_num(0).sum() < 60  # chi-square, 23 degrees: one seed in 30,000
 
 
-def test_guidance_interval_guides_token_0_and_the_next_k_plus_1():
-    model, (cond, _) = tiny(C2I), tiny_cond(C2I)
-    free, _ = model.generate(cond, temperature=0)
-    guided, _ = model.generate(cond, temperature=0, cfg_scale=4)
-    some, logprobs = model.generate(cond, temperature=0, cfg_scale=4, cfg_interval=1)
-    assert (some[:, :3] == guided[:, :3]).all() and not (free == guided).all()
-    unguided = policy_logprobs(model(cond, some)).gather(-1, some[..., None])[..., 0]
-    assert torch.allclose(logprobs[:, 3:], unguided[:, 3:], atol=1e-4)
-
-
-def test_top_k_and_top_p_keep_the_likeliest():
-    logp = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert keep_likeliest(logp, top_k=2).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
-    assert keep_likeliest(logp, top_p=0.6).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
-    assert keep_likeliest(logp, top_p=1e-9).exp()[0].tolist() == pytest.approx([1, 0, 0, 0])  # never empty
-
-
-def test_left_padding_moves_the_text_next_to_the_image():
-    features, mask = torch.arange(1.0, 9).view(2, 4, 1), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    moved, moved_mask = left_pad(features, mask)
-    assert moved[..., 0].tolist() == [[0, 0, 1, 2], [5, 6, 7, 8]] and moved_mask.tolist()[0] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+def test_a_token_without_probability_is_never_drawn(monkeypatch):
+    """Inverting the distribution function at a draw of exactly 0 falls on the first token, whatever its probability."""
+    logp = torch.tensor([-INF, math.log(0.25), -INF, math.log(0.75), -INF])
+    drawn = sample_row(logp.expand(8000, 5), seeded(0))
+    assert set(drawn.tolist()) == {1, 3} and (drawn == 1).float().mean() == pytest.approx(0.25, abs=0.02)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
+    assert sample_row(logp[None]).item() == 1
 
 
 @pytest.mark.parametrize(
-    "name, millions", [("GPT-B", 111), ("GPT-L", 343), ("GPT-XL", 775), ("GPT-XXL", 1411), ("GPT-3B", 3100)]
+    "top_k, top_p", [(1, 1.0), (3, 1.0), (7, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)]
 )
-def test_sizes_have_the_published_parameter_counts(name, millions):
-    """A wrong hidden width would only surface when a user's download fails to load."""
-    with torch.device("meta"):
-        model = Transformer(ModelConfig("c2i", *SIZES[name]))
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+def test_filtering_keeps_the_likeliest_and_renormalises(top_k, top_p):
+    """k - 1 tokens in place of k, or a nucleus that leaves out the token which crosses p: samples grow dull, no error."""
+    logp = torch.randn(16, 7, generator=seeded(0)).mul(2).log_softmax(-1)
+    for row, found in zip(logp.exp().tolist(), keep_likeliest(logp, top_k, top_p).exp(), strict=True):
+        order = sorted(range(7), key=lambda v: -row[v])[: top_k or 7]
+        mass, nucleus = sum(row[v] for v in order), []
+        while order and (top_p == 1 or not nucleus or sum(row[v] for v in nucleus) <= top_p * mass):
+            nucleus.append(order.pop(0))
+        total = sum(row[v] for v in nucleus)
+        assert found.tolist() == pytest.approx([row[v] / total if v in nucleus else 0 for v in range(7)], abs=1e-6)
 
 
-def test_the_state_dict_bears_the_official_names():
-    """Official files load without conversion, so a renamed attribute breaks every download."""
+@pytest.mark.parametrize("name", ["GPT-B 111", "GPT-L 343", "GPT-XL 775", "GPT-XXL 1411", "GPT-3B 3100", "VQ-16 71.9"])
+def test_sizes_have_the_published_parameter_counts(name):
+    """A wrong hidden width or level would only surface when a user's download fails to load."""
+    size, millions = name.split()
     with torch.device("meta"):
-        c2i, t2i = (
-            {name: tuple(w.shape) for name, w in Transformer(MODELS[m].config).state_dict().items()}
-            for m in ("llamagen-b-256", "llamagen-t2i-xl-256")
-        )
-    block = {f"layers.11.{name}" for name in (
-        "attention.wqkv.weight", "attention.wo.weight", "attention_norm.weight", "ffn_norm.weight",
-        "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight",
-    )}  # fmt: skip
-    assert {name for name in c2i if name.startswith("layers.11.")} == block
-    assert c2i["cls_embedding.embedding_table.weight"] == (1001, 768) and c2i["output.weight"] == (16384, 768)
-    assert c2i["layers.0.feed_forward.w1.weight"] == (2048, 768) and c2i["layers.0.attention.wqkv.weight"] == (
-        2304,
-        768,
-    )
-    assert {name for name in c2i if "layers" not in name} == {
-        "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight"}  # fmt: skip
-    assert t2i["cls_embedding.uncond_embedding"] == (120, 2048)
-    assert t2i["cls_embedding.cap_proj.fc1.weight"] == (1280, 2048)
+        model = VQModel(zoo.VQ_16) if size == "VQ-16" else Transformer(ModelConfig("c2i", *zoo.SIZES[size]))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(float(millions), rel=0.01)
 
 
 def test_bfloat16_rounds_the_layers_and_neither_weights_nor_logits():
     """A softmax over bfloat16 logits gives log-probabilities with two digits: the ratio would be noise."""
     model, (cond, mask) = tiny(T2I), tiny_cond(T2I)
-    tokens = torch.randint(24, (4, 9))
-    exact = model(cond, tokens, mask)
-    with autocast("cpu", "bfloat16"):
-        rounded = model(cond, tokens, mask)
-        _, drawn = model.generate(cond, mask, cfg_scale=2.0)
-    with autocast("cpu", "bfloat16"):  # text must not be rounded in one of sampler and scorer only
-        tokens, old = model.generate(cond, mask, generator=torch.Generator().manual_seed(0))
+    exact = model(cond, torch.ones(4, 9, dtype=torch.long), mask)
+    with zoo.autocast("cpu", "bfloat16"):  # text must not be rounded in one of sampler and scorer only
+        rounded = model(cond, torch.ones(4, 9, dtype=torch.long), mask)
+        tokens, old = model.generate(cond, mask, generator=seeded(0))
         new, _ = token_logprobs(model, cond, tokens, mask)
     assert (new - old).abs().mean() < 0.02
-    assert rounded.dtype == drawn.dtype == torch.float32 and model.output.weight.dtype == torch.float32
+    assert rounded.dtype == old.dtype == torch.float32 and model.output.weight.dtype == torch.float32
     assert 1e-5 < (rounded - exact).abs().max() < 0.2
     assert (rounded.bfloat16().float() != rounded).float().mean() > 0.9  # the head itself was not rounded
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# text
+# the official code's own outputs: assets/official-*.npz --------------------------------------------------------------
+#
+# Made by the official LlamaGen code (FoundationVision/LlamaGen) in float32 on a CPU. Each file holds inputs, outputs and
+# `meta`: the official configuration, and every parameter's name and shape. Weights are made from these by `fill`.
+
+
+def fill(name, shape):
+    """Weights from a name and a shape: gains near 1, biases near 0, matrices scaled by 1/sqrt(fan-in)."""
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    if len(shape) == 1:
+        return torch.from_numpy((0.1 * noise + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32))
+    gain = 4.0 if name == "output.weight" else 1.0  # a sharper head keeps greedy choices away from ties
+    return torch.from_numpy((gain * noise / np.sqrt(int(np.prod(shape[1:])))).astype(np.float32))
+
+
+def official(name, build):
+    """(vectors, the network that `build` makes of the official arguments, filled; every name must be the official one)"""
+    vectors = np.load(HERE / f"assets/official-{name}.npz")
+    meta = json.loads(str(vectors["meta"]))
+    weights = {name: fill(name, shape) for name, shape in meta["shapes"].items()}
+    with torch.device("meta"):
+        model = build(meta["args"])
+    model = zoo.load_strict(model, weights, name, ignore=("quantize.codebook_used",)).eval().requires_grad_(False)
+    return {key: torch.from_numpy(vectors[key]) for key in vectors.files if key != "meta"}, model
+
+
+def official_transformer(args):
+    return Transformer(ModelConfig(
+        args["model_type"], args["n_layer"], args["n_head"], args["dim"], args["vocab_size"],
+        math.isqrt(args["block_size"]), args.get("num_classes", 1000), args.get("caption_dim", 2048),
+        args["cls_token_num"],
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["c2i", "t2i"])
+def test_the_transformer_agrees_with_the_official_code(name):
+    """Names, shapes, RoPE, norms, masks, guidance: what differs here draws other pictures from official weights."""
+    found, model = official(name, official_transformer)
+    model.rope = rope_2d(model.config)
+    cond, tokens, mask = found["cond"], found["tokens"].long(), found.get("mask")
+    logits = model(cond, tokens, mask)
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert (logprobs - found["logprobs"]).abs().max() < 1e-4
+    greedy = [key for key in found if key.startswith("greedy")]
+    assert len(greedy) >= 2
+    for key in greedy:  # greedy_cfg2.0_int5
+        scale, interval = key.removeprefix("greedy_cfg").split("_int")
+        ours, _ = model.generate(cond, mask, cfg_scale=float(scale), cfg_interval=int(interval), temperature=0)
+        assert torch.equal(ours, found[key].long()), key
+
+
+def test_the_tokenizer_agrees_with_the_official_code():
+    """A padding on the wrong side or a codebook that is not normalised: pictures only look a little soft."""
+    found, model = official("vq", lambda args: VQModel(VQConfig(
+        tuple(args["encoder_ch_mult"]), args["z_channels"], args["codebook_size"], args["codebook_embed_dim"]
+    )))  # fmt: skip
+    assert torch.equal(model.encode(found["image"]), found["encoded"].long())
+    assert (model.decode(found["codes"].long()) - found["decoded"]).abs().max() < 1e-3
+
+
+# GRPO: the equations -------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("cfg_scale, temperature", [(1.0, 1.0), (2.0, 1.0), (3.0, 0.7)])
+def test_sampler_and_scorer_are_one_policy(config, cfg_scale, temperature):
+    """
+    The official release samples with guidance and scores without: its ratio says 1 while the two differ by 0.86. And a
+    cache that is off by one position still draws plausible pictures; only the full pass shows it.
+    """
+    model, (cond, mask), how = tiny(config), tiny_cond(config, 2), dict(cfg_scale=cfg_scale, temperature=temperature)
+    many, many_mask, tokens, old = sample_groups(model, cond, mask, 3, seeded(0), **how)
+    assert torch.equal(many, torch.stack([cond[0]] * 3 + [cond[1]] * 3))  # prompt-major: groups are reshapes
+    assert mask is None or torch.equal(many_mask, torch.stack([mask[0]] * 3 + [mask[1]] * 3))
+    new, entropy = token_logprobs(model, many, tokens, many_mask, **how)
+    assert tokens.shape == old.shape == new.shape == entropy.shape == (6, 9)
+    assert ((new - old).exp() - 1).abs().max() < 1e-4 and new.requires_grad and not entropy.requires_grad
+    scored = grpo.score_tokens(model, many, tokens, many_mask, 4, **how)  # 4 and 2 images
+    assert torch.allclose(scored, new, atol=1e-5) and not scored.requires_grad
+    unguided, _ = token_logprobs(model, many, tokens, many_mask, 1.0, temperature)
+    assert cfg_scale == 1 or ((unguided - old).exp() - 1).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("cfg_scale, temperature", [(1.0, 1.0), (1.0, 0.5), (3.0, 1.0), (2.0, 1.7)])
+def test_logprobs_and_entropy_are_those_of_the_mixed_softmax(cfg_scale, temperature):
+    """Halves exchanged, logits times temperature, the token beside: all still give a distribution that sums to 1."""
+    model, (cond, _) = tiny(C2I), tiny_cond(C2I, 2)
+    tokens = torch.randint(24, (2, 9), generator=seeded(0))
+    with torch.no_grad():
+        logprobs, entropy = token_logprobs(model, cond, tokens, None, cfg_scale, temperature)
+        found, without = model(cond, tokens).double(), model(torch.full_like(cond, 5), tokens).double()
+    for i, t in itertools.product(range(2), range(9)):
+        pairs = zip(found[i, t].tolist(), without[i, t].tolist(), strict=True)
+        mass = [math.exp((cfg_scale * a + (1 - cfg_scale) * b) / temperature) for a, b in pairs]
+        p = [m / sum(mass) for m in mass]
+        assert logprobs[i, t].item() == pytest.approx(math.log(p[tokens[i, t]]), abs=1e-4)
+        assert entropy[i, t].item() == pytest.approx(-sum(q * math.log(q) for q in p), abs=1e-4)
+
+
+def normalised(values):
+    """(r - mean) / (std + 1e-4) of a list, over its finite entries; the others, and a lone one, get 0."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < 2:
+        return [0.0] * len(values)
+    mean, std = statistics.fmean(finite), statistics.stdev(finite)  # stdev: n - 1
+    return [(v - mean) / (std + 1e-4) if math.isfinite(v) else 0.0 for v in values]
+
+
+MISSING = torch.tensor([3.0, 1, -2, 5] + [NAN, 1, INF, 2] + [NAN, NAN, -INF, 7] + [NAN] * 4 + [1e-4, 2e-4, 0, 1e-4])
+
+
+@pytest.mark.parametrize("judged", [torch.randn(20, generator=seeded(0)) * 3 + 7, MISSING], ids=["all", "missing"])
+def test_advantages_compare_inside_the_group(judged):
+    """One group of all N, or a biased std, learns as well at first; an eps of 1e-8 blows nearly equal rewards up."""
+    expected = [a for k in range(0, 20, 4) for a in normalised(judged[k : k + 4].tolist())]
+    assert group_advantages(judged, 4).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+def test_equal_rewards_give_exactly_zero_advantage():
+    """Rounding of the mean, divided by 1e-4, would otherwise push the policy about at random."""
+    for value in (0.1, 1 / 3, 1e6, -7.7):
+        assert not group_advantages(torch.full((24,), value), 8).any()
+        assert not decoupled_advantages({"a": torch.full((24,), value)}, {"a": 1.0}, 8).any()
+
+
+@pytest.mark.parametrize("other", [torch.randn(20, generator=seeded(1)), MISSING], ids=["all", "missing"])
+def test_decoupled_advantages_normalise_each_judge_then_the_batch(other):
+    """A missing score that is filled in first shrinks its group's spread; weights after normalising would be lost."""
+    judged, weights = {"a": torch.randn(20, generator=seeded(0)) * 100, "b": other}, {"a": 1.0, "b": 0.25}
+    total = [0.0] * 20
+    for name, values in judged.items():
+        found = [a for k in range(0, 20, 4) for a in normalised(values[k : k + 4].tolist())]
+        total = [t + weights[name] * a for t, a in zip(total, found, strict=True)]
+    assert decoupled_advantages(judged, weights, 4).tolist() == pytest.approx(normalised(total), abs=1e-4, rel=1e-4)
+
+
+def test_missing_judgements_count_as_their_groups_mean():
+    """Set to 0, an unreadable image would win its group under a metric that is never positive."""
+    judgement = torch.tensor([-3.0, NAN, -1, -2, INF, NAN, NAN, NAN])
+    assert rewards.fill_missing(judgement, 4).tolist() == [-3, -2, -1, -2, 0, 0, 0, 0]
+    judged = {"a": judgement, "b": torch.arange(8.0)}
+    found = rewards.weighted_sum(judged, {"a": 2.0, "b": 0.5}, 4)
+    assert found.tolist() == [-6, -3.5, -1, -2.5, 2, 2.5, 3, 3.5]
+
+
+def test_the_loss_is_the_equation_token_by_token():
+    """min turned into max, a clip on one side only, a mean of means: every one of them trains, and worse."""
+    logprobs, A = -torch.rand(5, 7, generator=seeded(0)) * 3, torch.tensor([1.3, 0, -0.4, -2, -0.6])
+    old, ref = logprobs + 0.4 * torch.randn(2, 5, 7, generator=seeded(1))
+    loss, stats = grpo_loss(logprobs, old, ref, A, clip_eps=0.3, kl_coef=0.7)
+    sums, cut = dict.fromkeys(("loss", "kl", "ratio", "clip_frac"), 0.0), {True: 0, False: 0}
+    for i, t in itertools.product(range(5), range(7)):
+        rho, a, d = math.exp(logprobs[i, t] - old[i, t]), A[i].item(), float(ref[i, t] - logprobs[i, t])
+        kl = math.exp(d) - d - 1
+        cut[a > 0] += (a > 0 and rho > 1.3) or (a < 0 and rho < 0.7)
+        terms = -min(rho * a, min(max(rho, 0.7), 1.3) * a) + 0.7 * kl, kl, rho, 0
+        sums = {name: total + term for (name, total), term in zip(sums.items(), terms, strict=True)}
+    assert min(cut.values()) > 1  # both sides were reached
+    sums["clip_frac"] = cut[True] + cut[False]
+    expected = {name: pytest.approx(value / 35, abs=1e-5) for name, value in sums.items()}
+    assert {name: value.item() for name, value in stats.items()} == expected and loss.item() == expected["loss"]
+
+
+def test_the_kls_value_and_gradient_are_those_that_its_comment_names():
+    """Turned round, k3 is still positive and still 0 at the start, but holds the policy where the reference is not."""
+    theta = torch.randn(6, generator=seeded(0)).double().requires_grad_()
+    ref = torch.randn(6, generator=seeded(1)).double().log_softmax(0)
+    logp = theta.log_softmax(0)
+    p = logp.detach().exp()
+    # the expectation over what pi draws, exactly: every token of the vocabulary, weighted with its probability
+    each = [(logp[v].view(1, 1), ref[v].view(1, 1)) for v in range(6)]
+    parts = [grpo_loss(a, a.detach(), b, torch.zeros(1).double(), kl_coef=1.0) for a, b in each]
+    value = sum(p[v] * parts[v][1]["kl"] for v in range(6))
+    assert value.item() == pytest.approx((p * (logp - ref)).sum().item())  # KL(pi || ref)
+    sum(p[v] * parts[v][0] for v in range(6)).backward()
+    assert torch.allclose(theta.grad, p - ref.exp())  # the gradient of KL(ref || pi)
+
+
+def test_kl_is_never_negative_and_keeps_its_digits():
+    """e^d - 1 - d of a small d is all rounding: a KL that is negative now and then, and a first step of noise."""
+    logprobs = torch.randn(64, 9, generator=seeded(0)) * 3
+    assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
+    near = logprobs + torch.randn(64, 9, generator=seeded(1)) * 1e-4
+    kl = grpo_loss(logprobs, logprobs, near, torch.zeros(64))[1]["kl"]
+    assert kl == pytest.approx(float((near - logprobs).double().square().mean() / 2), rel=0.01)
+    each = zip(logprobs.view(-1, 1, 1), near.view(-1, 1, 1), strict=True)
+    assert all(grpo_loss(a, a, b, torch.zeros(1))[1]["kl"] >= 0 for a, b in each)
+
+
+def test_the_sampler_gap_is_a_mean_of_absolute_differences():
+    """The mean of the ratio is 1 in expectation whatever was sampled; only the absolute value shows a gap."""
+    a, b = torch.randn(2, 3, 4, generator=seeded(0))
+    pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
+    expected = statistics.fmean(abs(math.exp(x) / math.exp(y) - 1) for x, y in pairs)
+    assert sampler_gap(a.requires_grad_(), b).item() == pytest.approx(expected, rel=1e-5)
+    assert not sampler_gap(a, b).requires_grad
+
+
+# GRPO: the loop, next to the same algorithm written down once more ---------------------------------------------------
+
+
+def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, most=1.0):
+    """Three steps of AR-GRPO with B = 2, G = 3, T = 64: the policy, and the metrics of each step."""
+    name, judges, weights = f"toy-{task}", ["clip", "realism"][: 1 + (task == "c2i")], [1.0, 0.25]
+    policy, ref_model, tokenizer, encode = load_model(name), load_model(name), load_tokenizer(name), load_encoder(name)
+    judges, found = [rewards.load_judges([judge])[judge] for judge in judges], []
+    trained = [p for n, p in policy.named_parameters() if n != "cls_embedding.uncond_embedding"]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)
+
+    def logprobs_of(model, rows):
+        masked = None if mask is None else mask[rows]
+        logits = model(cond[rows], tokens[rows], masked)
+        if score_cfg > 1:
+            without = model(model.cls_embedding.null(cond[rows]), tokens[rows], masked)
+            logits = score_cfg * logits + (1 - score_cfg) * without
+        return (logits / heat).log_softmax(-1).gather(-1, tokens[rows][..., None])[..., 0]
+
+    def compared(values):  # the first group and the second
+        return torch.tensor(normalised(values[:3].tolist()) + normalised(values[3:].tolist()))
+
+    for step in range(3):
+        rng = np.random.default_rng([seed, step])
+        asked = rng.choice(40, 2, replace=False).tolist() if task == "c2i" else data.sample_captions(2, rng)
+        asked = [entry for entry in asked for _ in range(3)]
+        captions = [data.class_caption(data.TOY_CLASSES[k]) for k in asked] if task == "c2i" else asked
+        (cond, mask), draws = encode(asked), seeded(seed * 1_000_003 + step)
+        tokens, old = policy.generate(cond, mask, cfg_scale=cfg, temperature=heat, generator=draws)
+        with torch.no_grad():
+            ref, old = logprobs_of(ref_model, slice(6)), old if cfg == score_cfg else logprobs_of(policy, slice(6))
+            images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)
+            judged = [judge(images, captions) for judge in judges]
+        reward = sum(w * values for w, values in zip(weights, judged, strict=False))
+        A = compared(reward)
+        if each:
+            A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
+        optimizer.param_groups[0]["lr"] = lr = 2e-4 * (3 - step) / 3 if falls else 2e-4
+        sums = dict.fromkeys(("kl", "ratio", "clip_frac"), 0.0)
+        for _ in range(updates):
+            gradient = [torch.zeros_like(p) for p in trained]
+            for rows in (slice(0, 4), slice(4, 6)):
+                new, a = logprobs_of(policy, rows), A[rows, None]
+                rho, d = (new - old[rows]).exp(), ref[rows] - new
+                gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a
+                loss = (0.04 * (d.exp() - d - 1) - gain).sum() / (6 * 64)
+                parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+                gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
+                cut = ((a > 0) & (rho > 1 + eps)) | ((a < 0) & (rho < 1 - eps))
+                for key, value in (("kl", d.exp() - d - 1), ("ratio", rho), ("clip_frac", cut)):
+                    sums[key] += value.double().sum().item() / (6 * 64 * updates)
+            norm = math.sqrt(sum(g.double().square().sum() for g in gradient))
+            for p, g in zip(trained, gradient, strict=True):
+                p.grad = g * min(1, most / norm)
+            optimizer.step()
+        found.append(
+            dict(reward=reward.mean().item(), lr=lr, grad_norm=norm, advantage_max=A.abs().max().item(), **sums)
+        )
+    return policy, found
+
+
+LOOPS = {
+    "c2i": ([], {}),
+    "t2i": (["--seed", "1"], dict(seed=1)),
+    "c2i-guided": (["--cfg-scale", "2"], dict(cfg=2.0, score_cfg=2.0, most=0.2)),
+    "t2i-guided": (["--cfg-scale", "2", "--lr-schedule", "constant"], dict(cfg=2.0, score_cfg=2.0, falls=False)),
+    "c2i-scored-without": (["--cfg-scale", "2", "--score-cfg", "1"], dict(cfg=2.0)),
+    "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.01"], dict(updates=2, eps=0.01)),
+    "c2i-each": (["--reward-norm", "each", "--temperature", "0.8"], dict(each=True, heat=0.8)),
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_three_steps_of_the_loop_are_the_algorithm(case, tmp_path, monkeypatch):
+    """The policy as its own reference, a rate that never falls, a short micro-batch that weighs as much as a full one."""
+    task, (flags, options) = case[:3], LOOPS[case]
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", options.get("most", 1.0))
+    flags = [*flags, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "4", "--steps", "3"]
+    train.main(["--task", task, *flags, "--out", str(tmp_path)])
+    ours, (theirs, steps) = load_model(f"toy-{task}", tmp_path / "policy.safetensors"), by_hand(task, **options)
+    for row, expected in zip(read_metrics(tmp_path), steps, strict=True):
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    gap, moved = (
+        torch.cat([(a - b).abs().flatten() for a, b in zip(ours.parameters(), other.parameters(), strict=True)])
+        for other in (theirs, load_model(f"toy-{task}"))
+    )
+    # AdamW divides a gradient by its size: one weight in 100,000 has a gradient that is little more than rounding
+    assert (gap > 1e-6).double().mean() < 1e-4 and gap.max() < 2e-5 and moved.mean() > 1e-5
+    assert case != "c2i-guided" or all(row["grad_norm"] > 0.2 for row in steps)  # the gradient's norm was cut
+    assert case != "c2i-twice" or steps[0]["clip_frac"] > 0  # and the ratio
+
+
+# the measures of evaluate.py -----------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_is_the_closed_form():
+    """A root taken entry by entry, or of the sum, agrees where covariances are equal and nowhere else."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((300, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((200, 5)) + 1
+    cov_a, cov_b = ((x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1) for x in (a, b))
+    # tr (C_a C_b)^1/2 is the sum of the roots of the eigenvalues, which are real and not negative
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real).sum()
+    expected = np.linalg.norm(a.mean(0) - b.mean(0)) ** 2 + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    assert evaluate.frechet_distance(a, b) == pytest.approx(expected)
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet_distance(a + 1, a) == pytest.approx(5, rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_what_brute_force_counts(k):
+    """A neighbour that counts itself, an open ball in place of a closed one, or the two sets exchanged."""
+    rng = np.random.default_rng(k)  # on a coarse grid, so that many distances are equal
+    samples, renders = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
+
+    def share(points, members):
+        reach = [
+            sorted(math.dist(m, other) for other in np.delete(members, i, 0))[k - 1] for i, m in enumerate(members)
+        ]
+        balls = list(zip(members, reach, strict=True))
+        return np.mean([any(math.dist(p, m) <= r for m, r in balls) for p in points])
+
+    found = evaluate.precision_recall(samples, renders, k)
+    assert found == pytest.approx((share(samples, renders), share(renders, samples)))
+    assert 0.2 < found[0] < 0.9 and found[0] != found[1]
+
+
+def test_the_mean_entropy_is_over_pictures_and_without_guidance():
+    """A mean of batches' means weighs the last, short batch too much."""
+    model, asked = load_model("toy-c2i"), [0, 7, 39]
+    tokens, _ = model.generate(torch.tensor(asked), generator=seeded(0))
+    with torch.no_grad():
+        p = model(torch.tensor(asked), tokens).double().softmax(-1)
+    found = evaluate.mean_entropy(model, load_encoder("toy-c2i"), asked, tokens, batch_size=2)
+    assert found == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_judges_means_are_over_all_pictures_that_they_judged():
+    """A mean of batches' means, or a missing judgement that counts as 0."""
+    images = torch.rand(5, 3, 8, 8)
+    judges = dict(bright=lambda images, prompts: images.mean((1, 2, 3)), first=lambda images, prompts: torch.tensor(
+        [float(prompt) for prompt in prompts]))  # fmt: skip
+    found = evaluate.mean_rewards(images, ["1", "nan", "3", "inf", "8"], judges, "cpu", 2)
+    assert found == pytest.approx({"reward: bright": images.mean().item(), "reward: first": 4, "missing: first": 0.4})
+    silent = evaluate.mean_rewards(images, ["nan"] * 5, dict(first=judges["first"]))
+    assert silent == {"missing: first": 1}  # no mean: 0 would be read as the worst verdict
+
+
+def test_the_share_right_of_captions_is_a_mean_over_categories():
+    """GenEval's: a category of which more pictures happen to be asked weighs no more than another."""
+    captions = [data.T2I_CAPTIONS["single object"][0]] * 6 + [data.T2I_CAPTIONS["counting"][0]] * 2
+    images = data.render(captions, np.random.default_rng(0))
+    images[[0, 6]] = 0
+    found = data.share_right(images, captions, "t2i")
+    assert found == pytest.approx({"all": (5 / 6 + 1 / 2) / 2, "single object": 5 / 6, "counting": 1 / 2})
+    classes = ["a red circle", "a red circle", "a blue ring"]
+    images = data.render(classes, np.random.default_rng(0))
+    images[2] = 0
+    assert data.share_right(images, classes, "c2i") == pytest.approx({"all": 2 / 3, "circle": 1, "ring": 0})
+
+
+def read_metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
+
+
+def assert_the_glossary_explains(row, judges):
+    readme = (HERE / "README.md").read_text()
+    for key in row:
+        name = re.sub(f"^({'|'.join(judges)})_(mean|std|not_finite)$", r"NAME_\2", key)
+        assert f"`{name}`" in readme
+
+
+# text ----------------------------------------------------------------------------------------------------------------
 
 WORDS = ["a", "photo", "of", "red", "circle", "cat", "dog", ",", ".", '"']
 
@@ -215,20 +612,21 @@ def save_tiny_t5(folder, dim=64):
 
 
 def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
-    """Features at padding, or text away from the image, and official weights see a prompt they never learned."""
-    folder = save_tiny_t5(tmp_path / "t5")
-    left, right = (TextEncoder(folder, 12, 64, pad=pad) for pad in ("left", "right"))
+    """Features at padding, or text away from the image: official weights see a prompt that they never learned."""
+    encode = zoo.TextEncoder(save_tiny_t5(tmp_path), replace(T2I, cond_len=12, caption_dim=64))
     captions = ["A Photo of a red circle", "cat", "a photo of a red circle"]
-    features, mask = left(captions)
+    features, mask = encode(captions)
     assert features.shape == (3, 12, 64) and features.dtype == torch.float32 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [7, 2, 7] and mask[1].tolist() == [False] * 10 + [True] * 2  # with </s>
     assert not features[~mask].any() and torch.equal(features[0], features[2])  # case is lost
-    other, other_mask = right(captions)
-    assert other_mask[1].tolist() == [True] * 2 + [False] * 10 and torch.equal(other[1, :2], features[1, 10:])
-    alone, _ = left(["cat"])
-    assert torch.allclose(alone[0], features[1], atol=1e-5)
-    _, full = left(["a photo of a red circle, a photo of a red circle, a photo of a red circle"])
-    assert full.all()  # longer ones are cut to P
+    assert torch.allclose(encode(["cat"])[0][0], features[1], atol=1e-5)
+    assert encode(["a photo of a red circle, a photo of a red circle, a photo of a red circle"])[1].all()  # cut to P
+    # The released AR-GRPO pads on the right and predicts token 0 from what T5 makes of the last padding position.
+    other, other_mask = encode(captions, "right")
+    read = encode.words(captions[1], max_length=12, padding="max_length", return_tensors="pt")
+    raw = encode.t5(read.input_ids, read.attention_mask).last_hidden_state[0]
+    assert torch.allclose(other[1], raw, atol=1e-6) and other_mask[1].tolist() == [True] * 2 + [False] * 10
+    assert torch.equal(other[1, :2], features[1, 10:]) and other[1, -1].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("caption, cleaned", [
@@ -240,201 +638,39 @@ def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
     ("tom &lt;3 jerry!!", "tom <3 jerry!!"),
     ("wait...what", "wait what"),
     ("'quoted.'", "quoted."),
+    *((caption, caption) for captions in data.T2I_CAPTIONS.values() for caption in captions[:2]),
 ])  # fmt: skip
-def test_captions_are_cleaned(caption, cleaned):
+def test_captions_are_cleaned_as_llamagens_were(caption, cleaned):
+    """T5's features change with case, quotes and spaces, and the picture with them."""
     assert data.clean_caption(caption) == cleaned
 
 
-def test_cleaning_leaves_the_toy_captions_alone():
-    for captions in data.T2I_CAPTIONS.values():
-        assert all(data.clean_caption(caption) == caption for caption in captions)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the tokenizer
-
-
-def test_loading_keeps_the_modules_own_types():
-    """MANIQA indexes with a buffer of integers; weights in half precision become the module's float32."""
-    module = torch.nn.Linear(2, 2)
-    module.register_buffer("index", torch.zeros(2, dtype=torch.long))
-    loaded = load_strict(module, {k: v.half() for k, v in module.state_dict().items()}, "a file")
-    assert loaded.index.dtype == torch.long and loaded.weight.dtype == torch.float32
-
-
-def test_vq8_has_the_official_shape():
-    with torch.device("meta"):
-        model = VQModel(TOKENIZERS["vq-8"])
-        assert model.decode(torch.zeros(1, 32**2, dtype=torch.long)).shape == (1, 3, 256, 256)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(70, rel=0.02)
-
-
-def test_vq16_has_the_official_shape():
-    with torch.device("meta"):
-        model = VQModel(TOKENIZERS["vq-16"])
-    state = model.state_dict()
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(71.9, rel=0.01)
-    assert tuple(state["encoder.conv_blocks.4.attn.1.proj_out.weight"].shape) == (512, 512, 1, 1)
-    assert tuple(state["decoder.conv_blocks.0.upsample.conv.weight"].shape) == (512, 512, 3, 3)
-    assert "encoder.conv_blocks.4.downsample.conv.weight" not in state
-
-
-def test_every_patch_size_keeps_the_grid():
-    for config in (VQConfig((1, 1), 16, 32, 4, ch=32), VQConfig((1,), 16, 32, 4, ch=32, patch=2)):
-        model = VQModel(config)
-        tokens = model.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
-        assert tokens.shape == (2, 64) and model.decode(tokens).shape == (2, 3, 16, 16)
+# the tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def test_the_toy_tokenizer_round_trips():
     """A tokenizer that loses shapes or colours would put a ceiling on every result without a word."""
-    tokenizer = load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)
+    tokenizer = load_tokenizer("toy-c2i")
     captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
     images = torch.from_numpy(data.render(captions, np.random.default_rng(7))) * 2 - 1
     with torch.no_grad():
         output = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
     assert 10 * torch.log10(4 / (output - images).square().mean()) > 22  # dB
     assert np.mean([data.satisfies(i / 2 + 0.5, c) for i, c in zip(output, captions, strict=True)]) > 0.95
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]  # truncated, as officially
 
 
-def test_pixels_are_truncated_as_officially():
-    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# GRPO
-
-
-@pytest.mark.parametrize("config", [C2I, T2I], ids=["c2i", "t2i"])
-@pytest.mark.parametrize("cfg_scale, temperature", [(1.0, 1.0), (2.0, 1.0), (3.0, 0.7)])
-def test_sampler_and_scorer_are_one_policy(config, cfg_scale, temperature):
-    """The official release samples with guidance and scores without: its ratio says 1 while the two differ by 0.86."""
-    model, (cond, mask) = tiny(config), tiny_cond(config, 2)
-    cond, mask, tokens, old = sample_groups(
-        model, cond, mask, 3, torch.Generator().manual_seed(0), cfg_scale, temperature
-    )
-    new, entropy = token_logprobs(model, cond, tokens, mask, cfg_scale, temperature)
-    assert tokens.shape == old.shape == new.shape == entropy.shape == (6, 9)
-    assert ((new - old).exp() - 1).abs().max() < 1e-4
-    if cfg_scale > 1:
-        unguided, _ = token_logprobs(model, cond, tokens, mask, 1.0, temperature)
-        assert ((unguided - old).exp() - 1).abs().mean() > 0.05
-
-
-def loss_gradient(model, cond, tokens, old, ref, advantages, micro_batch):
-    model.zero_grad()
-    for rows in torch.arange(len(tokens)).split(micro_batch):
-        logprobs, _ = token_logprobs(model, cond[rows], tokens[rows])
-        loss, _ = grpo_loss(logprobs, old[rows], ref[rows], advantages[rows], kl_coef=0.1)
-        (loss * len(rows) / len(tokens)).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def test_the_micro_batch_size_does_not_change_the_gradient():
-    """A mean of means weighs the images of a short last micro-batch more than the others."""
-    model, other = tiny(C2I), tiny(C2I, seed=1)
-    cond, _, tokens, old = sample_groups(model, torch.arange(2), None, 4, torch.Generator().manual_seed(0))
-    ref, advantages = token_logprobs(other, cond, tokens)[0].detach(), torch.randn(8)
-    whole = loss_gradient(model, cond, tokens, old, ref, advantages, 8)
-    for size in (1, 3, 4):
-        assert torch.allclose(loss_gradient(model, cond, tokens, old, ref, advantages, size), whole, atol=1e-6)
-
-
-def test_at_ratio_1_the_gradient_is_reinforce_with_a_group_baseline():
-    model = tiny(C2I)
-    cond, _, tokens, old = sample_groups(model, torch.arange(2), None, 4, torch.Generator().manual_seed(0))
-    advantages = group_advantages(torch.randn(8), 4)
-    logprobs, _ = token_logprobs(model, cond, tokens)
-    loss, _ = grpo_loss(logprobs, old, old, advantages, kl_coef=0.0)
-    ours = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-    reinforce = torch.autograd.grad(
-        -(advantages[:, None] * logprobs).mean(), list(model.parameters()), allow_unused=True
-    )
-    for a, b in zip(ours, reinforce, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_equal_rewards_give_exactly_zero_advantage():
-    """Rounding of the mean, divided by 1e-4, would otherwise push the policy about at random."""
-    for value in (0.1, 1 / 3, 1e6, -7.7):
-        assert not group_advantages(torch.full((24,), value), 8).any()
-        assert not decoupled_advantages({"a": torch.full((24,), value)}, {"a": 1.0}, 8).any()
-
-
-def test_advantages_compare_inside_the_group_only():
-    r = torch.tensor([1.0, 2, 3, 101, 102, 103])
-    a = group_advantages(r, 3)
-    assert torch.allclose(a[:3], a[3:], atol=1e-3) and a[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-3)
-
-
-def test_decoupled_advantages_let_a_small_reward_speak():
-    """Summed, a judge with a hundredth of the other's spread is not heard; normalised first, it weighs the same."""
-    loud, quiet = torch.tensor([0.0, 1, 0, 1]), torch.tensor([0.0, 0, 0.01, 0.01])
-    a = decoupled_advantages({"loud": loud, "quiet": quiet}, {"loud": 1.0, "quiet": 1.0}, 4)
-    assert a[1].item() == pytest.approx(a[2].item(), abs=0.05) and a[3] > 0.5
-    summed = group_advantages(loud + quiet, 4)
-    assert summed[1] - summed[2] > 1
-
-
-def test_kl_is_never_negative_and_zero_at_the_start():
-    logprobs = torch.randn(64, 9) * 3
-    assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
-    kls = [
-        grpo_loss(logprobs[k : k + 1], logprobs[k : k + 1], torch.randn(1, 9) * 3, torch.zeros(1))[1]["kl"]
-        for k in range(64)
-    ]
-    assert min(kls) > 0
-    near = logprobs + torch.randn(64, 9) * 1e-4  # where e^d - d - 1 is all rounding
-    kl = grpo_loss(logprobs, logprobs, near, torch.zeros(64))[1]["kl"]
-    assert kl == pytest.approx(float((near - logprobs).double().square().mean() / 2), rel=0.01)
-    each = zip(logprobs.view(-1, 1, 1), near.view(-1, 1, 1), strict=True)
-    assert all(grpo_loss(p, p, q, torch.zeros(1))[1]["kl"] >= 0 for p, q in each)
-
-
-@pytest.mark.parametrize(
-    "advantage, log_ratio, gradient", [(1, 1, False), (1, -1, True), (-1, -1, False), (-1, 1, True)]
-)
-def test_clipping_acts_on_the_right_side_for_each_sign(advantage, log_ratio, gradient):
-    """Clipping both sides for both signs would forbid undoing a bad update."""
-    logprobs = torch.full((1, 1), float(log_ratio), requires_grad=True)
-    zero = torch.zeros(1, 1)
-    loss, stats = grpo_loss(logprobs, zero, zero, torch.tensor([float(advantage)]), clip_eps=0.2, kl_coef=0.0)
-    loss.backward()
-    assert bool(logprobs.grad.any()) == gradient and stats["clip_frac"] == (not gradient)
-
-
-def test_a_bandit_sized_run_learns():
-    """The parts together, by the loop's own steps: reward = share of even tokens. Signs and baselines fail here."""
-    model, generator = tiny(C2I), torch.Generator().manual_seed(0)
-    ref = tiny(C2I)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
-    history = []
-    for _ in range(40):
-        cond, _, tokens, old = sample_groups(model, torch.arange(4), None, 8, generator)
-        reward = (tokens % 2 == 0).float().mean(1)
-        logprobs, _ = token_logprobs(model, cond, tokens)
-        with torch.no_grad():
-            ref_logprobs, _ = token_logprobs(ref, cond, tokens)
-        loss, _ = grpo_loss(logprobs, old, ref_logprobs, group_advantages(reward, 8), kl_coef=0.01)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(reward.mean().item())
-    assert np.mean(history[-5:]) > np.mean(history[:5]) + 0.25
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the toy world
+# the toy world -------------------------------------------------------------------------------------------------------
 
 
 def test_the_verifier_is_right_on_renders_and_on_wrong_captions():
+    """Every share right rests on it; nobody checks pictures by eye after every change of the renders."""
     rng = np.random.default_rng(3)
     captions = [data.class_caption(name) for name in data.TOY_CLASSES] * 3 + data.balanced_captions(240)
     images = data.render(captions, rng)
-    assert np.mean([data.satisfies(i, c) for i, c in zip(images, captions, strict=True)]) >= 0.99
-    assert (
-        np.mean([data.satisfies(i, data.wrong_caption(c, rng)) for i, c in zip(images, captions, strict=True)]) <= 0.01
-    )
+    right = [data.satisfies(i, c) for i, c in zip(images, captions, strict=True)]
+    wrong = [data.satisfies(i, data.wrong_caption(c, rng)) for i, c in zip(images, captions, strict=True)]
+    assert np.mean(right) >= 0.99 and np.mean(wrong) <= 0.01
 
 
 def test_the_verifier_refuses_malformed_pictures():
@@ -449,125 +685,66 @@ def test_the_verifier_refuses_malformed_pictures():
     assert not data.satisfies(noise, "a circle") and not data.satisfies(np.zeros((3, 64, 64)), "a circle")
 
 
-def test_renders_are_a_function_of_the_generator():
-    captions = data.balanced_captions(12)
-    a, b = (data.render(captions, np.random.default_rng(5)) for _ in range(2))
-    assert (a == b).all() and a.min() >= 0 and a.max() <= 1
-
-
-def test_crowds_are_right_for_no_caption():
-    every = [caption for captions in data.T2I_CAPTIONS.values() for caption in captions]
-    for image in data.render_crowds(every, np.random.default_rng(0)):
-        assert len(data.find_objects(image)[0]) in (3, 4)
-        assert not any(data.satisfies(image, caption) for caption in every)
-
-
 def test_captions_parse_and_wrong_ones_exclude_them():
+    """A "wrong" caption that means the same makes the verifier's test, and the CLIP's training, false."""
     rng = np.random.default_rng(0)
-    for category, captions in data.T2I_CAPTIONS.items():
-        for caption in captions:
-            assert data.category_of(caption) == category
-            wrong = data.wrong_caption(caption, rng)
-            assert data.category_of(wrong) == category and data.meaning(wrong) != data.meaning(caption)
+    for category, caption in ((kind, c) for kind in data.CATEGORIES for c in data.T2I_CAPTIONS[kind]):
+        wrong = data.wrong_caption(caption, rng)
+        assert data.category_of(caption) == data.category_of(wrong) == category
+        assert data.meaning(wrong) != data.meaning(caption)
     assert data.meaning("a circle left of a square") == data.meaning("a square right of a circle")
     assert data.parse("two crosses") == ([(2, None, "cross")], None)
     assert data.toy_caption("Two circles.") == "a photo of two circles"
     for caption in ("a red banana", "a cyan circle", "a red circle left of a blue square"):
-        with pytest.raises(ValueError, match=r"banana|never learned"):
+        with pytest.raises(Mistake, match=r"banana|never learned"):
             data.toy_caption(caption)
-
-
-def test_classes_by_name_or_number():
     assert data.find_class("Red Circle", data.TOY_CLASSES) == data.find_class("0", data.TOY_CLASSES) == 0
-    with pytest.raises(ValueError, match="red circle"):
-        data.find_class("red circel", data.TOY_CLASSES)
-    with pytest.raises(ValueError, match="0 to 39"):
-        data.find_class("40", data.TOY_CLASSES)
     assert data.find_class("goldfish", data.imagenet_classes()) == 1
 
 
 def test_prompt_files_of_every_form(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "a.json").write_text('["one", {"prompt": "two"}]')
-    (tmp_path / "a.jsonl").write_text('{"caption": "one"}\n"two"\n')
-    assert all(data.read_prompts(tmp_path / f"a.{form}") == ["one", "two"] for form in ("txt", "json", "jsonl"))
-    (tmp_path / "bad.json").write_text("[1")
-    (tmp_path / "empty.txt").write_text("\n")
+    """A form that is read as another trains on file names or on one prompt of many."""
+    forms = {
+        "a.txt": "one\n\ntwo\n",
+        "a.json": '["one", {"prompt": "two"}]',
+        "release.json": '[{"conversations": [{"from": "human", "value": "one"}, {"value": "x"}]}, "two"]',
+        "a.jsonl": '{"caption": "one"}\n"two"\n',
+    }
+    for name, text in (forms | {"bad.json": "[1", "empty.txt": "\n", "a.csv": "x"}).items():
+        (tmp_path / name).write_text(text)
+    assert all(data.read_prompts(tmp_path / name) == ["one", "two"] for name in forms)
     for name in ("bad.json", "empty.txt", "a.csv", "none.txt"):
-        (tmp_path / "a.csv").write_text("x")
-        with pytest.raises((ValueError, FileNotFoundError), match=name):
+        with pytest.raises((Mistake, FileNotFoundError), match=name):
             data.read_prompts(tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# the judges
-
-
-def test_scores_that_are_not_finite_have_no_say():
-    """Set to 0, an unreadable image would win its group under a metric that is never positive."""
-    score = torch.tensor([-3.0, torch.nan, -1, -2, torch.inf, torch.nan, torch.nan, torch.nan])
-    assert fill_missing(score, 4).tolist() == [-3, -2, -1, -2, 0, 0, 0, 0]
-    assert group_advantages(fill_missing(score, 4), 4)[[1, 4, 5, 6, 7]].tolist() == [0, 0, 0, 0, 0]
-    assert rewards.weighted_sum({"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, {"a": 2.0, "b": 1.0}) == 4
+# the judges ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_toy_judges_rank_right_above_wrong():
-    judges = rewards.load_judges(["clip", "critic"])
+    """Loaded into the wrong places, or shown another range of pixels, they still return numbers."""
+    judges = rewards.load_judges(["clip", "realism"])
     rng = np.random.default_rng(0)
-    single = [data.class_caption(name) for name in data.TOY_CLASSES]  # the critic knows these alone
+    single = [data.class_caption(name) for name in data.TOY_CLASSES]  # what realism knows
     captions = single + data.balanced_captions(60)
     images = torch.from_numpy(data.render(captions, rng)) * 2 - 1
-    tokenizer = load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)  # judges only ever see what it decoded
+    tokenizer = load_tokenizer("toy-c2i")  # judges only ever see what it decoded
     with torch.no_grad():
         images = to_unit(tokenizer.decode(tokenizer.encode(images)))
-    right, _ = rewards.score(judges, images, captions)
-    wrong, seconds = rewards.score(judges, images, [data.wrong_caption(c, rng) for c in captions])
-    noise, _ = rewards.score(judges, torch.rand(100, 3, 64, 64), captions)
-    assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "critic"}
-    assert right["critic"][:40].mean() > noise["critic"].mean() + 0.2
-    with pytest.raises(ValueError, match="64 px"):  # its score of anything else would mean nothing
-        judges["critic"](torch.rand(1, 3, 256, 256), ["a"])
-
-
-def test_the_t2i_base_hears_which_object_is_named_first():
-    """
-    It begins each picture with that one. While the text encoder knew only which two objects there are, "a and b" and
-    "b and a" were the same to it, and bindings were right by chance.
-    """
-    captions = [c for kind in ("two objects", "binding") for c in data.T2I_CAPTIONS[kind] for _ in range(8)]
-    assert data.reading_order("a circle below a square")[0][0] == (1, None, "square")
-    turned = [data.write(data.parse(caption)[0][::-1], None) for caption in captions]
-    model, encode = load_model("toy-t2i"), sample.make_encoder("toy-t2i")
-    tokenizer = load_tokenizer("toy", MODELS["toy-t2i"].vq_ckpt)
-    with torch.no_grad():
-        tokens = tokenizer.encode(torch.from_numpy(data.render(captions, np.random.default_rng(0))) * 2 - 1)
-        asked = [encode(texts) for texts in (captions, turned)]
-        right, wrong = (token_logprobs(model, cond, tokens, mask)[0].sum(1) for cond, mask in asked)  # (N,), nats
-    assert (right > wrong).float().mean() > 0.8
-
-
-def test_clip_scores_do_not_depend_on_the_batch():
-    """Text features are computed once per distinct prompt; an index off by one would give everyone another's."""
-    judge = rewards.load_judges(["clip"])["clip"]
-    captions = ["a photo of a red circle", "a photo of two squares", "a photo of a red circle"]
-    images = torch.from_numpy(data.render(captions, np.random.default_rng(0)))
-    alone = torch.cat([judge(i[None], [c]) for i, c in zip(images, captions, strict=True)])
-    assert torch.allclose(judge(images, captions), alone, atol=1e-5)
-
-
-def test_a_metric_that_cannot_judge_says_so():
-    """pyiqa counts among its no-reference metrics some that want larger pictures, captions or a folder of pictures."""
-    metric = torch.nn.Conv2d(3, 1, 99)
-    metric.lower_better, metric.metric_name = False, "niqe"
-    with pytest.raises(ValueError, match=r"pyiqa:niqe cannot judge pictures of 64 px"):
-        rewards.pyiqa_scores(torch.rand(2, 3, 64, 64), ["a", "b"], metric)
+    right, _ = rewards.judge_images(judges, images, captions)
+    wrong, seconds = rewards.judge_images(judges, images, [data.wrong_caption(c, rng) for c in captions])
+    noise, _ = rewards.judge_images(judges, torch.rand(100, 3, 64, 64), captions)
+    assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "realism"}
+    assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2
+    with pytest.raises(Mistake, match="64 px"):  # what it says of anything else would mean nothing
+        judges["realism"](torch.rand(1, 3, 256, 256), ["a"])
 
 
 def test_any_pyiqa_metric_is_a_judge():
     """Higher must be better: piqe counts distortions, 0 to 100, and is turned; entropy counts detail and is not."""
     judges = rewards.load_judges(["pyiqa:piqe", "pyiqa:entropy"])
     images = torch.stack([torch.rand(3, 64, 64), torch.full((3, 64, 64), 0.5)])
-    scores, _ = rewards.score(judges, images, ["a", "b"])
+    scores, _ = rewards.judge_images(judges, images, ["a", "b"])
     assert scores["pyiqa:piqe"].shape == (2,) and (scores["pyiqa:piqe"] <= 0).all()
     assert scores["pyiqa:entropy"][0] > scores["pyiqa:entropy"][1] >= 0
 
@@ -580,6 +757,7 @@ TINY_CLIP = dict(
     vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=16),
     text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
 )
+
 PAPER = ["clip", "clip-step", "hps", "hps-step", "maniqa", "qwen-match", "qwen-real", "qwen-odd"]
 
 
@@ -655,48 +833,44 @@ def tiny_open_clip(tmp_path, monkeypatch):
 
 def some_images(n=4, size=64):
     """Pictures that differ in brightness, colour and texture, and their prompts, two of which are equal."""
-    images = (
-        torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
-        ** torch.arange(1, n + 1)[:, None, None, None]
-    )
+    images = torch.rand(n, 3, size, size, generator=seeded(0)) ** torch.arange(1, n + 1)[:, None, None, None]
     images[0, 0] = 1
     return images, ["a red circle", "a {strange} prompt that is a good deal longer", "two dogs", "a red circle"][:n]
 
 
-def test_every_judge_of_the_paper_trains(judges_folder, tiny_open_clip, tmp_path):
+def test_every_judge_of_the_paper_trains(judges_folder, tiny_open_clip, tmp_path, monkeypatch):
     """Each on its own works before the names, the shared models and the log have met; this is where they meet."""
-    names = [*PAPER, "critic", "pyiqa:piqe"]
-    flags = ["--clip-model", "tiny", "--clip-pretrained", str(judges_folder / "clip.pt")]
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    names = [*PAPER, "realism", "pyiqa:piqe"]
+    flags = ["--clip-model", "tiny", "--clip-pretrained", str(judges_folder / "clip.pt"), "--out", str(tmp_path)]
     flags += ["--reward-weights", str(judges_folder), "--judge-batch", "3", "--rewards", ",".join(names)]
-    flags += ["--steps", "2", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7", "--out", str(tmp_path)]
-    train.main(flags)
-    rows = read_metrics(tmp_path)
-    assert len(rows) == 2 and all(row[f"{name}_not_finite"] == 0 for row in rows for name in names)
-    assert 0 < rows[0]["qwen-match_mean"] < 5 and 0 < rows[0]["qwen-odd_mean"] < 1
-    assert rows[0]["reward"] == pytest.approx(sum(rows[0][f"{name}_mean"] for name in names), rel=1e-4)
-    readme = (HERE / "README.md").read_text()
-    judged = f"^({'|'.join(names)})_(mean|std|not_finite)$"
-    for key in rows[0]:
-        glossary = re.sub(judged, r"NAME_\2", key)
-        assert f"`{glossary}`" in readme
+    train.main([*flags, "--steps", "1", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7"])
+    (row,) = read_metrics(tmp_path)
+    assert all(row[f"{name}_not_finite"] == 0 for name in names)
+    assert 0 < row["qwen-match_mean"] < 5 and 0 < row["qwen-odd_mean"] < 1
+    assert row["reward"] == pytest.approx(sum(row[f"{name}_mean"] for name in names), rel=1e-4)
+    assert_the_glossary_explains(row, names)
 
 
 @pytest.mark.parametrize("judge", ["clip", "hps"])
 def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, judges_folder, tiny_open_clip):
-    """The official code encodes each of N captions, of which only B differ, and each picture twice."""
+    """
+    The official code encodes each of N captions, of which only B differ, and each picture twice. But an index that is
+    off by one gives everyone another's caption.
+    """
     options = dict(clip_model="tiny", clip_pretrained=str(judges_folder / "clip.pt"), reward_weights=judges_folder)
-    judges = rewards.load_judges([f"{judge}-step", judge], options=options)
-    model = judges[judge].keywords["judge"].keywords["model"]
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # HPSv2.1's file is half precision
-    seen = []
-    model.visual.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    model.token_embedding.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    images, prompts = some_images()
-    scores, seconds = rewards.score(judges, images, prompts)
-    assert sorted(seen) == [3, 4] and set(scores) == set(seconds) == {judge, f"{judge}-step"}
-    assert torch.equal(scores[f"{judge}-step"], rewards.step_of(scores[judge])) and scores[judge].unique().numel() == 4
-    only, _ = rewards.score(rewards.load_judges([f"{judge}-step"], options=options), images, prompts)
-    assert list(only) == [f"{judge}-step"] and torch.equal(only[f"{judge}-step"], scores[f"{judge}-step"])
+    judges, seen = rewards.load_judges([f"{judge}-step", judge], options=options), []
+    cosines = judges[judge].keywords["judge"]
+    assert {p.dtype for p in cosines.keywords["model"].parameters()} == {torch.float32}  # HPSv2.1's file is half
+    for part in (cosines.keywords["model"].visual, cosines.keywords["model"].token_embedding):
+        part.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    judged, seconds = rewards.judge_images(judges, *some_images())
+    assert sorted(seen) == [3, 4] and set(judged) == set(seconds) == {judge, f"{judge}-step"}
+    assert torch.equal(judged[f"{judge}-step"], rewards.step_of(judged[judge])) and judged[judge].unique().numel() == 4
+    alone = [cosines(image[None], [prompt]) for image, prompt in zip(*some_images(), strict=True)]
+    assert torch.allclose(torch.cat(alone), judged[judge], atol=1e-5)
+    only, _ = rewards.judge_images(rewards.load_judges([f"{judge}-step"], options=options), *some_images())
+    assert list(only) == [f"{judge}-step"] and torch.equal(only[f"{judge}-step"], judged[f"{judge}-step"])
 
 
 def test_the_step_function_keeps_its_edges_and_nan():
@@ -720,6 +894,7 @@ def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
 
 
 def test_the_toy_keeps_its_own_clip():
+    """OpenAI's CLIP tells no toy caption from another; the toy's has never seen a photograph."""
     toy, real = train.parse_args([]), train.parse_args(["--clip-pretrained", "laion2b_s34b_b79k"])
     assert rewards.judge_options(toy, "toy-c2i")["clip_model"] == rewards.TOY_CLIP
     assert rewards.judge_options(toy, "llamagen-xl-384")["clip_model"] == "ViT-B-32-quickgelu"
@@ -727,57 +902,61 @@ def test_the_toy_keeps_its_own_clip():
     assert rewards.judge_options(real, "toy-c2i")["clip_model"] == "ViT-B-32-quickgelu"
 
 
-def test_maniqa_in_a_batch_is_maniqa_alone(judges_folder):
+def test_maniqa_in_a_batch_is_maniqa_alone_and_pyiqas_at_one_crop(judges_folder):
     """Random crops would tell equal pictures apart, and a reshape that is wrong by one axis mixes their crops."""
-    judge = rewards.load_judges(["maniqa"], options=dict(reward_weights=judges_folder, judge_batch=2))["maniqa"]
-    images, prompts = some_images(3, 232)
-    images[2] = images[0]  # the third is in a batch of its own
+    judge = rewards.load_judges(["maniqa"], options=dict(reward_weights=judges_folder))["maniqa"]
+    (images, prompts), network = some_images(2, 225), judge.keywords["network"]
     with torch.no_grad():
-        scores = judge(images, prompts, crops=2)
-    assert scores[0] == pytest.approx(scores[2].item(), rel=1e-5) and scores[0] != pytest.approx(
-        scores[1].item(), rel=0.01
-    )
-    assert judge.keywords["network"].test_sample == 2  # at 232 px the grid has a step, so two crops are two
+        both, alone = judge(images, prompts, grid=(1, 2)), judge(images[1:], prompts[1:], grid=(1, 2))
+        network.test_sample = 1  # pyiqa's own pass takes the upper left crop of 225 px
+        crop, whole = judge(images[:1, :, :224, :224], prompts[:1]), network(images[:1])
+    assert both[1] == pytest.approx(alone.item(), rel=1e-5) and both[0] != pytest.approx(both[1].item(), rel=0.01)
+    assert crop.item() == pytest.approx(whole.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("side", [225, 256, 384, 512])
+def test_maniqa_sees_every_pixel(side):
+    """pyiqa's own grid never reaches the last 8 rows of 256: a policy may fill them as it likes."""
+    places = torch.arange(side * side).view(1, 1, side, side).float()
+    crops = rewards.even_crops(places, (4, 5))
+    assert crops.shape == (20, 1, 224, 224) and crops.unique().numel() == side * side
 
 
 def test_qwen_in_a_batch_is_qwen_alone(judges_folder):
     """Left padding, shared answers' tokens and the order of (image, question) pairs all fail here when wrong."""
-    names = ["qwen-match", "qwen-real", "qwen-odd"]
-    images, prompts = some_images()
-    judges = rewards.load_judges(names, options=dict(reward_weights=judges_folder, judge_batch=3))
+    names, options = ["qwen-match", "qwen-real", "qwen-odd"], dict(reward_weights=judges_folder)
+    judges = rewards.load_judges(names, options=options | dict(judge_batch=3))
     assert list(judges) == ["qwen"]
-    scores, _ = rewards.score(judges, images, prompts)
+    together, _ = rewards.judge_images(judges, *some_images())
     for name in names:
-        alone = rewards.load_judges([name], options=dict(reward_weights=judges_folder))
-        one_by_one = [
-            rewards.score(alone, image[None], [prompt])[0][name] for image, prompt in zip(images, prompts, strict=True)
-        ]
-        assert torch.allclose(scores[name], torch.cat(one_by_one), atol=1e-4) and scores[name].std() > 1e-3
+        alone, pairs = rewards.load_judges([name], options=options), zip(*some_images(), strict=True)
+        found = [rewards.judge_images(alone, image[None], [prompt])[0][name] for image, prompt in pairs]
+        assert torch.allclose(together[name], torch.cat(found), atol=1e-4) and together[name].std() > 1e-3
 
 
 def test_half_a_qwen_is_refused(judges_folder, tmp_path):
     """transformers warns and fills the gap with random numbers, and the answers go on looking like answers."""
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(judges_folder / "Qwen2.5-VL-3B-Instruct", folder := tmp_path / "Qwen2.5-VL-3B-Instruct")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+    with pytest.raises(Mistake, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         rewards.load_qwen(tmp_path, "cpu")
 
 
 def test_qwen_that_writes_nonsense_is_missing_and_not_zero(judges_folder):
+    """The release gives an unreadable answer the worst reward, and so teaches what Qwen finds easy to describe."""
     judges = rewards.load_judges(["qwen-real"], options=dict(reward_weights=judges_folder, qwen_answer="json"))
-    assert rewards.score(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
+    assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
     readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
-    assert {text: rewards.read_score(text, 5) for text in readable} == readable
+    assert {text: rewards.read_rating(text, 5) for text in readable} == readable
     for text in ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}'):
-        assert math.isnan(rewards.read_score(text, 5))
-    assert math.isnan(rewards.read_score('{"score": 4}', 1))
+        assert math.isnan(rewards.read_rating(text, 5))
+    assert math.isnan(rewards.read_rating('{"score": 4}', 1))
 
 
 def test_the_expected_answer_is_a_mean_over_answers_alone():
+    """A first token that is no answer, an opening quote, would pull every rating towards 0."""
     logprobs = {"5": math.log(0.5), "0": math.log(0.25), "The": math.log(0.25)}
     assert rewards.expected_worth(logprobs, rewards.RATING) == pytest.approx(5 * 0.5 / 0.75)
     assert rewards.expected_worth({"Yes": -1.0, "yes": -1.0, "no": -1.0}, rewards.YES_NO) == pytest.approx(2 / 3)
@@ -789,7 +968,7 @@ def test_answers_must_be_single_distinct_tokens(judges_folder):
     _, processor = rewards.load_qwen(judges_folder, "cpu")
     assert len(set(rewards.answer_tokens(processor.tokenizer, rewards.YES_NO | rewards.RATING))) == 10
     for answers in (["yes!", "no"], ["1", "10"], ["yes", "yes"]):
-        with pytest.raises(ValueError, match="--qwen-answer json"):
+        with pytest.raises(Mistake, match="--qwen-answer json"):
             rewards.answer_tokens(processor.tokenizer, answers)
 
 
@@ -844,99 +1023,96 @@ def test_a_server_may_answer_for_qwen(server, monkeypatch):
     for url, answer, last in ((server, "probability", 5), (server + "/v1", "json", torch.nan)):
         judges = rewards.load_judges(["qwen-match"], options=dict(qwen_server=url, qwen_answer=answer))
         monkeypatch.setattr(Server, "failures", 2)  # which alone may not end a run
-        scores = rewards.score(judges, images, ["x"] * 4)[0]["qwen-match"]
+        scores = rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"]
         assert torch.equal(scores.nan_to_num(-1), torch.tensor([3.0, 0, last, 1]).nan_to_num(-1))
     monkeypatch.setattr(Server, "failures", 100)
-    with pytest.raises(ValueError, match="503"):
-        rewards.score(judges, images, ["x"] * 4)
+    with pytest.raises(Mistake, match="503"):
+        rewards.judge_images(judges, images, ["x"] * 4)
+
+
+# the scripts, through their own main ---------------------------------------------------------------------------------
+
+TINY_RUN = ["--prompts-per-step", "2", "--group-size", "2", "--save-every", "1"]
+TWO = {"c2i": ["--classes", "red circle", "7"], "t2i": ["--prompts", "two circles", "a circle above a square"]}
 
 
 def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
-    """It is the first thing that people will change, so it has to work word for word."""
+    """It is the first thing that people will change, so it has to work word for word, and pasted in, break no test."""
     section = (HERE / "README.md").read_text().split("## Write your own reward in ten lines")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     flag = re.search(r"--rewards ([^\s`]+)", section)[1]
     monkeypatch.setattr(rewards, "JUDGES", dict(rewards.JUDGES))
-    assert len(code.strip().splitlines()) <= 10
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(code, dict(vars(rewards)))  # as if it stood at the end of rewards.py; JUDGES is the only thing it changes
     train.main(["--steps", "1", "--rewards", flag, "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    own = set(rewards.JUDGES) - {"clip", "hps", "maniqa", "critic"}
-    assert len(own) == 1 and read_metrics(tmp_path)[0][f"{own.pop()}_std"] > 0
+    assert all(read_metrics(tmp_path)[0][f"{name}_std"] > 0 for name in rewards.parse_rewards(flag))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# the scripts, through their own main
+def test_a_bug_inside_keeps_its_traceback(tmp_path, monkeypatch):
+    """A wrong zip of a reader's own once ended as one sentence of the script, without a line number."""
 
-TINY_RUN = ["--prompts-per-step", "2", "--group-size", "2", "--sample-every", "2", "--save-every", "1"]
-TWO = {"c2i": ["--classes", "red circle", "7"], "t2i": ["--prompts", "two circles", "a circle above a square"]}
+    def buggy(images, prompts):
+        return torch.stack([image.mean() for image, _ in zip(images, prompts[:-1], strict=True)])
+
+    monkeypatch.setitem(rewards.JUDGES, "buggy", lambda device, options: buggy)
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    flags = ["--out", str(tmp_path), "--steps", "1", *TINY_RUN, *TWO["c2i"]]
+    with pytest.raises(ValueError, match="shorter") as bug:
+        train.main([*flags, "--rewards", "clip,buggy"])
+    assert not isinstance(bug.value, Mistake) and "buggy" in {frame.name for frame in bug.traceback}
 
 
-def read_metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    """Clipped, it becomes NaN in every weight, and the run goes on drawing noise and saving it."""
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train, "token_logprobs", lambda *a, **k: [x * INF for x in token_logprobs(*a, **k)])
+    with pytest.raises(SystemExit, match="gradient is not finite"):
+        train.main(["--steps", "3", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
+    assert not (tmp_path / "policy.safetensors").exists()
 
 
-def test_scores_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
+def test_judgements_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
     """A mean of 0 for a judge that said nothing would be read as its worst verdict."""
-    silent, loud = torch.full((4,), torch.nan), torch.tensor([1.0, 3, torch.nan, torch.inf])
-    judges = dict(silent=lambda device, options: lambda *_: silent, loud=lambda device, options: lambda *_: loud)
-    monkeypatch.setattr(rewards, "JUDGES", rewards.JUDGES | judges)
-    train.main(["--steps", "1", "--out", str(tmp_path), *TINY_RUN, "--classes", "0", "1", "2", "3", "--rewards",
-                "clip,silent=2,loud"])  # fmt: skip
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    for name, values in (("silent", [NAN] * 4), ("loud", [1.0, 3, NAN, INF])):
+        monkeypatch.setitem(rewards.JUDGES, name, lambda *_, values=values: lambda *_: torch.tensor(values))
+    train.main(["--steps", "1", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"], "--rewards", "clip,silent=2,loud"])
     (row,) = read_metrics(tmp_path)
     assert "silent_mean" not in row and row["silent_not_finite"] == 4 and np.isfinite(row["reward"])
     assert row["loud_mean"] == 2 and row["loud_not_finite"] == 2
-    judges = rewards.load_judges(["silent", "loud"])
-    found = evaluate.mean_rewards(torch.rand(4, 3, 64, 64), ["x"] * 4, judges)
-    assert found == {"missing: silent": 1, "reward: loud": 2, "missing: loud": 0.5}
 
 
-def test_every_policy_is_asked_as_it_was_trained(tmp_path):
+def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
     """Were the first --ckpt's padding everyone's, the base's figures would depend on what it is compared with."""
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(MODELS["toy-t2i"].ckpt)
+    monkeypatch.chdir(tmp_path)
+    header = dict(format="pt", model="toy-t2i", step="1")
     for pad in ("left", "right"):
-        save_file(weights, tmp_path / f"{pad}.safetensors", metadata=dict(format="pt", model="toy-t2i", text_pad=pad))
+        save_file(load_file(MODELS["toy-t2i"].ckpt), f"{pad}.safetensors", metadata=header | dict(text_pad=pad))
     for order in (["left", "right"], ["right", "left"]):
-        paths = [str(tmp_path / f"{pad}.safetensors") for pad in order]
-        evaluate.main(["--ckpt", *paths, "--num", "48", "--cfg-scale", "1", "--rewards", "clip"])
-    a, b = (json.loads((tmp_path / f"evaluation{k}.json").read_text())["columns"] for k in ("", "-2"))  # both are kept
-    assert a["base, cfg 1"] == b["base, cfg 1"] == a["tuned 1, cfg 1"] == b["tuned 2, cfg 1"]
-    assert a["tuned 2, cfg 1"] == b["tuned 1, cfg 1"] != a["base, cfg 1"]
+        flags = ["--ckpt", *(f"{pad}.safetensors" for pad in order), "--rewards", "clip"]
+        assert [pad for _, _, pad in evaluate.parse_args(flags).policies] == ["left", *order]
+    compared = sample.parse_args(["--ckpt", "right.safetensors", "--compare"])
+    assert [pad for _, _, pad in compared.policies] == ["left", "right"]
 
 
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
-def test_train_sample_and_evaluate_run(task, tmp_path, capsys):
+def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch):
+    """Each part works alone before files, names and headers have met; this is where they meet."""
+    monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
     run = tmp_path / "run"
     train.main(["--task", task, "--steps", "2", "--out", str(run), "--updates-per-batch", "2", *TINY_RUN, *TWO[task]])
     assert {"before.png", "after.png", "curves.png", "policy.safetensors", "state.pt"} < {p.name for p in run.iterdir()}
     assert list(run.glob("events*")) and list(run.glob("samples/*.png"))
-    assert weights_header(run / "policy.safetensors")["text_pad"] == "left"  # our default, whatever the release does
+    assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
     first, second = read_metrics(run)
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
     assert first["kl"] > 0 and first["ratio"] != 1  # the second update of a batch scores a policy that has moved
-    readme = (HERE / "README.md").read_text()
-    for key in first:  # the glossary explains what is logged
-        judged = re.sub("^(clip|critic)_(mean|std|not_finite)$", r"NAME_\2", key)
-        assert f"`{judged}`" in readme
-    sample.main(
-        [
-            "--ckpt",
-            str(run),
-            "--compare",
-            "--num",
-            "1",
-            "--out",
-            str(tmp_path / "s.png"),
-            "--npz",
-            str(tmp_path / "s.npz"),
-        ]
-    )
-    found = np.load(tmp_path / "s.npz")
-    assert (
-        found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == (64, 64, 3) and found["tokens"].shape[1] == 64
-    )
+    assert_the_glossary_explains(first, ["clip", "realism"])
+    png, npz = str(tmp_path / "s.png"), str(tmp_path / "s.npz")
+    sample.main(["--ckpt", str(run), "--compare", "--num", "1", "--out", png, "--npz", npz])
+    found = np.load(npz)
+    assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == (64, 64, 3)
+    assert found["tokens"].shape[1] == 64
     evaluate.main(["--ckpt", str(run), "--num", "48", "--cfg-scale", "1"])
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
     assert set(columns) == {"base, cfg 1", "tuned, cfg 1", "renders, round trip"}
@@ -964,14 +1140,19 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_a_run_is_not_resumed_against_another_base(tmp_path):
+def test_a_run_is_not_resumed_with_another_base_or_other_flags(tmp_path, monkeypatch):
     """Its KL would be to weights that it never began from, and nothing in the log would say so."""
-    base, flags = tmp_path / "base.safetensors", ["--out", str(tmp_path / "run"), *TINY_RUN, *TWO["c2i"]]
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    base, flags = tmp_path / "base.safetensors", ["--lr-schedule", "constant", *TINY_RUN, *TWO["c2i"]]
+    flags += ["--ckpt", str(base), "--out", str(tmp_path / "run")]
     shutil.copy(MODELS["toy-c2i"].ckpt, base)
-    train.main(["--ckpt", str(base), "--steps", "1", "--lr-schedule", "constant", *flags])
+    train.main([*flags, "--steps", "1"])
+    for wrong, sentence in ((["--kl-coef", "0.1"], "--kl-coef is 0.1"), (["--seed", "1"], "--seed is 1")):
+        with pytest.raises(SystemExit, match=sentence):
+            train.main([*flags, "--steps", "2", "--resume", *wrong])
     shutil.copy(tmp_path / "run/policy.safetensors", base)
     with pytest.raises(SystemExit, match="has changed since the run"):
-        train.main(["--ckpt", str(base), "--steps", "2", "--lr-schedule", "constant", "--resume", *flags])
+        train.main([*flags, "--steps", "2", "--resume"])
 
 
 def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
@@ -985,31 +1166,11 @@ def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_the_same_seed_draws_the_same_pictures():
-    model, tokenizer = load_model("toy-c2i"), load_tokenizer("toy", MODELS["toy-c2i"].vq_ckpt)
-    encode = sample.make_encoder("toy-c2i")
-    (a, s), (b, t), (_, u) = (sample.draw(model, tokenizer, encode, [0, 1], seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(s, t) and torch.equal(a, b) and not torch.equal(s, u)
-
-
-def test_precision_and_recall_know_the_extremes():
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((200, 4)), rng.standard_normal((200, 4))
-    assert min(evaluate.precision_recall(a, b)) > 0.85 and evaluate.precision_recall(a + 100, b) == (0, 0)
-    collapsed = np.repeat(b[:1], 200, 0) + 1e-3 * a
-    precision, recall = evaluate.precision_recall(collapsed, b)
-    assert precision == 1 and recall < 0.1
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert evaluate.frechet_distance(a + 1, a) == pytest.approx(4, rel=1e-6)
-
-
 def test_shipped_weights_are_what_their_reports_describe():
+    """A stage that was run again, and not the stages after it: the README's figures are of other weights."""
     reports = {path.stem: json.loads(path.read_text()) for path in (HERE / "weights").glob("*.json")}
-    assert set(reports) == {"toy-vq", "toy-t5", "toy-c2i", "toy-t2i", "toy-clip", "toy-critic"}
-    folders = {
-        "toy-t5": "toy-t5/model",
-        "toy-clip": "toy-clip/open_clip_model",
-    }  # in transformers' and open_clip's form
+    assert set(reports) == {"toy-vq", "toy-t5", "toy-c2i", "toy-t2i", "toy-clip", "toy-realism"}
+    folders = {"toy-t5": "toy-t5/model", "toy-clip": "toy-clip/open_clip_model"}  # in their libraries' own form
     for name, found in reports.items():
         path = HERE / f"weights/{folders.get(name, name)}.safetensors"
         assert hashlib.sha256(path.read_bytes()).hexdigest() == found["sha256"] and found["seed"] is not None
@@ -1033,134 +1194,136 @@ def test_the_readme_holds():
             parsers[script](shlex.split(flags))
 
 
+OURS = sorted(path.stem for path in HERE.glob("*.py"))
+
+
+def test_each_file_imports_only_from_the_floors_below_it():
+    """A drawer that everything imports, or a circle: then no file can be read alone."""
+    floors = {}
+    for name in OURS:
+        top = ast.parse((HERE / f"{name}.py").read_text()).body
+        found = {node.module for node in top if isinstance(node, ast.ImportFrom)}
+        found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        floors[name] = found & set(OURS)
+    assert floors["model"] == floors["tokenizer"] == floors["data"] == set() and floors["grpo"] == {"model"}
+    ground = {"data", "model", "tokenizer"}
+    assert floors["zoo"] <= ground and floors["rewards"] | floors["sample"] <= ground | {"zoo"}
+    assert not {"train", "evaluate", "pretrain", "bench"} & set().union(*(floors[n] for n in OURS if n != "test_grpo"))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_function_fits_a_screen_and_the_loop_a_page(name):
+    """People come to read the loop; it grew to 108 lines, a third of them reporting, without anyone deciding that."""
+    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+        if isinstance(node, ast.FunctionDef) or (name == "train" and isinstance(node, ast.For)):
+            lines = {part.lineno for part in ast.walk(node) if hasattr(part, "lineno")}  # those on which code begins
+            assert len(lines) <= 60, f"line {node.lineno}"
+
+
 def wrong_files(folder):
     (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
     (folder / "cut.pt").write_bytes(b"PK\x03\x04 not whole")
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, folder / "code.pt")
-    (folder / "prompts.json").write_text("{")
-    small = {"layers.0.attention.wqkv.weight": torch.zeros(3, 3)}
-    torch.save({"model": small}, folder / "small.pt")
     torch.save({"model": [torch.zeros(2)]}, folder / "list.pt")
     state = load_model("toy-c2i").state_dict()
     torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "extra.pt")
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.zeros(99)}, folder / "shape.pt")
     torch.save({f"vq_model.{name}": w for name, w in state.items()}, folder / "only-vq.pt")
-    (folder / "text").mkdir()
-    (folder / "text/config.json").write_text("{}")
-    (folder / "notes.txt").write_text("these are not weights")
+    save_file(state, folder / "ours.safetensors", metadata=dict(format="pt", model="toy-c2i", step="1"))
     for name in ("narrow", "cut-t5", "gap-t5"):
         save_tiny_t5(folder / name, dim=32 if name == "narrow" else 64)
     whole = (folder / "cut-t5/model.safetensors").read_bytes()
     (folder / "cut-t5/model.safetensors").write_bytes(whole[: len(whole) // 2])
-    from safetensors.torch import load_file, save_file
-
     some = load_file(folder / "gap-t5/model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
     save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
-    (folder / "run").mkdir()
-    (folder / "run/state.pt").write_bytes(b"x")
-    (folder / "judges/Qwen2.5-VL-3B-Instruct").mkdir(parents=True)
-    (folder / "judges/HPS_v2.1_compressed.pt").write_bytes(b"PK\x03\x04 not whole")
+    for path in ("run/state.pt", "judges/HPS_v2.1_compressed.pt", "judges/Qwen2.5-VL-3B-Instruct/config.json"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"PK\x03\x04 not whole")
     torch.save({"w": torch.zeros(2)}, folder / "judges/ckpt_koniq10k.pt")
 
 
 def test_every_official_form_of_file_loads(tmp_path):
-    """Each wrapper seen in the wild, through the command line, draws the very tokens that our own files draw."""
-    from safetensors.torch import load_file, save_file
-
-    gpt = {k: v.float() for k, v in load_file(MODELS["toy-c2i"].ckpt).items()}
-    vq = {k: v.float() for k, v in load_file(MODELS["toy-c2i"].vq_ckpt).items()}
+    """Each wrapper seen in the wild holds the very weights that our own files hold, and not those beside them."""
+    gpt, vq = load_model("toy-c2i").state_dict(), load_tokenizer("toy-c2i").state_dict()
     noise = {name: torch.randn_like(weight) for name, weight in gpt.items()}
-    vq["quantize.codebook_used"] = torch.zeros(65536)
     forms = {
         "nested.pt": {"model": gpt, "optimizer": {"step": torch.tensor(3)}, "steps": 5},
         "bare.pt": gpt,
         "freqs.pt": {"model": gpt | {"freqs_cis": torch.zeros(65, 16, 2)}},
         "module.pt": {"module": gpt},
-        "state_dict.pt": {"state_dict": gpt},
-        "half.pt": {"model": {k: v.half() for k, v in gpt.items()}},
+        "state_dict.pt": {"state_dict": {k: v.half() for k, v in gpt.items()}},  # ours are half precision, too
+        "ar-grpo.safetensors": {f"gpt_model.{k}": v for k, v in gpt.items()}
+        | {f"vq_model.{k}": v for k, v in vq.items()}
+        | {f"ref_model.{k}": v for k, v in noise.items()},
+        "vq.pt": {
+            "ema": vq | {"quantize.codebook_used": torch.zeros(65536)},
+            "model": {k: v + 1 for k, v in vq.items()},
+        },
     }
     for name, content in forms.items():
-        torch.save(content, tmp_path / name)
-    torch.save(
-        {"ema": vq, "model": {name: torch.randn_like(weight) for name, weight in vq.items()}}, tmp_path / "vq.pt"
-    )
-    both = {f"gpt_model.{k}": v for k, v in gpt.items()} | {f"vq_model.{k}": v for k, v in vq.items()}
-    save_file(both | {f"ref_model.{k}": v for k, v in noise.items()}, tmp_path / "ar-grpo.safetensors")
-    drawn = {}
-    for name, tokenizer in [("ours", None), *((form, "vq.pt") for form in forms), ("ar-grpo.safetensors",) * 2]:
-        files = [] if name == "ours" else ["--ckpt", str(tmp_path / name), "--vq-ckpt", str(tmp_path / tokenizer)]
-        out = ["--out", str(tmp_path / "s.png"), "--npz", str(tmp_path / "s.npz")]
-        sample.main(["--model", "toy-c2i", *files, "--classes", "red circle", "--num", "2", *out])
-        drawn[name] = dict(np.load(tmp_path / "s.npz"))
-    for name, found in drawn.items():
-        assert (found["tokens"] == drawn["ours"]["tokens"]).all(), name
-        assert (found["arr_0"] == drawn["ours"]["arr_0"]).all(), name
+        (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
+        for load, expected in ((load_model, gpt), (load_tokenizer, vq)):
+            if name == "ar-grpo.safetensors" or (name == "vq.pt") == (load is load_tokenizer):
+                found = load("toy-c2i", tmp_path / name).state_dict()
+                assert all(torch.equal(found[k], v) for k, v in expected.items()), name
 
 
 @pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i-xl-256"])
 def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     """ImageNet's names, T5, the authors' guidance, official files, bfloat16, no verifier: what the toys do not pass."""
-    row = MODELS[name]  # fewer layers and tokens; .ci/run does the same with all of GPT-B
+    told, row = [], MODELS[name]  # fewer layers and tokens; .ci/run does the same with all of GPT-B
     config = replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64)
     monkeypatch.setitem(MODELS, name, replace(row, config=config))
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    gpt, vq = Transformer(config).state_dict(), VQModel(TOKENIZERS["vq-16"]).state_dict()
-    torch.save({"model": gpt | {"freqs_cis": torch.zeros(17, 16, 2)}}, tmp_path / "gpt.pt")
-    torch.save({"model": vq | {"quantize.codebook_used": torch.zeros(65536)}}, tmp_path / "vq.pt")
-    files, gpt, run = ["--vq-ckpt", str(tmp_path / "vq.pt")], str(tmp_path / "gpt.pt"), str(tmp_path / "run")
-    asked, pad = ["--classes", "goldfish"], "left"
+    torch.save({"model": Transformer(config).state_dict() | {"freqs_cis": torch.zeros(17, 16, 2)}}, "gpt.pt")
+    vq = VQModel(zoo.VQ_16).state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
+    torch.save({"model": vq}, "vq.pt")
+    files, pads, cfg = ["--vq-ckpt", "vq.pt", "--classes", "goldfish"], [], 2
     if config.task == "t2i":
-        files += ["--text-encoder", str(save_tiny_t5(tmp_path / "t5"))]
-        asked, pad = ["--prompts", "a photo of a cat"], "right"
-    few = ["--prompts-per-step", "1", "--group-size", "2", "--rewards", "pyiqa:entropy", "--dtype", "bfloat16"]
-    pads = ["--text-pad", pad] if config.task == "t2i" else []
-    train.main(["--model", name, "--ckpt", gpt, *files, *asked, *few, *pads, "--steps", "1", "--out", run])
+        files = [
+            "--vq-ckpt",
+            "vq.pt",
+            "--text-encoder",
+            str(save_tiny_t5(tmp_path / "t5")),
+            "--prompts",
+            "a photo of a cat",
+        ]
+        pads, cfg = ["--text-pad", "right"], 4
+    few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", "--ckpt", "gpt.pt"]
+    train.main(["--model", name, *files, *few, *pads, "--rewards", "pyiqa:entropy", "--out", "run"])
     (first,) = read_metrics(tmp_path / "run")
-    assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "verifier" not in first
+    assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "right" not in first
     assert first["sampler_gap"] < 0.02  # rounding alone
     # our own checkpoint names its model and its padding; the base is given because the hub cannot be asked here
-    header = weights_header(tmp_path / "run/policy.safetensors")
-    assert header["text_pad"] == pad and float(header["cfg_scale"]) == {"c2i": 2, "t2i": 4}[config.task]
-    out = ["--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "new/a.npz")]
-    sample.main(["--ckpt", run, "--compare", "--base", gpt, *files, *asked, "--num", "2", *out])
-    assert f"cfg {float(header['cfg_scale']):g}" in capsys.readouterr().out  # a policy is drawn from as it was trained
-    found = np.load(tmp_path / "new/a.npz")
-    assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["labels" if config.task == "c2i" else "prompts"]) == 2
-    evaluate.main(["--ckpt", run, "--base", gpt, *files, *asked, "--num", "2", "--rewards", "pyiqa:entropy"])
-    columns = json.loads((tmp_path / "run/evaluation.json").read_text())["columns"]
-    cfg = f"cfg {float(header['cfg_scale']):g}"
-    assert set(columns) == {"base, cfg 1", "tuned, cfg 1", f"base, {cfg}", f"tuned, {cfg}"}
-    assert {"reward: pyiqa:entropy", "entropy"} == set(columns[f"base, {cfg}"]) == set(columns[f"tuned, {cfg}"])
+    assert zoo.find_policy("run")[2] == dict(step=1, text_pad="right" if pads else "left", cfg_scale=cfg)
+    sample.main(["--ckpt", "run", "--compare", "--base", "gpt.pt", *files, "--num", "2", "--npz", "new/a.npz"])
+    assert f"cfg {cfg}" in capsys.readouterr().out  # a policy is drawn from as it was trained
+    found = np.load("new/a.npz")
+    assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["prompts" if pads else "labels"]) == 2
+    evaluate.main(["--ckpt", "run", "--base", "gpt.pt", *files, "--num", "2", "--rewards", "pyiqa:entropy"])
+    columns = json.loads(Path("run/evaluation.json").read_text())["columns"]
+    assert set(columns) == {f"{policy}, cfg {scale}" for policy in ("base", "tuned") for scale in (1, cfg)}
+    assert all(set(figures) == {"reward: pyiqa:entropy", "entropy"} for figures in columns.values())
     # the paper's settings: scored without the guidance that it samples with, so another policy is scored
-    preset = ["--preset", f"paper-{config.task}", "--model", name, "--steps", "1", "--out", str(tmp_path / "paper")]
-    train.main([*preset, "--ckpt", gpt, *files, *asked, *few])
+    listener = lambda images, prompts: told.extend(prompts) or images.mean((1, 2, 3))  # noqa: E731
+    monkeypatch.setitem(rewards.JUDGES, "listener", lambda device, options: listener)
+    preset = ["--preset", f"paper-{config.task}", "--model", name, "--rewards", "listener", "--out", "paper"]
+    train.main([*preset, *files, *few])
+    assert set(told) == {"a photo of a cat" if pads else "a photo of goldfish, Carassius auratus"}  # WordNet's
     (paper,) = read_metrics(tmp_path / "paper")
     assert paper["lr"] == 1e-5 and paper["kl"] == 0 and paper["sampler_gap"] > 2 * first["sampler_gap"]
 
 
-def test_out_of_memory_is_told_from_our_bugs():
-    with pytest.raises(RuntimeError) as none_left:
-        torch.empty(10**15)
-    assert sample.is_out_of_memory(none_left.value) and sample.is_out_of_memory(torch.OutOfMemoryError())
-    assert not sample.is_out_of_memory(RuntimeError("shape mismatch"))
-
-
-def test_print_files_says_where_everything_is_expected(capsys):
-    for name, row in MODELS.items():
-        sample.main(["--model", name, "--print-files"])
-        said = capsys.readouterr().out
-        for where in filter(None, (row.ckpt, row.vq_ckpt, row.text_encoder)):
-            assert str(where).removeprefix("hf:").split("/")[-1] in said
-        assert ("huggingface.co" in said) == (not is_toy(name)) and "--vq-ckpt PATH" in said
-
-
 def test_presets_are_the_releases_and_the_command_line_wins():
+    """A knob that a preset forgets is ours, and then it is not the paper's run."""
     args = train.parse_args(["--preset", "paper-c2i"])
     assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
     assert (args.lr, args.kl_coef, args.cfg_scale, args.score_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
-    assert args.weights["clip"] == 5 and args.weights["qwen-odd"] == 0.25 and len(args.weights) == 8
+    assert args.judge_weights["clip"] == 5 and args.judge_weights["qwen-odd"] == 0.25 and len(args.judge_weights) == 8
+    assert (args.adam_beta2, args.qwen_answer) == (0.999, "json")
     args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5", "--score-cfg", "same"])
     assert (args.model, args.kl_coef, args.score_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
     ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
@@ -1168,99 +1331,45 @@ def test_presets_are_the_releases_and_the_command_line_wins():
 
 
 WRONG = [  # (script, flags, a part of its one sentence)
+    # weights that would load in part, or run code
     (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
-    (sample, ["--ckpt", "{}/cut.safetensors"], "not a whole safetensors file"),
-    (sample, ["--ckpt", "{}/cut.pt"], "truncated"),
+    (sample, ["--ckpt", "{}/cut.safetensors"], "it is not whole"),
+    (sample, ["--ckpt", "{}/cut.pt"], "it is not whole"),
     (sample, ["--ckpt", "{}/code.pt"], "more than tensors"),
-    (sample, ["--ckpt", str(HERE / "weights/toy-t2i.safetensors")], "another model"),
-    (sample, ["--ckpt", str(HERE / "weights/toy-vq.safetensors")], "another model"),
-    (sample, ["--classes", "red circel"], "did you mean 'red circle'"),
-    (sample, ["--classes", "99"], "0 to 39"),
-    (sample, ["--prompts", "a red circle"], "--classes, not --prompts"),
-    (sample, ["--task", "t2i", "--prompts", "a dog"], "not in the toy world"),
-    (sample, ["--task", "t2i", "--prompts", "{}/prompts.json"], "prompts.json"),
-    (sample, ["--task", "t2i", "--model", "toy-c2i"], "--task is t2i"),
-    (sample, ["--top-p", "0"], "--top-p"),
-    (sample, ["--compare"], "--ckpt"),
-    (sample, ["--out", "/proc/none/grid.png"], "/proc/none"),
-    (sample, ["--out", "{}/grid"], "ends in .png"),
-    (sample, ["--npz", "{}"], "is a folder"),
-    (sample, ["--base", "{}/none"], "--compare"),
-    (evaluate, ["--cfg-scale", "1", "nan"], "--cfg-scale"),
-    (pretrain, ["--quick", "--out", str(HERE / "weights/../weights")], "overwrite the shipped weights"),
-    (pretrain, ["--quick", "--out", "{}/cut.pt"], "cut.pt"),
-    (bench, ["--images", "-1"], "at least 1"),
-    (bench, ["--device", "warp"], "no such device"),
-    (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
-    (train, ["--rewards", "clip=x"], "not a number"),
-    (train, ["--rewards", "clip,clip=2"], "named twice"),
-    (train, ["--rewards", "clip=0"], "all weights are 0"),
-    (train, ["--seed", "-1"], "--seed must be at least 0"),
-    (train, ["--seed", "99999999999999999999"], "--seed must be"),
-    (train, ["--kl-coef", "inf"], "--kl-coef must be at least 0 and finite"),
-    (train, ["--temperature", "inf"], "finite"),
-    (train, ["--out", "{}/cut.pt"], "choose another folder"),
-    (sample, ["--cfg-scale", "0"], "--cfg-scale >= 1"),
-    (sample, ["--temperature", "nan"], "--temperature >= 0"),
-    (train, ["--rewards", "pyiqa:nonsense"], "no no-reference metric"),
-    (train, ["--rewards", "hps", "--reward-weights", "{}/none"], "no such folder"),
-    (train, ["--rewards", "hps", "--reward-weights", "{}/run"], "huggingface.co/xswu/HPSv2"),
-    (train, ["--rewards", "hps", "--reward-weights", "{}/judges"], "truncated"),
-    (train, ["--rewards", "maniqa"], "ckpt_koniq10k.pt is not in --reward-weights"),
-    (train, ["--rewards", "maniqa", "--reward-weights", "{}/judges"], "another model"),
-    (train, ["--rewards", "clip", "--clip-model", "ViT-Z"], "open_clip has no model 'ViT-Z'"),
-    (train, ["--rewards", "clip", "--clip-pretrained", "opanai"], "neither a file nor a tag"),
-    (train, ["--rewards", "clip", "--clip-pretrained", "openai"], "timm/vit_base_patch32_clip_224.openai"),
-    (train, ["--rewards", "clip", "--clip-model", "ViT-B-32", "--clip-pretrained", "{}/cut.pt"], "could not be loaded"),
-    (train, ["--rewards", "qwen-real"], "huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct"),
-    (train, ["--rewards", "qwen-real", "--reward-weights", "{}/judges"], "could not be loaded"),
-    (train, ["--rewards", "qwen-odd", "--qwen-server", "http://127.0.0.1:9"], "127.0.0.1:9/v1/models does not answer"),
-    (train, ["--rewards", "qwen-odd", "--qwen-server", "localhost"], "does not answer"),
-    (train, ["--qwen-answer", "maybe"], "--qwen-answer"),
-    (train, ["--judge-batch", "0"], "--judge-batch"),
-    (evaluate, ["--rewards", "hps"], "huggingface.co/xswu/HPSv2"),
-    (train, ["--group-size", "1"], "at least 2"),
-    (train, ["--score-cfg", "some"], "some"),
-    (train, ["--lr", "0"], "above 0"),
-    (train, ["--stepz", "3"], "unrecognized"),
-    (train, ["--out", "{}/run"], "holds a run"),
-    (train, ["--out", "{}/run", "--resume"], "cannot be read"),
-    (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),
-    (evaluate, ["--num", "3"], "--num"),
-    (train, ["--device", "warp"], "no such device"),
-    (sample, ["--device", "warp"], "no such device"),
-    (pretrain, ["--quick"], "overwrite the shipped weights"),
-    (pretrain, ["--stages", "critic", "--out", "{}"], "weights file"),
-    (evaluate, ["--ckpt", "{}/none"], "no such weights file"),
-    # the official models
-    (sample, ["--model", "llamagen-b-512"], "invalid choice: 'llamagen-b-512'"),
-    (sample, ["--model", "llamagen-b-256"], "vq_ds16_c2i.pt of huggingface.co/FoundationVision/LlamaGen cannot be had"),
-    (sample, ["--ckpt", "hf:nobody/nothing/x.pt"], "x.pt of huggingface.co/nobody/nothing cannot be had"),
-    (sample, ["--ckpt", "hf:nobody"], "hf:OWNER/REPO/FILE"),
-    (sample, ["--vq-ckpt", "{}/none.pt"], "none.pt: no such weights file"),
-    (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "encoder.conv_in.weight is missing"),
-    (sample, ["--ckpt", "{}/small.pt"], "is missing; this is a file of another model"),
     (sample, ["--ckpt", "{}/list.pt"], "holds no named tensors"),
     (sample, ["--ckpt", "{}/extra.pt"], "extra.weight is unknown"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight is missing"),
     (sample, ["--ckpt", "{}/shape.pt"], "norm.weight is [99], not [160]"),
     (sample, ["--ckpt", "{}/only-vq.pt"], "is missing"),
-    (sample, ["--ckpt", "{}/notes.txt"], "truncated, or holds more than tensors"),
-    (sample, ["--task", "t2i", "--model", "llamagen-b-256"], "--model llamagen-b-256 is a c2i model"),
-    (sample, ["--task", "t2i", "--text-encoder", "{}/text"], "no T5 encoder to be had there"),
-    (sample, ["--task", "t2i", "--text-encoder", "nobody/nothing"], "no T5 encoder to be had there"),
+    (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "encoder.conv_in.weight is missing"),
+    (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "--model toy-c2i is a c2i model, but --task is t2i"),
+    (evaluate, ["--model", "toy-t2i", "--ckpt", "{}/ours.safetensors"], "holds a toy-c2i model, not toy-t2i"),
+    (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
-    (sample, ["--task", "t2i", "--text-encoder", "{}/cut-t5"], "no T5 encoder to be had there"),
+    (sample, ["--task", "t2i", "--text-encoder", "{}/cut-t5"], "cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or misshapen"),
-    (sample, ["--print-files", "--ckpt", "hf:nobody"], "OWNER/REPO"),
-    (sample, ["--task", "t2i", "--print-files", "--text-encoder", "foo"], "OWNER/REPO"),
-    (sample, ["--dtype", "float8"], "invalid choice: 'float8'"),
-    (train, ["--preset", "paper"], "invalid choice: 'paper'"),
-    (train, ["--preset", "paper-c2i", "--task", "t2i"], "--task is t2i"),
+    (train, ["--rewards", "hps", "--reward-weights", "{}/judges"], "it is not whole"),
+    (train, ["--rewards", "maniqa", "--reward-weights", "{}/judges"], "another model"),
+    (train, ["--rewards", "maniqa"], "ckpt_koniq10k.pt"),
+    (train, ["--rewards", "clip", "--clip-model", "ViT-B-32", "--clip-pretrained", "{}/cut.pt"], "cannot be read"),
+    (train, ["--rewards", "qwen-real", "--reward-weights", "{}/judges"], "cannot be read"),
+    (train, ["--rewards", "qwen-odd", "--qwen-server", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    # what is asked for
+    (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
+    (train, ["--rewards", "clip=0"], "all weights are 0"),
+    (sample, ["--classes", "red circel"], "did you mean 'red circle'"),
+    (sample, ["--task", "t2i", "--prompts", "a dog"], "not in the toy world"),
     (train, ["--preset", "paper-t2i", "--classes", "goldfish"], "takes --prompts, not --classes"),
-    (train, ["--model", "llamagen-t2i-xl-256", "--prompts", "{}/none.txt"], "none.txt: no such prompt file"),
     (train, ["--model", "llamagen-t2i-xl-256"], "needs --prompts"),
-    (train, ["--adam-beta2", "1"], "--adam-beta2"),
+    # what would be written over, or not be a run
+    (pretrain, ["--quick"], "overwrite the shipped weights"),
+    (train, ["--out", "{}/run"], "holds a run"),
+    (train, ["--out", "{}/run", "--resume"], "cannot be read"),
+    (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),
+    (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
+    (train, ["--kl-coef", "inf"], "--kl-coef must be finite"),
+    (sample, ["--temperature", "nan"], "--temperature must be finite"),
+    (train, ["--stepz", "3"], "unrecognized"),
 ]  # fmt: skip
 
 
@@ -1268,6 +1377,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     "script, flags, sentence", WRONG, ids=[f"{s.__name__} {' '.join(f)}"[-60:] for s, f, _ in WRONG]
 )
 def test_what_a_user_can_do_wrong_ends_in_one_sentence(script, flags, sentence, tmp_path, capsys, monkeypatch):
+    """What fails silently otherwise: a model half loaded, a run written over, a misspelt flag."""
     wrong_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -18,14 +18,13 @@ Shapes: B images, H x W px, h x w = T tokens, D = codebook_dim, V = codebook_siz
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-@dataclass
+@dataclass(frozen=True)
 class VQConfig:
     ch_mult: tuple = (1, 1, 2, 2, 4)  # channels of each resolution level, times ch; one halving between levels
     z_channels: int = 256
@@ -33,13 +32,6 @@ class VQConfig:
     codebook_dim: int = 8  # D
     ch: int = 128
     patch: int = 1  # px folded into channels on each side, before the encoder and after the decoder
-
-
-TOKENIZERS = {  # parameters without usage buffers
-    "toy": VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4),  # 1.0M, 64 px -> 64 tokens
-    "vq-16": VQConfig(ch_mult=(1, 1, 2, 2, 4)),  # 72M, 256 px -> 256 tokens
-    "vq-8": VQConfig(ch_mult=(1, 2, 2, 4)),  # 70M, 256 px -> 1024 tokens
-}
 
 
 def group_norm(channels):
@@ -203,105 +195,27 @@ def to_uint8(images):
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights. Shared by every model of the project.
+def demo():
+    """A picture, its tokens (printed), and what the tokens turn back into (out/tokenizer.png)."""
+    import numpy as np
+    from PIL import Image
+
+    import data
+    from zoo import load_tokenizer
+
+    model = load_tokenizer("toy-c2i")
+    image = torch.from_numpy(data.render(["a red ring"], np.random.default_rng(0))) * 2 - 1  # (1, 3, 64, 64)
+    with torch.no_grad():
+        tokens = model.encode(image)  # (1, 64)
+        output = model.decode(tokens)
+    print("a 64 x 64 picture of a red ring, as 8 x 8 words of a book of 512:")
+    print("\n".join(" ".join(f"{word:3d}" for word in row) for row in tokens.view(8, 8).tolist()))
+    pair = to_uint8(torch.cat([image[0], output[0]], 2)).permute(1, 2, 0).numpy()  # (64, 128, 3)
+    os.makedirs("out", exist_ok=True)
+    Image.fromarray(pair).resize((512, 256), Image.NEAREST).save("out/tokenizer.png")
+    error = (output.clamp(-1, 1) - image).square().mean()
+    print(f"out/tokenizer.png: the picture, and what these words turn back into ({10 * torch.log10(4 / error):.1f} dB)")
 
 
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
-
-
-def find_file(where, instead="give its path: --ckpt, --vq-ckpt"):
-    """
-    The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in the Hugging Face hub's cache,
-    downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). Raises FileNotFoundError,
-    which says what to do `instead`, and ValueError for another form.
-    """
-    if not str(where).startswith("hf:"):
-        return Path(where)
-    from huggingface_hub import hf_hub_download
-
-    if str(where).count("/") < 2:
-        raise ValueError(f"{where}: a file on the hub is written hf:OWNER/REPO/FILE")
-    owner, repo, file = str(where).removeprefix("hf:").split("/", 2)
-    try:
-        return Path(hf_hub_download(f"{owner}/{repo}", file))
-    except Exception as error:  # offline, gone, refused, disk full; of several libraries' kinds
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"{file} of huggingface.co/{owner}/{repo} cannot be had ({reason}); fetch it elsewhere and {instead}"
-        ) from None
-
-
-def part_of(names, prefix):
-    """
-    {name in a file: name in the model} of the weights under `prefix`, where a file holds several models as AR-GRPO's do
-    (gpt_model.*, vq_model.* and the frozen ref_model.*, which is the base again); of all of them where it holds one.
-    """
-    several = ("gpt_model.", "vq_model.", "ref_model.")
-    if not prefix or not any(name.startswith(several) for name in names):
-        return {name: name for name in names}
-    others = tuple(set(several) - {prefix})
-    return {name: name.removeprefix(prefix) for name in names if not name.startswith(others)}
-
-
-def read_weights(path, prefix=""):
-    """
-    The tensors of a .safetensors or official .pt file, by name, on the CPU; of a file that holds several models only
-    those under `prefix`, without it. Nothing is unpickled as code.
-
-    Raises FileNotFoundError, or ValueError when the file is truncated, holds more than tensors or is of neither form.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {ours: file.get_tensor(name) for name, ours in part_of(file.keys(), prefix).items()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no checkpoint makes torch raise anything, IndexError among others
-        # only its kind: torch's own words end in advice to unpickle whatever is in it
-        kind = type(error).__name__
-        raise ValueError(f"{path}: truncated, or holds more than tensors ({kind}); fetch it again") from None
-    for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ValueError(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
-    return {ours: found[name] for name, ours in part_of(found, prefix).items()}
-
-
-def load_strict(module, weights, source, ignore=()):
-    """
-    Puts `weights` (a dict of tensors) into `module`, in the module's own dtypes. Every name and shape must agree, but
-    for names in `ignore`. Raises ValueError with the first offender; `source` is the file's name for the sentence.
-    """
-    expected = module.state_dict()
-    weights = {name: value for name, value in weights.items() if name not in ignore}
-    for name, value in expected.items():
-        if name not in weights:
-            raise ValueError(f"{source}: {name} is missing; this is a file of another model")
-        if weights[name].shape != value.shape:
-            ours, theirs = list(value.shape), list(weights[name].shape)
-            raise ValueError(f"{source}: {name} is {theirs}, not {ours}; this is a file of another model or size")
-    for name in weights:
-        if name not in expected:
-            raise ValueError(f"{source}: {name} is unknown; this is a file of another model")
-    # assign: a module built on the meta device gets its memory here
-    module.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()}, assign=True)
-    return module
-
-
-def load_tokenizer(name, path, device="cpu"):
-    """The tokenizer `name` of TOKENIZERS with the weights at `path`, frozen, in float32. Raises as those above."""
-    path = find_file(path)
-    weights = read_weights(path, "vq_model.")
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = VQModel(TOKENIZERS[name])
-    load_strict(model, weights, path, ignore=("quantize.codebook_used",))
-    return model.eval().requires_grad_(False).to(device)
+if __name__ == "__main__":
+    demo()

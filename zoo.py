@@ -1,0 +1,450 @@
+"""
+The models: which there are, where their files lie, how they are found, read and loaded.
+
+    MODELS                                a row per model: two toys in weights/, LlamaGen's on the Hugging Face hub
+    find_policy                           --ckpt, --model and --task -> the row's name, the weights' path, what they say
+    load_model, load_tokenizer, load_encoder   the three networks of a row, strictly: no weight missing, none unknown
+    captions_of, read_asked               what can be asked of a model, and how the judges are told
+    add_model_flags, run_script           what the scripts share on the command line
+
+Files are read as tensors only; nothing in them is ever executed. A file of LlamaGen's or AR-GRPO's needs no conversion.
+"""
+
+import argparse
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+from data import Mistake
+from model import ModelConfig, Transformer, rope_2d
+from tokenizer import VQConfig, VQModel
+
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
+WEIGHTS = Path(__file__).parent / "weights"
+
+SIZES = {  # layers, heads, C              parameters at the grid and vocabulary that the size was released for
+    "toy-c2i": (6, 5, 160),  # 2.3M
+    "toy-t2i": (6, 5, 160),  # 2.3M
+    "GPT-B": (12, 12, 768),  # 111M
+    "GPT-L": (24, 16, 1024),  # 343M
+    "GPT-XL": (36, 20, 1280),  # 775M
+    "GPT-XXL": (48, 24, 1536),  # 1.4B
+    "GPT-3B": (24, 32, 3200),  # 3.1B
+}
+VQ_16 = VQConfig(ch_mult=(1, 1, 2, 2, 4))  # 72M, 256 px -> 256 tokens
+VQ_TOY = VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4)  # 1.0M, 64 px -> 64 tokens
+
+
+@dataclass
+class ModelRow:
+    config: ModelConfig
+    ckpt: str | Path  # a path, or hf:OWNER/REPO/FILE on the Hugging Face hub
+    vq_ckpt: str | Path
+    vq_config: VQConfig = VQ_16
+    text_encoder: str | Path = None  # t2i only: a folder in transformers' form, or OWNER/REPO
+    text_dtype: torch.dtype = torch.bfloat16  # what the features were computed in when the model was trained
+    cfg_scale: float = 1.0  # guidance and filtering of its authors' demo (their evaluation: 1.65 to 2.0, top-k 0)
+    top_k: int = 0
+
+
+def _toy(task, **config):
+    config = ModelConfig(task, *SIZES[f"toy-{task}"], vocab_size=512, grid_size=8, **config)
+    files = WEIGHTS / f"toy-{task}.safetensors", WEIGHTS / "toy-vq.safetensors"
+    return ModelRow(config, *files, VQ_TOY, WEIGHTS / "toy-t5" if task == "t2i" else None, torch.float32)
+
+
+def _llamagen_c2i(size, grid, file):
+    config, repo = ModelConfig("c2i", *SIZES[size], grid_size=grid), "hf:FoundationVision/LlamaGen"
+    return ModelRow(config, f"{repo}/{file}", f"{repo}/vq_ds16_c2i.pt", cfg_scale=4.0, top_k=2000)
+
+
+def _llamagen_t2i(grid, file):
+    config, repo = ModelConfig("t2i", *SIZES["GPT-XL"], grid_size=grid, cond_len=120), "hf:peizesun/llamagen_t2i"
+    files = f"{repo}/{file}", f"{repo}/vq_ds16_t2i.pt"
+    return ModelRow(config, *files, text_encoder="google/flan-t5-xl", cfg_scale=7.5, top_k=1000)
+
+
+MODELS = {
+    "toy-c2i": _toy("c2i", num_classes=40),
+    "toy-t2i": _toy("t2i", caption_dim=64, cond_len=12),
+    "llamagen-b-256": _llamagen_c2i("GPT-B", 16, "c2i_B_256.pt"),
+    "llamagen-b-384": _llamagen_c2i("GPT-B", 24, "c2i_B_384.pt"),
+    "llamagen-l-256": _llamagen_c2i("GPT-L", 16, "c2i_L_256.pt"),
+    "llamagen-l-384": _llamagen_c2i("GPT-L", 24, "c2i_L_384.pt"),
+    "llamagen-xl-384": _llamagen_c2i("GPT-XL", 24, "c2i_XL_384.pt"),
+    "llamagen-xxl-384": _llamagen_c2i("GPT-XXL", 24, "c2i_XXL_384.pt"),
+    "llamagen-3b-384": _llamagen_c2i("GPT-3B", 24, "c2i_3B_384.pt"),
+    "llamagen-t2i-xl-256": _llamagen_t2i(16, "t2i_XL_stage1_256.pt"),
+    "llamagen-t2i-xl-512": _llamagen_t2i(32, "t2i_XL_stage2_512.pt"),
+}
+
+# What the paper's judges load. --reward-weights DIR is searched first: for the file, or (clip, qwen) for a folder that
+# bears the repository's name and holds its files.
+JUDGE_FILES = {
+    "clip": "hf:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors",
+    "hps": "hf:xswu/HPSv2/HPS_v2.1_compressed.pt",
+    "maniqa": "hf:chaofengc/IQA-PyTorch-Weights/ckpt_koniq10k.pt",
+    "qwen": "hf:Qwen/Qwen2.5-VL-3B-Instruct/config.json",
+}
+
+
+def is_toy(name):
+    return name.startswith("toy-")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def reading(what, remedy):
+    """Whatever a library raises inside (each has kinds of its own for what is absent or cut) becomes a Mistake."""
+    try:
+        yield
+    except (Mistake, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # the first sentence, because libraries explain at length, and torch advises to unpickle whatever it is
+        reason = re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0][:200]
+        raise Mistake(f"{what} cannot be read ({reason}); {remedy}") from None
+
+
+def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
+    """
+    The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in `folder`, or in the Hugging Face
+    hub's cache, downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads).
+    Raises Mistake, which names the `flag` that takes another file, and FileNotFoundError.
+    """
+    if not str(where).startswith("hf:"):
+        if not Path(where).is_file():
+            raise FileNotFoundError(f"{where}: no such weights file")
+        return Path(where)
+    from huggingface_hub import hf_hub_download
+
+    if str(where).count("/") < 2:
+        raise Mistake(f"{where}: a file on the hub is written hf:OWNER/REPO/FILE")
+    owner, repo, file = str(where).removeprefix("hf:").split("/", 2)
+    if folder and (Path(folder) / file).is_file():
+        return Path(folder) / file
+    with reading(f"{file} of huggingface.co/{owner}/{repo}", f"fetch it elsewhere and give it with {flag}"):
+        return Path(hf_hub_download(f"{owner}/{repo}", file))
+
+
+def find_policy(ckpt=None, model=None, task=None):
+    """
+    (name of MODELS, path of the weights, header) from --ckpt, --model and --task. A folder stands for the policy inside
+    it, and our own files say in their header which model they are. `path` is the row's own where no --ckpt is given.
+
+    header: step (0: not a file of ours), text_pad and cfg_scale that the policy was trained with, or the row's own.
+    Raises Mistake if the three disagree, FileNotFoundError.
+    """
+    path, found = None, {}
+    if ckpt:
+        folder = Path(ckpt)
+        path = find_file(folder / "policy.safetensors" if folder.is_dir() else ckpt)
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with reading(path, "it is not whole: fetch it again"), safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+    written_by = found.get("model") if found.get("model") in MODELS else None
+    name = model or written_by or f"toy-{task or 'c2i'}"
+    if written_by not in (None, name):
+        raise Mistake(f"{path} holds a {written_by} model, not {name}; all weights must be of one model")
+    row = MODELS[name]
+    if task not in (None, row.config.task):
+        raise Mistake(f"--model {name} is a {row.config.task} model, but --task is {task}")
+    found = found if written_by else {}
+    header = dict(
+        step=int(found.get("step", 0)),
+        text_pad=found.get("text_pad", "left"),
+        cfg_scale=float(found.get("cfg_scale", row.cfg_scale)),
+    )
+    return name, path or row.ckpt, header
+
+
+def part_of(names, prefix):
+    """
+    {name in a file: name in the model} of the weights under `prefix`, where a file holds several models as AR-GRPO's do
+    (gpt_model.*, vq_model.* and the frozen ref_model.*, which is the base again); of all of them where it holds one.
+    """
+    several = ("gpt_model.", "vq_model.", "ref_model.")
+    if not prefix or not any(name.startswith(several) for name in names):
+        return {name: name for name in names}
+    others = tuple(set(several) - {prefix})
+    return {name: name.removeprefix(prefix) for name in names if not name.startswith(others)}
+
+
+def read_weights(path, prefix=""):
+    """
+    The tensors of a .safetensors or official .pt file, by name, on the CPU; of a file that holds several models only
+    those under `prefix`, without it. Raises Mistake when the file is cut, holds more than tensors or is of neither
+    form.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with reading(path, "it is not whole: fetch it again"), safe_open(path, framework="pt") as file:
+            return {ours: file.get_tensor(name) for name, ours in part_of(file.keys(), prefix).items()}
+    with reading(path, "it is not whole, or holds more than tensors: fetch it again"):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise Mistake(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
+    return {ours: found[name] for name, ours in part_of(found, prefix).items()}
+
+
+def load_strict(module, weights, source, ignore=()):
+    """
+    Puts `weights` (a dict of tensors) into `module`, in the module's own dtypes. Every name and shape must agree,
+    except names in `ignore`. Raises Mistake with the first offender; `source` is the file's name for the sentence.
+    """
+    expected = module.state_dict()
+    weights = {name: value for name, value in weights.items() if name not in ignore}
+    for name in [*expected, *weights]:
+        if name not in weights or name not in expected:
+            kind = "missing" if name in expected else "unknown"
+            raise Mistake(f"{source}: {name} is {kind}; this is a file of another model")
+        if weights[name].shape != expected[name].shape:
+            ours, theirs = list(expected[name].shape), list(weights[name].shape)
+            raise Mistake(f"{source}: {name} is {theirs}, not {ours}; this is a file of another model or size")
+    # assign: a module built on the meta device gets its memory here
+    module.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()}, assign=True)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def load_model(name, path=None, device="cpu"):
+    """
+    The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
+    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises Mistake, FileNotFoundError.
+    """
+    path = find_file(path or MODELS[name].ckpt)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = Transformer(MODELS[name].config)
+    load_strict(model, read_weights(path, "gpt_model."), path, ignore=("freqs_cis",))
+    model.rope = rope_2d(model.config)
+    return model.eval().to(device)
+
+
+def load_tokenizer(name, path=None, device="cpu"):
+    """The image tokenizer of the model `name`, frozen, in float32. Raises as `load_model`."""
+    path = find_file(path or MODELS[name].vq_ckpt)
+    with torch.device("meta"):
+        model = VQModel(MODELS[name].vq_config)
+    load_strict(model, read_weights(path, "vq_model."), path, ignore=("quantize.codebook_used",))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_encoder(name, path=None, device="cpu"):
+    """
+    The function encode(asked, pad="left") of the model `name`: from a list of B labels or B captions to (cond,
+    cond_mask), the transformer's conditioning: labels (B,) and None, or text features (B, P, caption_dim) and (B, P).
+    """
+    row = MODELS[name]
+    if row.config.task == "t2i":
+        return TextEncoder(path or row.text_encoder, row.config, device, row.text_dtype)
+    return lambda labels, pad=None: (torch.tensor(labels, device=device), None)
+
+
+class TextEncoder:
+    """
+    The frozen T5 encoder: captions -> (features (B, P, caption_dim) float32, mask (B, P) bool).
+
+    pad="left": LlamaGen's form. The text stands next to the image, because token 0 is predicted from position P - 1,
+    and padding features are zero. pad="right": the form of the released AR-GRPO, for weights that were trained with it.
+    Padding stands next to the image and keeps what T5 makes of it, so token 0 is predicted from that.
+
+    path is a folder in transformers' form or OWNER/REPO on the Hugging Face hub. Raises Mistake.
+    """
+
+    def __init__(self, path, config, device="cpu", dtype=torch.float32):
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one per file, amid our own lines
+        self.cond_len, self.device = config.cond_len, device
+        with reading(f"--text-encoder {path}", "give a folder that holds a T5 encoder, or connect to the internet"):
+            self.words = AutoTokenizer.from_pretrained(path)
+            self.t5, info = T5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        for name in [*info["missing_keys"], *info["mismatched_keys"]]:  # transformers only warns, and fills in noise
+            raise Mistake(f"--text-encoder {path}: {name} is missing or misshapen; fetch the files again")
+        if (width := self.t5.config.d_model) != config.caption_dim:
+            raise Mistake(f"--text-encoder {path}: its features are {width} wide, the model's {config.caption_dim}")
+        self.t5.eval().requires_grad_(False).to(device)
+
+    def __call__(self, captions, pad="left"):
+        distinct = list(dict.fromkeys(captions))  # a step may ask for a prompt twice; it is read once
+        options = dict(max_length=self.cond_len, padding="max_length", truncation=True, return_tensors="pt")
+        found = self.words([data.clean_caption(caption) for caption in distinct], **options).to(self.device)
+        # T5 was trained and is run in its own dtype: under autocast its float32 parts would be rounded too
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            features = self.t5(found.input_ids, found.attention_mask).last_hidden_state.float()
+        mask = found.attention_mask
+        features, mask = left_pad(features, mask) if pad == "left" else (features, mask.bool())
+        which = torch.tensor([distinct.index(caption) for caption in captions], device=mask.device)
+        return features[which], mask[which]
+
+
+def left_pad(features, mask):
+    """Right-padded features (B, P, C) and mask (B, P) -> the same with padding zeroed and moved to the left."""
+    order = mask.argsort(dim=-1, stable=True)  # padding (0) first, text (1) last in its own order
+    mask = mask.gather(-1, order).bool()
+    features = features.gather(1, order[..., None].expand_as(features))
+    return features * mask[..., None], mask
+
+
+def autocast(device, dtype):
+    """
+    The precision of sampling and scoring: weights stay float32; with dtype bfloat16 the layers' matrix products are
+    taken in it. Logits, softmax, loss and the tokenizer are float32 always. A context manager.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is asked of a model
+
+# One picture of each colour and each shape at least once, so that the first grid shows the whole toy world.
+DEFAULT_CLASSES = ("red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
+                   "orange triangle", "white circle")  # fmt: skip
+
+
+def class_names(model):
+    """The class names of a c2i model: the toy's 40 or ImageNet's 1,000."""
+    return data.TOY_CLASSES if is_toy(model) else data.imagenet_classes()
+
+
+def captions_of(model, asked, names=None):
+    """
+    What the judges read: t2i captions as they are, c2i labels as "a photo of a red circle". `names` replaces the
+    model's own class names.
+    """
+    if MODELS[model].config.task == "t2i":
+        return list(asked)
+    names = names or class_names(model)
+    # for ImageNet the release's form, without an article
+    return [data.class_caption(names[k]) if is_toy(model) else f"a photo of {names[k]}" for k in asked]
+
+
+def read_asked(model, classes=None, prompts=None):
+    """What --classes and --prompts ask of a model: a list of labels or of captions. Raises Mistake."""
+    task = MODELS[model].config.task
+    if (prompts if task == "c2i" else classes) is not None:
+        flag, other = ("--prompts", "--classes") if task == "c2i" else ("--classes", "--prompts")
+        raise Mistake(f"{model} is a {task} model: it takes {other}, not {flag}")
+    if task == "c2i":
+        classes = classes or (DEFAULT_CLASSES if is_toy(model) else range(8))
+        return [data.find_class(c, class_names(model)) for c in classes]
+    if not prompts and not is_toy(model):
+        raise Mistake(f"{model} needs --prompts: captions, or .txt, .json and .jsonl files of them")
+    found = []
+    for prompt in prompts or data.balanced_captions(6):
+        is_file = prompt.endswith((".txt", ".json", ".jsonl"))
+        found += data.read_prompts(prompt) if is_file else [prompt]
+    # the toy's in the one form that its text encoder has read; refuses what would draw nonsense
+    return [data.toy_caption(caption) for caption in found] if is_toy(model) else found
+
+
+def fixed_asked(model, n):
+    """The n labels or captions that every evaluation of a model uses: all in turn."""
+    config = MODELS[model].config
+    return [k % config.num_classes for k in range(n)] if config.task == "c2i" else data.balanced_captions(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line, as far as the scripts share it
+
+
+def script_parser(doc):
+    """An argparse parser that prints `doc` as it is and takes no abbreviated flags."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+
+
+def add_model_flags(add):
+    """The flags that train.py, sample.py and evaluate.py share: which model, its files, where it runs."""
+    add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
+    add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
+    add("--vq-ckpt", metavar="PATH", help="the tokenizer's weights, or hf:OWNER/REPO/FILE (default: the model's own)")
+    add("--text-encoder", metavar="PATH", help="t2i: folder or OWNER/REPO of the T5 encoder (default: the model's own)")
+    add("--text-pad", choices=("left", "right"), help="t2i: the side on which captions are padded; right for the "
+        "released AR-GRPO weights (default: what our own --ckpt was trained with, else left, as LlamaGen)")  # fmt: skip
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the layers' matrix products; weights, logits and loss are "
+        "float32 (default bfloat16 on a GPU, else float32)")  # fmt: skip
+
+
+def settle_device(args):
+    """
+    Sets --dtype where it was left open, and has GPUs take float32 convolutions in float32. Raises Mistake unless torch
+    can put a tensor on --device.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # the tokenizer's and the judges'; True is torch's default
+    with reading(f"--device {args.device}", "leave it out to take what there is"):
+        torch.empty(0, device=args.device)
+    if getattr(args, "dtype", "float32") is None:
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+
+
+def check_range(args, **least):
+    """Raises Mistake unless each flag is finite and at least the number that is given for it. None is left alone."""
+    for name, low in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value < 2**40:  # also refuses NaN
+                raise Mistake(f"--{name.replace('_', '-')} must be finite and at least {low:g}, not {value}")
+
+
+def print_files(name, args):
+    """Prints each file of the model `name` and of the paper's judges, its source, and whether it is here."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    row = MODELS[name]
+    parts = [("transformer", "--ckpt PATH", args.ckpt or row.ckpt)]
+    parts += [("tokenizer", "--vq-ckpt PATH", args.vq_ckpt or row.vq_ckpt)]
+    if row.config.task == "t2i":
+        parts += [("text encoder", "--text-encoder PATH", args.text_encoder or row.text_encoder)]
+    if not is_toy(name):
+        parts += [(f"judge {judge}", "--reward-weights DIR", where) for judge, where in JUDGE_FILES.items()]
+    for part, flag, where in parts:
+        if Path(where).exists():
+            print(f"{part:13}{where}: here; another file: {flag}")
+            continue
+        owner, _, repo = str(where).removeprefix("hf:").partition("/")
+        repo, *file = repo.split("/", 1)
+        if not (owner and repo):
+            raise Mistake(f"{where}: neither here nor of the form OWNER/REPO, as the hub has it")
+        found = try_to_load_from_cache(f"{owner}/{repo}", file[0] if file else "config.json")
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{owner}--{repo}"
+        state = f"here: {found}" if isinstance(found, str) else f"not here; expected under {cache}/snapshots"
+        print(f"{part:13}{file[0] if file else repo}, from https://huggingface.co/{owner}/{repo}")
+        print(f"{'':13}{state}; downloaded on first use, or give {flag}")
+
+
+def run_script(parse_args, run, argv=None, stopped=lambda args: "stopped"):
+    """
+    run(parse_args(argv)). What the user can mend, a Mistake or an OSError, ends in its own sentence and exit code 1,
+    Ctrl-C in what stopped(args) returns. Anything else is a bug, of ours or of a reader who changed the code, and keeps
+    its traceback.
+    """
+    script = Path(sys.modules[run.__module__].__file__).name
+    args = None
+    try:
+        args = parse_args(argv)
+        run(args)
+    except (Mistake, OSError) as error:
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{script}: {stopped(args)}")
