@@ -40,11 +40,12 @@ import train
 import zoo
 from data import Mistake
 from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, sampler_gap, token_logprobs
-from model import ModelConfig, Transformer, keep_likeliest, rope_2d, sample_row
+from model import ModelConfig, Transformer, keep_likeliest, sample_row
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
 from zoo import MODELS, load_encoder, load_model, load_tokenizer
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # on a busy machine two threads, which wait for each other, take ten times as long
 C2I = ModelConfig("c2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, num_classes=5)
 T2I = ModelConfig("t2i", n_layer=2, n_head=2, dim=32, vocab_size=24, grid_size=3, caption_dim=16, cond_len=6)
 BOTH = pytest.mark.parametrize("config", [C2I, T2I], ids=["c2i", "t2i"])
@@ -125,29 +126,22 @@ def naive_logits(model, cond, tokens, cond_mask, null=False):
 @BOTH
 def test_the_forward_pass_is_the_one_written_out_in_loops(config):
     """RoPE with rows and columns swapped, a mask off by one, or another eps: pictures stay plausible, weights differ."""
-    model, (cond, mask) = tiny(config), tiny_cond(config)
+    model, (cond, mask), tokens = tiny(config), tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1))
     model.norm.weight.data.uniform_(0.5, 2)
-    tokens = torch.randint(24, (4, 9), generator=seeded(1))
     with torch.no_grad():
-        ours = model(cond, tokens, mask)
-        without = model(model.cls_embedding.null(cond), tokens, mask)
-    for i in (1, 3):
-        row_mask = None if mask is None else mask[i]
-        for null, found in ((False, ours), (True, without)):
-            naive = naive_logits(model, cond[i], tokens[i], row_mask, null)
-            assert torch.allclose(found[i].double(), naive, atol=2e-5)
+        ours, without = (model(c, tokens, mask) for c in (cond, model.cls_embedding.null(cond)))
+    for i, null in itertools.product((1, 3), (False, True)):
+        naive = naive_logits(model, cond[i], tokens[i], None if mask is None else mask[i], null)
+        assert torch.allclose((without if null else ours)[i].double(), naive, atol=2e-5)
 
 
 @BOTH
 def test_no_token_sees_itself_or_what_comes_after_it(config):
     """A causal mask or a shift that is off by one: the model reads the answer, and every log-probability is too good."""
-    model, (cond, mask) = tiny(config), tiny_cond(config, 2)
-    tokens = torch.randint(24, (2, 9))
-    logits = model(cond, tokens, mask)
+    model, (cond, mask), tokens = tiny(config), tiny_cond(config, 2), torch.randint(23, (2, 9))
     for t in range(9):
-        changed = tokens.clone()
-        changed[:, t] = (changed[:, t] + 1) % 24
-        differs = (model(cond, changed, mask) - logits).abs().amax((0, 2)) > 1e-6
+        changed = tokens + (torch.arange(9) == t)
+        differs = (model(cond, changed, mask) - model(cond, tokens, mask)).abs().amax((0, 2)) > 1e-6
         assert not differs[: t + 1].any() and (t == 8 or differs[t + 1])
 
 
@@ -171,15 +165,11 @@ def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, to
 def test_a_token_without_probability_is_never_drawn(monkeypatch):
     """Inverting the distribution function at a draw of exactly 0 falls on the first token, whatever its probability."""
     logp = torch.tensor([-INF, math.log(0.25), -INF, math.log(0.75), -INF])
-    drawn = sample_row(logp.expand(8000, 5), seeded(0))
-    assert set(drawn.tolist()) == {1, 3} and (drawn == 1).float().mean() == pytest.approx(0.25, abs=0.02)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
     assert sample_row(logp[None]).item() == 1
 
 
-@pytest.mark.parametrize(
-    "top_k, top_p", [(1, 1.0), (3, 1.0), (7, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)]
-)
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (3, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)])
 def test_filtering_keeps_the_likeliest_and_renormalises(top_k, top_p):
     """k - 1 tokens in place of k, or a nucleus that leaves out the token which crosses p: samples grow dull, no error."""
     logp = torch.randn(16, 7, generator=seeded(0)).mul(2).log_softmax(-1)
@@ -210,8 +200,7 @@ def test_bfloat16_rounds_the_layers_and_neither_weights_nor_logits():
         tokens, old = model.generate(cond, mask, generator=seeded(0))
         new, _ = token_logprobs(model, cond, tokens, mask)
     assert (new - old).abs().mean() < 0.02
-    assert rounded.dtype == old.dtype == torch.float32 and model.output.weight.dtype == torch.float32
-    assert 1e-5 < (rounded - exact).abs().max() < 0.2
+    assert 1e-5 < (rounded - exact).abs().max() < 0.2 and model.output.weight.dtype == torch.float32
     assert (rounded.bfloat16().float() != rounded).float().mean() > 0.9  # the head itself was not rounded
 
 
@@ -231,47 +220,40 @@ def fill(name, shape):
     return torch.from_numpy((gain * noise / np.sqrt(int(np.prod(shape[1:])))).astype(np.float32))
 
 
-def official(name, build):
-    """(vectors, the network that `build` makes of the official arguments, filled; every name must be the official one)"""
+def official(name):
+    """(vectors, the network of the official configuration, with filled weights under the official names and no others)"""
     vectors = np.load(HERE / f"assets/official-{name}.npz")
     meta = json.loads(str(vectors["meta"]))
-    weights = {name: fill(name, shape) for name, shape in meta["shapes"].items()}
-    with torch.device("meta"):
-        model = build(meta["args"])
-    model = zoo.load_strict(model, weights, name, ignore=("quantize.codebook_used",)).eval().requires_grad_(False)
+    a, filled = meta["args"], {name: fill(name, shape) for name, shape in meta["shapes"].items()}
+    if name == "vq":
+        sizes = tuple(a["encoder_ch_mult"]), a["z_channels"], a["codebook_size"], a["codebook_embed_dim"]
+        model = VQModel(VQConfig(*sizes))
+    else:
+        sizes = a["n_layer"], a["n_head"], a["dim"], a["vocab_size"], math.isqrt(a["block_size"])
+        text = a.get("num_classes", 1000), a.get("caption_dim", 2048), a["cls_token_num"]
+        model = Transformer(ModelConfig(name, *sizes, *text))
+    model = zoo.load_strict(model, filled, name, ignore=("quantize.codebook_used",)).eval().requires_grad_(False)
     return {key: torch.from_numpy(vectors[key]) for key in vectors.files if key != "meta"}, model
-
-
-def official_transformer(args):
-    return Transformer(ModelConfig(
-        args["model_type"], args["n_layer"], args["n_head"], args["dim"], args["vocab_size"],
-        math.isqrt(args["block_size"]), args.get("num_classes", 1000), args.get("caption_dim", 2048),
-        args["cls_token_num"],
-    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["c2i", "t2i"])
 def test_the_transformer_agrees_with_the_official_code(name):
     """Names, shapes, RoPE, norms, masks, guidance: what differs here draws other pictures from official weights."""
-    found, model = official(name, official_transformer)
-    model.rope = rope_2d(model.config)
+    found, model = official(name)
     cond, tokens, mask = found["cond"], found["tokens"].long(), found.get("mask")
-    logits = model(cond, tokens, mask)
-    logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    logprobs = model(cond, tokens, mask).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     assert (logprobs - found["logprobs"]).abs().max() < 1e-4
-    greedy = [key for key in found if key.startswith("greedy")]
+    greedy = {key: value.long() for key, value in found.items() if key.startswith("greedy")}  # greedy_cfg2.0_int5
     assert len(greedy) >= 2
-    for key in greedy:  # greedy_cfg2.0_int5
-        scale, interval = key.removeprefix("greedy_cfg").split("_int")
-        ours, _ = model.generate(cond, mask, cfg_scale=float(scale), cfg_interval=int(interval), temperature=0)
-        assert torch.equal(ours, found[key].long()), key
+    for key, expected in greedy.items():
+        scale, interval = (float(part) for part in key.removeprefix("greedy_cfg").split("_int"))
+        ours, _ = model.generate(cond, mask, cfg_scale=scale, cfg_interval=interval, temperature=0)
+        assert torch.equal(ours, expected), key
 
 
 def test_the_tokenizer_agrees_with_the_official_code():
     """A padding on the wrong side or a codebook that is not normalised: pictures only look a little soft."""
-    found, model = official("vq", lambda args: VQModel(VQConfig(
-        tuple(args["encoder_ch_mult"]), args["z_channels"], args["codebook_size"], args["codebook_embed_dim"]
-    )))  # fmt: skip
+    found, model = official("vq")
     assert torch.equal(model.encode(found["image"]), found["encoded"].long())
     assert (model.decode(found["codes"].long()) - found["decoded"]).abs().max() < 1e-3
 
@@ -332,11 +314,9 @@ def test_advantages_compare_inside_the_group(judged):
     """One group of all N, or a biased std, learns as well at first; an eps of 1e-8 blows nearly equal rewards up."""
     expected = [a for k in range(0, 20, 4) for a in normalised(judged[k : k + 4].tolist())]
     assert group_advantages(judged, 4).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-4)
-
-
-def test_equal_rewards_give_exactly_zero_advantage():
-    """Rounding of the mean, divided by 1e-4, would otherwise push the policy about at random."""
-    for value in (0.1, 1 / 3, 1e6, -7.7):
+    many = torch.randn(400, generator=seeded(0)).masked_fill(torch.rand(400, generator=seeded(1)) < 0.3, NAN)
+    assert not group_advantages(many, 4)[many.isnan()].any()  # exactly 0, too
+    for value in (0.1, 1 / 3, 1e6, -7.7):  # equal: the rounding of a mean, divided by 1e-4, would be a push at random
         assert not group_advantages(torch.full((24,), value), 8).any()
         assert not decoupled_advantages({"a": torch.full((24,), value)}, {"a": 1.0}, 8).any()
 
@@ -366,17 +346,16 @@ def test_the_loss_is_the_equation_token_by_token():
     logprobs, A = -torch.rand(5, 7, generator=seeded(0)) * 3, torch.tensor([1.3, 0, -0.4, -2, -0.6])
     old, ref = logprobs + 0.4 * torch.randn(2, 5, 7, generator=seeded(1))
     loss, stats = grpo_loss(logprobs, old, ref, A, clip_eps=0.3, kl_coef=0.7)
-    sums, cut = dict.fromkeys(("loss", "kl", "ratio", "clip_frac"), 0.0), {True: 0, False: 0}
+    terms, cut = [], {True: 0, False: 0}  # by the sign of the advantage
     for i, t in itertools.product(range(5), range(7)):
         rho, a, d = math.exp(logprobs[i, t] - old[i, t]), A[i].item(), float(ref[i, t] - logprobs[i, t])
-        kl = math.exp(d) - d - 1
-        cut[a > 0] += (a > 0 and rho > 1.3) or (a < 0 and rho < 0.7)
-        terms = -min(rho * a, min(max(rho, 0.7), 1.3) * a) + 0.7 * kl, kl, rho, 0
-        sums = {name: total + term for (name, total), term in zip(sums.items(), terms, strict=True)}
+        kl, is_cut = math.exp(d) - d - 1, (a > 0 and rho > 1.3) or (a < 0 and rho < 0.7)
+        cut[a > 0] += is_cut
+        terms.append((-min(rho * a, min(max(rho, 0.7), 1.3) * a) + 0.7 * kl, kl, rho, is_cut, abs(rho - 1)))
     assert min(cut.values()) > 1  # both sides were reached
-    sums["clip_frac"] = cut[True] + cut[False]
-    expected = {name: pytest.approx(value / 35, abs=1e-5) for name, value in sums.items()}
-    assert {name: value.item() for name, value in stats.items()} == expected and loss.item() == expected["loss"]
+    found = [loss, *(stats[name] for name in ("loss", "kl", "ratio", "clip_frac")), sampler_gap(logprobs, old)]
+    means = np.mean(terms, 0)
+    assert [value.item() for value in found] == pytest.approx([means[0], *means], abs=1e-5)
 
 
 def test_the_kls_value_and_gradient_are_those_that_its_comment_names():
@@ -394,24 +373,13 @@ def test_the_kls_value_and_gradient_are_those_that_its_comment_names():
     assert torch.allclose(theta.grad, p - ref.exp())  # the gradient of KL(ref || pi)
 
 
-def test_kl_is_never_negative_and_keeps_its_digits():
+def test_a_small_kl_keeps_its_digits():
     """e^d - 1 - d of a small d is all rounding: a KL that is negative now and then, and a first step of noise."""
     logprobs = torch.randn(64, 9, generator=seeded(0)) * 3
-    assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
     near = logprobs + torch.randn(64, 9, generator=seeded(1)) * 1e-4
     kl = grpo_loss(logprobs, logprobs, near, torch.zeros(64))[1]["kl"]
     assert kl == pytest.approx(float((near - logprobs).double().square().mean() / 2), rel=0.01)
-    each = zip(logprobs.view(-1, 1, 1), near.view(-1, 1, 1), strict=True)
-    assert all(grpo_loss(a, a, b, torch.zeros(1))[1]["kl"] >= 0 for a, b in each)
-
-
-def test_the_sampler_gap_is_a_mean_of_absolute_differences():
-    """The mean of the ratio is 1 in expectation whatever was sampled; only the absolute value shows a gap."""
-    a, b = torch.randn(2, 3, 4, generator=seeded(0))
-    pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
-    expected = statistics.fmean(abs(math.exp(x) / math.exp(y) - 1) for x, y in pairs)
-    assert sampler_gap(a.requires_grad_(), b).item() == pytest.approx(expected, rel=1e-5)
-    assert not sampler_gap(a, b).requires_grad
+    assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
 
 
 # GRPO: the loop, next to the same algorithm written down once more ---------------------------------------------------
@@ -452,7 +420,7 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
         if each:
             A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
         optimizer.param_groups[0]["lr"] = lr = 2e-4 * (3 - step) / 3 if falls else 2e-4
-        sums = dict.fromkeys(("kl", "ratio", "clip_frac"), 0.0)
+        sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
         for _ in range(updates):
             gradient = [torch.zeros_like(p) for p in trained]
             for rows in (slice(0, 4), slice(4, 6)):
@@ -469,9 +437,7 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
             for p, g in zip(trained, gradient, strict=True):
                 p.grad = g * min(1, most / norm)
             optimizer.step()
-        found.append(
-            dict(reward=reward.mean().item(), lr=lr, grad_norm=norm, advantage_max=A.abs().max().item(), **sums)
-        )
+        found.append(sums | dict(grad_norm=norm))
     return policy, found
 
 
@@ -498,10 +464,9 @@ def test_three_steps_of_the_loop_are_the_algorithm(case, tmp_path, monkeypatch):
     ours, (theirs, steps) = load_model(f"toy-{task}", tmp_path / "policy.safetensors"), by_hand(task, **options)
     for row, expected in zip(read_metrics(tmp_path), steps, strict=True):
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    gap, moved = (
-        torch.cat([(a - b).abs().flatten() for a, b in zip(ours.parameters(), other.parameters(), strict=True)])
-        for other in (theirs, load_model(f"toy-{task}"))
-    )
+    models = ours, theirs, load_model(f"toy-{task}")
+    ours, theirs, base = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
+    gap, moved = (ours - theirs).abs(), (ours - base).abs()
     # AdamW divides a gradient by its size: one weight in 100,000 has a gradient that is little more than rounding
     assert (gap > 1e-6).double().mean() < 1e-4 and gap.max() < 2e-5 and moved.mean() > 1e-5
     assert case != "c2i-guided" or all(row["grad_norm"] > 0.2 for row in steps)  # the gradient's norm was cut
@@ -520,8 +485,6 @@ def test_frechet_distance_is_the_closed_form():
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real).sum()
     expected = np.linalg.norm(a.mean(0) - b.mean(0)) ** 2 + np.trace(cov_a) + np.trace(cov_b) - 2 * root
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert evaluate.frechet_distance(a + 1, a) == pytest.approx(5, rel=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -531,10 +494,7 @@ def test_precision_and_recall_are_what_brute_force_counts(k):
     samples, renders = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
 
     def share(points, members):
-        reach = [
-            sorted(math.dist(m, other) for other in np.delete(members, i, 0))[k - 1] for i, m in enumerate(members)
-        ]
-        balls = list(zip(members, reach, strict=True))
+        balls = [(m, sorted(math.dist(m, other) for other in members)[k]) for m in members]  # [0] is its own distance
         return np.mean([any(math.dist(p, m) <= r for m, r in balls) for p in points])
 
     found = evaluate.precision_recall(samples, renders, k)
@@ -544,36 +504,31 @@ def test_precision_and_recall_are_what_brute_force_counts(k):
 
 def test_the_mean_entropy_is_over_pictures_and_without_guidance():
     """A mean of batches' means weighs the last, short batch too much."""
-    model, asked = load_model("toy-c2i"), [0, 7, 39]
-    tokens, _ = model.generate(torch.tensor(asked), generator=seeded(0))
-    with torch.no_grad():
-        p = model(torch.tensor(asked), tokens).double().softmax(-1)
-    found = evaluate.mean_entropy(model, load_encoder("toy-c2i"), asked, tokens, batch_size=2)
+    model, labels = load_model("toy-c2i"), torch.tensor([0, 7, 39])
+    tokens, _ = model.generate(labels, generator=seeded(0))
+    p = model(labels, tokens).detach().double().softmax(-1)
+    found = evaluate.mean_entropy(model, load_encoder("toy-c2i"), labels.tolist(), tokens, batch_size=2)
     assert found == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_judges_means_are_over_all_pictures_that_they_judged():
     """A mean of batches' means, or a missing judgement that counts as 0."""
+    judges = dict(bright=lambda x, _: x.mean((1, 2, 3)), read=lambda _, said: torch.tensor([*map(float, said)]))
     images = torch.rand(5, 3, 8, 8)
-    judges = dict(bright=lambda images, prompts: images.mean((1, 2, 3)), first=lambda images, prompts: torch.tensor(
-        [float(prompt) for prompt in prompts]))  # fmt: skip
     found = evaluate.mean_rewards(images, ["1", "nan", "3", "inf", "8"], judges, "cpu", 2)
-    assert found == pytest.approx({"reward: bright": images.mean().item(), "reward: first": 4, "missing: first": 0.4})
-    silent = evaluate.mean_rewards(images, ["nan"] * 5, dict(first=judges["first"]))
-    assert silent == {"missing: first": 1}  # no mean: 0 would be read as the worst verdict
+    assert found == pytest.approx({"reward: bright": images.mean().item(), "reward: read": 4, "missing: read": 0.4})
+    judges.pop("bright")  # and no mean where nothing was judged: 0 would be read as the worst verdict
+    assert evaluate.mean_rewards(images, ["nan"] * 5, judges) == {"missing: read": 1}
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
     """GenEval's: a category of which more pictures happen to be asked weighs no more than another."""
-    captions = [data.T2I_CAPTIONS["single object"][0]] * 6 + [data.T2I_CAPTIONS["counting"][0]] * 2
+    captions = ["a circle"] * 6 + ["two circles"] * 2
     images = data.render(captions, np.random.default_rng(0))
     images[[0, 6]] = 0
-    found = data.share_right(images, captions, "t2i")
-    assert found == pytest.approx({"all": (5 / 6 + 1 / 2) / 2, "single object": 5 / 6, "counting": 1 / 2})
-    classes = ["a red circle", "a red circle", "a blue ring"]
-    images = data.render(classes, np.random.default_rng(0))
-    images[2] = 0
-    assert data.share_right(images, classes, "c2i") == pytest.approx({"all": 2 / 3, "circle": 1, "ring": 0})
+    parts = {"single object": 5 / 6, "counting": 1 / 2}
+    assert data.share_right(images, captions, "t2i") == pytest.approx({"all": (5 / 6 + 1 / 2) / 2} | parts)
+    assert data.share_right(images, captions, "c2i") == pytest.approx({"all": 6 / 8, "circle": 6 / 8})
 
 
 def read_metrics(folder):
@@ -645,9 +600,6 @@ def test_captions_are_cleaned_as_llamagens_were(caption, cleaned):
     assert data.clean_caption(caption) == cleaned
 
 
-# the tokenizer -------------------------------------------------------------------------------------------------------
-
-
 def test_the_toy_tokenizer_round_trips():
     """A tokenizer that loses shapes or colours would put a ceiling on every result without a word."""
     tokenizer = load_tokenizer("toy-c2i")
@@ -681,8 +633,7 @@ def test_the_verifier_refuses_malformed_pictures():
     half = image.copy()
     half[:, :, : int(data.find_objects(image)[0][0]["x"])] = 0.1
     assert not data.satisfies(half, "a red circle")
-    noise = rng.random((3, 64, 64)).astype(np.float32)
-    assert not data.satisfies(noise, "a circle") and not data.satisfies(np.zeros((3, 64, 64)), "a circle")
+    assert not any(data.satisfies(picture, "a circle") for picture in (rng.random((3, 64, 64)), np.zeros((3, 64, 64))))
 
 
 def test_captions_parse_and_wrong_ones_exclude_them():
@@ -693,7 +644,6 @@ def test_captions_parse_and_wrong_ones_exclude_them():
         assert data.category_of(caption) == data.category_of(wrong) == category
         assert data.meaning(wrong) != data.meaning(caption)
     assert data.meaning("a circle left of a square") == data.meaning("a square right of a circle")
-    assert data.parse("two crosses") == ([(2, None, "cross")], None)
     assert data.toy_caption("Two circles.") == "a photo of two circles"
     for caption in ("a red banana", "a cyan circle", "a red circle left of a blue square"):
         with pytest.raises(Mistake, match=r"banana|never learned"):
@@ -723,42 +673,21 @@ def test_prompt_files_of_every_form(tmp_path):
 
 def test_the_toy_judges_rank_right_above_wrong():
     """Loaded into the wrong places, or shown another range of pixels, they still return numbers."""
-    judges = rewards.load_judges(["clip", "realism"])
-    rng = np.random.default_rng(0)
-    single = [data.class_caption(name) for name in data.TOY_CLASSES]  # what realism knows
-    captions = single + data.balanced_captions(60)
-    images = torch.from_numpy(data.render(captions, rng)) * 2 - 1
-    tokenizer = load_tokenizer("toy-c2i")  # judges only ever see what it decoded
-    with torch.no_grad():
-        images = to_unit(tokenizer.decode(tokenizer.encode(images)))
+    judges, rng = rewards.load_judges(["clip", "realism"]), np.random.default_rng(0)
+    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(60)
+    renders, tokenizer = torch.from_numpy(data.render(captions, rng)) * 2 - 1, load_tokenizer("toy-c2i")
+    with torch.no_grad():  # judges only ever see what the tokenizer decoded
+        images = to_unit(tokenizer.decode(tokenizer.encode(renders)))
     right, _ = rewards.judge_images(judges, images, captions)
     wrong, seconds = rewards.judge_images(judges, images, [data.wrong_caption(c, rng) for c in captions])
     noise, _ = rewards.judge_images(judges, torch.rand(100, 3, 64, 64), captions)
     assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "realism"}
-    assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2
-    with pytest.raises(Mistake, match="64 px"):  # what it says of anything else would mean nothing
-        judges["realism"](torch.rand(1, 3, 256, 256), ["a"])
+    assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
 
 
-def test_any_pyiqa_metric_is_a_judge():
-    """Higher must be better: piqe counts distortions, 0 to 100, and is turned; entropy counts detail and is not."""
-    judges = rewards.load_judges(["pyiqa:piqe", "pyiqa:entropy"])
-    images = torch.stack([torch.rand(3, 64, 64), torch.full((3, 64, 64), 0.5)])
-    scores, _ = rewards.judge_images(judges, images, ["a", "b"])
-    assert scores["pyiqa:piqe"].shape == (2,) and (scores["pyiqa:piqe"] <= 0).all()
-    assert scores["pyiqa:entropy"][0] > scores["pyiqa:entropy"][1] >= 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the paper's judges: tiny models in the forms of the real ones, saved to a folder, then loaded by the real code
-
-TINY_CLIP = dict(
-    embed_dim=16,
-    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=16),
-    text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
-)
-
-PAPER = ["clip", "clip-step", "hps", "hps-step", "maniqa", "qwen-match", "qwen-real", "qwen-odd"]
+# The paper's judges are tiny models in the forms of the real ones, saved to a folder, then loaded by the real code.
+TINY_CLIP = dict(vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=16),
+                 text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1), embed_dim=16)  # fmt: skip
 
 
 def save_tiny_qwen(folder):
@@ -772,9 +701,8 @@ def save_tiny_qwen(folder):
     merges = [("y", "e"), ("ye", "s"), ("Y", "e"), ("Ye", "s"), ("n", "o"), ("N", "o")]
     bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=merges))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], additional_special_tokens=special
-    )
+    roles = dict(pad_token=special[0], eos_token=special[2], additional_special_tokens=special)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
@@ -841,13 +769,14 @@ def some_images(n=4, size=64):
 def test_every_judge_of_the_paper_trains(judges_folder, tiny_open_clip, tmp_path, monkeypatch):
     """Each on its own works before the names, the shared models and the log have met; this is where they meet."""
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
-    names = [*PAPER, "realism", "pyiqa:piqe"]
+    names = [*rewards.JUDGES, *rewards.STEPS, *rewards.QUESTIONS, "pyiqa:piqe"]
     flags = ["--clip-model", "tiny", "--clip-pretrained", str(judges_folder / "clip.pt"), "--out", str(tmp_path)]
     flags += ["--reward-weights", str(judges_folder), "--judge-batch", "3", "--rewards", ",".join(names)]
     train.main([*flags, "--steps", "1", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7"])
     (row,) = read_metrics(tmp_path)
     assert all(row[f"{name}_not_finite"] == 0 for name in names)
     assert 0 < row["qwen-match_mean"] < 5 and 0 < row["qwen-odd_mean"] < 1
+    assert row["pyiqa:piqe_mean"] < 0  # it counts distortions, 0 to 100, and more must be better
     assert row["reward"] == pytest.approx(sum(row[f"{name}_mean"] for name in names), rel=1e-4)
     assert_the_glossary_explains(row, names)
 
@@ -869,37 +798,23 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, judges_folder, t
     assert torch.equal(judged[f"{judge}-step"], rewards.step_of(judged[judge])) and judged[judge].unique().numel() == 4
     alone = [cosines(image[None], [prompt]) for image, prompt in zip(*some_images(), strict=True)]
     assert torch.allclose(torch.cat(alone), judged[judge], atol=1e-5)
+    edges = rewards.step_of(torch.tensor([-0.1, 0.0, 0.29, 0.3, 0.59, 0.6, NAN])).tolist()
+    assert edges == pytest.approx([-1, 0.5, 0.5, 1, 1, 1.5, NAN], nan_ok=True)  # NaN would fall into the best step
     only, _ = rewards.judge_images(rewards.load_judges([f"{judge}-step"], options=options), *some_images())
     assert list(only) == [f"{judge}-step"] and torch.equal(only[f"{judge}-step"], judged[f"{judge}-step"])
-
-
-def test_the_step_function_keeps_its_edges_and_nan():
-    """NaN compares false with everything, so a chain of `where` would give it the best score."""
-    cosines = torch.tensor([-0.1, 0.0, 0.29, 0.3, 0.59, 0.6, torch.nan])
-    assert rewards.step_of(cosines).tolist()[:6] == [-1, 0.5, 0.5, 1, 1, 1.5] and rewards.step_of(cosines)[6].isnan()
 
 
 def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
     """With plain "ViT-B-32" open_clip warns and goes on with the exact GELU: plausible cosines, all a little wrong."""
     import open_clip
 
-    folder = tmp_path / "vit_base_patch32_clip_224.openai"
-    folder.mkdir()
+    (folder := tmp_path / "vit_base_patch32_clip_224.openai").mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TINY_CLIP, preprocess_cfg={})))
     torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
     for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
         model, words = rewards.load_clip(name, "openai", tmp_path)
         assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
         assert words(["a dog"]).shape == (1, 77)
-
-
-def test_the_toy_keeps_its_own_clip():
-    """OpenAI's CLIP tells no toy caption from another; the toy's has never seen a photograph."""
-    toy, real = train.parse_args([]), train.parse_args(["--clip-pretrained", "laion2b_s34b_b79k"])
-    assert rewards.judge_options(toy, "toy-c2i")["clip_model"] == rewards.TOY_CLIP
-    assert rewards.judge_options(toy, "llamagen-xl-384")["clip_model"] == "ViT-B-32-quickgelu"
-    assert rewards.judge_options(toy, "llamagen-xl-384")["clip_pretrained"] == "openai"
-    assert rewards.judge_options(real, "toy-c2i")["clip_model"] == "ViT-B-32-quickgelu"
 
 
 def test_maniqa_in_a_batch_is_maniqa_alone_and_pyiqas_at_one_crop(judges_folder):
@@ -950,9 +865,8 @@ def test_qwen_that_writes_nonsense_is_missing_and_not_zero(judges_folder):
     assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
     readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
-    for text in ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}'):
-        assert math.isnan(rewards.read_rating(text, 5))
-    assert math.isnan(rewards.read_rating('{"score": 4}', 1))
+    nonsense = ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}')
+    assert all(math.isnan(rewards.read_rating(text, 5)) for text in nonsense)
 
 
 def test_the_expected_answer_is_a_mean_over_answers_alone():
@@ -990,44 +904,38 @@ class Server(http.server.BaseHTTPRequestHandler):
         if Server.failures:
             Server.failures -= 1
             return self.send_error(503)
-        picture, _ = asked["messages"][0]["content"]
-        file = io.BytesIO(base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,")))
-        pixels = np.array(Image.open(file))  # (H, W, 3)
-        level = set(pixels[..., 0].ravel().tolist())
-        assert len(level) == 1 and not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
+        url = asked["messages"][0]["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(url))))  # (H, W, 3)
+        (level,) = set(pixels[..., 0].ravel().tolist())
+        assert not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
         assert asked["model"] == "tiny" and self.path == "/v1/chat/completions"
-        answer = str(level.pop() // 51)
-        content = "I do not know." if answer == "5" else f'Here: {{"score": {answer}}}'
-        top = [dict(token=answer, logprob=math.log(0.5)), dict(token="The", logprob=math.log(0.5))]
+        message = dict(content=f'Here: {{"score": {level // 51}}}' if level < 255 else "I do not know.")
+        top = [dict(token=token, logprob=math.log(0.5)) for token in (str(level // 51), "The")]
         logprobs = dict(content=[dict(top_logprobs=top)]) if asked.get("top_logprobs") else None
-        self.reply(dict(choices=[dict(message=dict(content=content), logprobs=logprobs)]))
+        self.reply(dict(choices=[dict(message=message, logprobs=logprobs)]))
 
     def log_message(self, *_):
         pass
 
 
-@pytest.fixture
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{found.server_port}"
-        found.shutdown()
-
-
-def test_a_server_may_answer_for_qwen(server, monkeypatch):
+def test_a_server_may_answer_for_qwen(monkeypatch):
     """JPEG would change the levels and smear the edge, and answers must come back in the order of the pictures."""
     monkeypatch.setattr(rewards, "SERVER_PAUSES", (0, 0))
     images = torch.zeros(4, 3, 8, 8)
     images[:, 0] = (torch.tensor([3.0, 0, 5, 1]) / 5).view(4, 1, 1)
     images[:, 2, :, 4:] = 200 / 255
-    for url, answer, last in ((server, "probability", 5), (server + "/v1", "json", torch.nan)):
-        judges = rewards.load_judges(["qwen-match"], options=dict(qwen_server=url, qwen_answer=answer))
-        monkeypatch.setattr(Server, "failures", 2)  # which alone may not end a run
-        scores = rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"]
-        assert torch.equal(scores.nan_to_num(-1), torch.tensor([3.0, 0, last, 1]).nan_to_num(-1))
-    monkeypatch.setattr(Server, "failures", 100)
-    with pytest.raises(Mistake, match="503"):
-        rewards.judge_images(judges, images, ["x"] * 4)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path, answer, last in (("", "probability", 5), ("/v1", "json", NAN)):
+            options = dict(qwen_server=f"http://127.0.0.1:{server.server_port}{path}", qwen_answer=answer)
+            judges = rewards.load_judges(["qwen-match"], options=options)
+            monkeypatch.setattr(Server, "failures", 2)  # which alone may not end a run
+            found = rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"]
+            assert found.tolist() == pytest.approx([3, 0, last, 1], nan_ok=True)
+        monkeypatch.setattr(Server, "failures", 100)
+        with pytest.raises(Mistake, match="503"):
+            rewards.judge_images(judges, images, ["x"] * 4)
+        server.shutdown()
 
 
 # the scripts, through their own main ---------------------------------------------------------------------------------
@@ -1055,10 +963,8 @@ def test_a_bug_inside_keeps_its_traceback(tmp_path, monkeypatch):
         return torch.stack([image.mean() for image, _ in zip(images, prompts[:-1], strict=True)])
 
     monkeypatch.setitem(rewards.JUDGES, "buggy", lambda device, options: buggy)
-    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
-    flags = ["--out", str(tmp_path), "--steps", "1", *TINY_RUN, *TWO["c2i"]]
     with pytest.raises(ValueError, match="shorter") as bug:
-        train.main([*flags, "--rewards", "clip,buggy"])
+        train.main(["--out", str(tmp_path), "--steps", "1", *TINY_RUN, *TWO["c2i"], "--rewards", "buggy"])
     assert not isinstance(bug.value, Mistake) and "buggy" in {frame.name for frame in bug.traceback}
 
 
@@ -1091,8 +997,6 @@ def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
     for order in (["left", "right"], ["right", "left"]):
         flags = ["--ckpt", *(f"{pad}.safetensors" for pad in order), "--rewards", "clip"]
         assert [pad for _, _, pad in evaluate.parse_args(flags).policies] == ["left", *order]
-    compared = sample.parse_args(["--ckpt", "right.safetensors", "--compare"])
-    assert [pad for _, _, pad in compared.policies] == ["left", "right"]
 
 
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
@@ -1101,8 +1005,8 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
     run = tmp_path / "run"
     train.main(["--task", task, "--steps", "2", "--out", str(run), "--updates-per-batch", "2", *TINY_RUN, *TWO[task]])
-    assert {"before.png", "after.png", "curves.png", "policy.safetensors", "state.pt"} < {p.name for p in run.iterdir()}
-    assert list(run.glob("events*")) and list(run.glob("samples/*.png"))
+    for file in ("before.png", "after.png", "curves.png", "policy.safetensors", "state.pt", "events*", "samples/*.png"):
+        assert list(run.glob(file)), file
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
     first, second = read_metrics(run)
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
@@ -1110,21 +1014,22 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch):
     assert_the_glossary_explains(first, ["clip", "realism"])
     png, npz = str(tmp_path / "s.png"), str(tmp_path / "s.npz")
     sample.main(["--ckpt", str(run), "--compare", "--num", "1", "--out", png, "--npz", npz])
-    found = np.load(npz)
-    assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == (64, 64, 3)
-    assert found["tokens"].shape[1] == 64
+    drawn = np.load(npz)
+    assert drawn["arr_0"].dtype == np.uint8 and drawn["arr_0"].shape[1:] == drawn["tokens"].shape[1:] + (64, 3)
     evaluate.main(["--ckpt", str(run), "--num", "48", "--cfg-scale", "1"])
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
-    assert set(columns) == {"base, cfg 1", "tuned, cfg 1", "renders, round trip"}
-    assert columns["renders, round trip"]["right: all"] > 0.9 and "recall" in columns["base, cfg 1"]
+    assert list(columns) == ["base, cfg 1", "tuned, cfg 1", "renders, round trip"]
+    assert columns["renders, round trip"]["right: all"] > 0.9 and columns["base, cfg 1"]["recall"] > 0
 
 
 def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
     """Resuming without optimizer, learning rate or random state gives a curve that only looks the same."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train.main(["--steps", "5", "--out", str(whole), *TINY_RUN, *TWO["c2i"]])
-    command = [sys.executable, HERE / "train.py", "--steps", "5", "--out", str(broken), *TINY_RUN, *TWO["c2i"]]
-    command += ["--device", "cpu"]  # the fixture that hides a GPU from these tests does not reach another process
+    # Each in a process of its own, as a user has it: what else has run in a process can change the last digit of a sum.
+    # --device: the fixture that hides a GPU from these tests does not reach another process.
+    command = [sys.executable, HERE / "train.py", "--steps", "5", *TINY_RUN, *TWO["c2i"], "--device", "cpu", "--out"]
+    subprocess.run([*command, whole], check=True, capture_output=True)
+    command = [*command, broken]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (broken / "state.pt").exists():
         time.sleep(0.02)
@@ -1132,12 +1037,12 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
     process.wait()
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # and in the middle of a line, after the last save
-    train.main(["--steps", "5", "--out", str(broken), "--resume", *TINY_RUN, *TWO["c2i"]])
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
     assert read_metrics(whole) == read_metrics(broken)
     start = read_metrics(whole)[0]
     assert start["kl"] == 0 and start["ratio"] == pytest.approx(1, abs=1e-4)
-    a, b = (load_model("toy-c2i", folder / "policy.safetensors") for folder in (whole, broken))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    a, b = (load_file(folder / "policy.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(weight, b[name]) for name, weight in a.items())
 
 
 def test_a_run_is_not_resumed_with_another_base_or_other_flags(tmp_path, monkeypatch):
@@ -1170,9 +1075,8 @@ def test_shipped_weights_are_what_their_reports_describe():
     """A stage that was run again, and not the stages after it: the README's figures are of other weights."""
     reports = {path.stem: json.loads(path.read_text()) for path in (HERE / "weights").glob("*.json")}
     assert set(reports) == {"toy-vq", "toy-t5", "toy-c2i", "toy-t2i", "toy-clip", "toy-realism"}
-    folders = {"toy-t5": "toy-t5/model", "toy-clip": "toy-clip/open_clip_model"}  # in their libraries' own form
-    for name, found in reports.items():
-        path = HERE / f"weights/{folders.get(name, name)}.safetensors"
+    for name, found in reports.items():  # T5 and CLIP are folders, in their libraries' own form
+        (path,) = [*(HERE / "weights").glob(f"{name}.safetensors"), *(HERE / "weights").glob(f"{name}/*.safetensors")]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == found["sha256"] and found["seed"] is not None
     right = reports["toy-t2i"]["figures"]["right, cfg 1"]  # room for GRPO, and right samples in most of its groups
     assert 0.5 <= right["all"] <= 0.7 and min(right.values()) >= 0.2
@@ -1188,10 +1092,9 @@ def test_the_readme_holds():
         assert name in (HERE / path).read_text().splitlines()[int(line) - 1], f"{name} is not at {path}:{line}"
     commands = re.findall(r"^python (\w+)\.py *(.*?) *(?:#.*)?$", readme, re.MULTILINE)
     assert {"train", "sample", "evaluate", "pretrain", "bench"} <= {script for script, _ in commands}
-    parsers = {"train": train.parse_args, "sample": sample.parse_args, "evaluate": evaluate.parse_args}
     for script, flags in commands:
-        if script in parsers and "--ckpt" not in flags:
-            parsers[script](shlex.split(flags))
+        if script in ("train", "sample", "evaluate") and "--ckpt" not in flags:
+            {"train": train, "sample": sample, "evaluate": evaluate}[script].parse_args(shlex.split(flags))
 
 
 OURS = sorted(path.stem for path in HERE.glob("*.py"))
@@ -1199,16 +1102,16 @@ OURS = sorted(path.stem for path in HERE.glob("*.py"))
 
 def test_each_file_imports_only_from_the_floors_below_it():
     """A drawer that everything imports, or a circle: then no file can be read alone."""
-    floors = {}
+    floors, ground = {}, {"data", "model", "tokenizer"}
     for name in OURS:
         top = ast.parse((HERE / f"{name}.py").read_text()).body
         found = {node.module for node in top if isinstance(node, ast.ImportFrom)}
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
     assert floors["model"] == floors["tokenizer"] == floors["data"] == set() and floors["grpo"] == {"model"}
-    ground = {"data", "model", "tokenizer"}
     assert floors["zoo"] <= ground and floors["rewards"] | floors["sample"] <= ground | {"zoo"}
-    assert not {"train", "evaluate", "pretrain", "bench"} & set().union(*(floors[n] for n in OURS if n != "test_grpo"))
+    scripts = {"train", "evaluate", "pretrain", "bench"}
+    assert all(scripts.isdisjoint(found) for name, found in floors.items() if name != "test_grpo")
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -1222,23 +1125,19 @@ def test_every_function_fits_a_screen_and_the_loop_a_page(name):
 
 def wrong_files(folder):
     (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
-    (folder / "cut.pt").write_bytes(b"PK\x03\x04 not whole")
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, folder / "code.pt")
     torch.save({"model": [torch.zeros(2)]}, folder / "list.pt")
     state = load_model("toy-c2i").state_dict()
     torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "extra.pt")
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.zeros(99)}, folder / "shape.pt")
-    torch.save({f"vq_model.{name}": w for name, w in state.items()}, folder / "only-vq.pt")
     save_file(state, folder / "ours.safetensors", metadata=dict(format="pt", model="toy-c2i", step="1"))
-    for name in ("narrow", "cut-t5", "gap-t5"):
-        save_tiny_t5(folder / name, dim=32 if name == "narrow" else 64)
-    whole = (folder / "cut-t5/model.safetensors").read_bytes()
-    (folder / "cut-t5/model.safetensors").write_bytes(whole[: len(whole) // 2])
-    some = load_file(folder / "gap-t5/model.safetensors")
+    save_tiny_t5(folder / "narrow", dim=32)
+    some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
     save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
-    for path in ("run/state.pt", "judges/HPS_v2.1_compressed.pt", "judges/Qwen2.5-VL-3B-Instruct/config.json"):
+    judges = [f"judges/{file}" for file in ("HPS_v2.1_compressed.pt", "Qwen2.5-VL-3B-Instruct/config.json")]
+    for path in ("cut.pt", "run/state.pt", *judges):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"PK\x03\x04 not whole")
     torch.save({"w": torch.zeros(2)}, folder / "judges/ckpt_koniq10k.pt")
@@ -1247,27 +1146,23 @@ def wrong_files(folder):
 def test_every_official_form_of_file_loads(tmp_path):
     """Each wrapper seen in the wild holds the very weights that our own files hold, and not those beside them."""
     gpt, vq = load_model("toy-c2i").state_dict(), load_tokenizer("toy-c2i").state_dict()
-    noise = {name: torch.randn_like(weight) for name, weight in gpt.items()}
+    noise, used = {name: torch.randn_like(weight) for name, weight in gpt.items()}, torch.zeros(65536)
+    three = [("gpt_model.", gpt), ("vq_model.", vq), ("ref_model.", noise)]
     forms = {
         "nested.pt": {"model": gpt, "optimizer": {"step": torch.tensor(3)}, "steps": 5},
         "bare.pt": gpt,
         "freqs.pt": {"model": gpt | {"freqs_cis": torch.zeros(65, 16, 2)}},
         "module.pt": {"module": gpt},
         "state_dict.pt": {"state_dict": {k: v.half() for k, v in gpt.items()}},  # ours are half precision, too
-        "ar-grpo.safetensors": {f"gpt_model.{k}": v for k, v in gpt.items()}
-        | {f"vq_model.{k}": v for k, v in vq.items()}
-        | {f"ref_model.{k}": v for k, v in noise.items()},
-        "vq.pt": {
-            "ema": vq | {"quantize.codebook_used": torch.zeros(65536)},
-            "model": {k: v + 1 for k, v in vq.items()},
-        },
+        "both.safetensors": {prefix + k: v for prefix, weights in three for k, v in weights.items()},  # AR-GRPO's
+        "vq.pt": {"ema": vq | {"quantize.codebook_used": used}, "model": {k: v + 1 for k, v in vq.items()}},
     }
     for name, content in forms.items():
         (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
-        for load, expected in ((load_model, gpt), (load_tokenizer, vq)):
-            if name == "ar-grpo.safetensors" or (name == "vq.pt") == (load is load_tokenizer):
-                found = load("toy-c2i", tmp_path / name).state_dict()
-                assert all(torch.equal(found[k], v) for k, v in expected.items()), name
+    for load, expected in ((load_model, gpt), (load_tokenizer, vq)):
+        for name in {"both.safetensors", "vq.pt"} if load is load_tokenizer else set(forms) - {"vq.pt"}:
+            found = load("toy-c2i", tmp_path / name).state_dict()
+            assert all(torch.equal(found[k], v) for k, v in expected.items()), name
 
 
 @pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i-xl-256"])
@@ -1281,17 +1176,10 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     torch.save({"model": Transformer(config).state_dict() | {"freqs_cis": torch.zeros(17, 16, 2)}}, "gpt.pt")
     vq = VQModel(zoo.VQ_16).state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
     torch.save({"model": vq}, "vq.pt")
-    files, pads, cfg = ["--vq-ckpt", "vq.pt", "--classes", "goldfish"], [], 2
+    files, pads, cfg = ["--vq-ckpt", "vq.pt"], [], 2
     if config.task == "t2i":
-        files = [
-            "--vq-ckpt",
-            "vq.pt",
-            "--text-encoder",
-            str(save_tiny_t5(tmp_path / "t5")),
-            "--prompts",
-            "a photo of a cat",
-        ]
-        pads, cfg = ["--text-pad", "right"], 4
+        files, pads, cfg = [*files, "--text-encoder", str(save_tiny_t5(tmp_path / "t5"))], ["--text-pad", "right"], 4
+    files += ["--prompts", "a photo of a cat"] if pads else ["--classes", "goldfish"]
     few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", "--ckpt", "gpt.pt"]
     train.main(["--model", name, *files, *few, *pads, "--rewards", "pyiqa:entropy", "--out", "run"])
     (first,) = read_metrics(tmp_path / "run")
@@ -1323,11 +1211,14 @@ def test_presets_are_the_releases_and_the_command_line_wins():
     assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
     assert (args.lr, args.kl_coef, args.cfg_scale, args.score_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
     assert args.judge_weights["clip"] == 5 and args.judge_weights["qwen-odd"] == 0.25 and len(args.judge_weights) == 8
-    assert (args.adam_beta2, args.qwen_answer) == (0.999, "json")
+    assert (args.adam_beta2, args.qwen_answer, args.judge_options["clip_pretrained"]) == (0.999, "json", "openai")
     args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5", "--score-cfg", "same"])
     assert (args.model, args.kl_coef, args.score_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
     ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
     assert (ours.score_cfg, ours.cfg_scale, ours.lr_schedule) == (2, 2, "linear")
+    asked = [[], ["--clip-pretrained", "laion2b_s34b_b79k"], ["--model", "llamagen-xl-384"]]
+    clips = [train.parse_args(flags).judge_options["clip_model"] for flags in asked]
+    assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu", "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
 
 
 WRONG = [  # (script, flags, a part of its one sentence)
@@ -1340,25 +1231,21 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--ckpt", "{}/extra.pt"], "extra.weight is unknown"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight is missing"),
     (sample, ["--ckpt", "{}/shape.pt"], "norm.weight is [99], not [160]"),
-    (sample, ["--ckpt", "{}/only-vq.pt"], "is missing"),
     (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "encoder.conv_in.weight is missing"),
     (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "--model toy-c2i is a c2i model, but --task is t2i"),
     (evaluate, ["--model", "toy-t2i", "--ckpt", "{}/ours.safetensors"], "holds a toy-c2i model, not toy-t2i"),
     (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
-    (sample, ["--task", "t2i", "--text-encoder", "{}/cut-t5"], "cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or misshapen"),
     (train, ["--rewards", "hps", "--reward-weights", "{}/judges"], "it is not whole"),
     (train, ["--rewards", "maniqa", "--reward-weights", "{}/judges"], "another model"),
     (train, ["--rewards", "maniqa"], "ckpt_koniq10k.pt"),
-    (train, ["--rewards", "clip", "--clip-model", "ViT-B-32", "--clip-pretrained", "{}/cut.pt"], "cannot be read"),
     (train, ["--rewards", "qwen-real", "--reward-weights", "{}/judges"], "cannot be read"),
     (train, ["--rewards", "qwen-odd", "--qwen-server", "http://127.0.0.1:9"], "127.0.0.1:9"),
     # what is asked for
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
     (train, ["--rewards", "clip=0"], "all weights are 0"),
     (sample, ["--classes", "red circel"], "did you mean 'red circle'"),
-    (sample, ["--task", "t2i", "--prompts", "a dog"], "not in the toy world"),
     (train, ["--preset", "paper-t2i", "--classes", "goldfish"], "takes --prompts, not --classes"),
     (train, ["--model", "llamagen-t2i-xl-256"], "needs --prompts"),
     # what would be written over, or not be a run
@@ -1367,15 +1254,12 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
-    (train, ["--kl-coef", "inf"], "--kl-coef must be finite"),
     (sample, ["--temperature", "nan"], "--temperature must be finite"),
     (train, ["--stepz", "3"], "unrecognized"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "script, flags, sentence", WRONG, ids=[f"{s.__name__} {' '.join(f)}"[-60:] for s, f, _ in WRONG]
-)
+@pytest.mark.parametrize("script, flags, sentence", WRONG, ids=[" ".join(flags)[-60:] for _, flags, _ in WRONG])
 def test_what_a_user_can_do_wrong_ends_in_one_sentence(script, flags, sentence, tmp_path, capsys, monkeypatch):
     """What fails silently otherwise: a model half loaded, a run written over, a misspelt flag."""
     wrong_files(tmp_path)
