@@ -128,6 +128,8 @@ def test_the_forward_pass_is_the_one_written_out_in_loops(config):
     """RoPE with rows and columns swapped, a mask off by one, or another eps: pictures stay plausible, weights differ."""
     model, (cond, mask), tokens = tiny(config), tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1))
     model.norm.weight.data.uniform_(0.5, 2)
+    if mask is not None:
+        mask[3] = mask[3].flip(0)  # padded on the right, so that token 0 is predicted from padding, which sees itself
     with torch.no_grad():
         ours, without = (model(c, tokens, mask) for c in (cond, model.cls_embedding.null(cond)))
     for i, null in itertools.product((1, 3), (False, True)):
@@ -163,10 +165,11 @@ def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, to
 
 
 def test_a_token_without_probability_is_never_drawn(monkeypatch):
-    """Inverting the distribution function at a draw of exactly 0 falls on the first token, whatever its probability."""
+    """Inverting the distribution function at its ends falls on the first or last token, whatever its probability."""
     logp = torch.tensor([-INF, math.log(0.25), -INF, math.log(0.75), -INF])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
-    assert sample_row(logp[None]).item() == 1
+    for draw, token in ((0.0, 1), (1 - 2**-24, 3)):  # the least and the greatest; 1e-6: masses that do not sum to 1
+        monkeypatch.setattr(torch, "rand", lambda *shape, draw=draw, **_: torch.full(shape, draw))
+        assert sample_row(logp[None] - 1e-6).item() == token
 
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (3, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)])
@@ -982,10 +985,11 @@ def test_judgements_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
     for name, values in (("silent", [NAN] * 4), ("loud", [1.0, 3, NAN, INF])):
         monkeypatch.setitem(rewards.JUDGES, name, lambda *_, values=values: lambda *_: torch.tensor(values))
-    train.main(["--steps", "1", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"], "--rewards", "clip,silent=2,loud"])
+    train.main(["--steps", "1", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"], "--rewards", "silent=2,loud"])
     (row,) = read_metrics(tmp_path)
     assert "silent_mean" not in row and row["silent_not_finite"] == 4 and np.isfinite(row["reward"])
-    assert row["loud_mean"] == 2 and row["loud_not_finite"] == 2
+    assert (row["loud_mean"], row["loud_std"], row["loud_not_finite"]) == (2, 1, 2)
+    assert row["equal_groups"] == 0.5  # of 1 and 3, and of two that are missing
 
 
 def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
