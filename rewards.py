@@ -141,9 +141,10 @@ def hps_judge(device, options):
     import open_clip
 
     path = judge_file("hps", options)
+    weights = zoo.read_weights(path)  # first, because a cut file is found at once and the model takes ten seconds
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))  # 986M parameters, float32
     model.visual.image_mean, model.visual.image_std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    zoo.load_strict(model, zoo.read_weights(path), path)  # the file is half precision; copied into float32
+    zoo.load_strict(model, weights, path)  # the file is half precision; copied into float32
     model = model.eval().requires_grad_(False).to(device)
     return partial(clip_cosines, model=model, words=open_clip.get_tokenizer("ViT-H-14"))
 
