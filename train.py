@@ -73,7 +73,7 @@ KNOBS = {
     "score_cfg": ("same", "same", "same", "same", "1", "1"),  # code: log-probabilities without guidance
     "text_pad": (None, None, None, None, None, "right"),  # code: features are not moved to the left; None: as --ckpt
     # the class names that judges read; code: WordNet's, "a photo of tench, Tinca tinca"; None: the model's
-    "class_names": (None, None, None, None, data.wordnet_classes, None),
+    "names_for_judges": (None, None, None, None, data.wordnet_classes, None),
     "rewards": ("clip=1,realism=0.25", "clip=1", EIGHT, EIGHT, EIGHT, EIGHT),  # paper; realism knows single objects
     "qwen_answer": ("probability", "probability", "probability", "probability", "json", "json"),  # script
     "lr": (2e-4, 2e-4, 1e-5, 1e-5, 1e-5, 1e-5),  # script
@@ -137,7 +137,8 @@ def resolve(args):
     for knob, values in KNOBS.items():
         if getattr(args, knob, None) is None:
             setattr(args, knob, values[column])
-    args.text_pad, args.class_names = args.text_pad or header["text_pad"], args.class_names and args.class_names()
+    args.text_pad = args.text_pad or header["text_pad"]
+    args.names_for_judges = args.names_for_judges and args.names_for_judges()
     try:
         args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
     except ValueError:
@@ -188,7 +189,7 @@ def train(args):
 
         # 1. sample G images per prompt from the current policy
         asked = pick_prompts(args, step)  # B labels or captions
-        prompts = [caption for caption in zoo.captions_of(args.model, asked, args.class_names) for _ in range(G)]  # N
+        prompts = [p for p in zoo.captions_of(args.model, asked, args.names_for_judges) for _ in range(G)]  # N
         # A resumed run draws what this one would have drawn. A large prime: runs of other seeds share nothing.
         generator.manual_seed(args.seed * 1_000_003 + step)
         with zoo.autocast(device, args.dtype):
@@ -216,7 +217,7 @@ def train(args):
             if sampler_differs:
                 old_logprobs = score_tokens(policy, cond, tokens, cond_mask, args.micro_batch, **scoring)
         clock.lap("reference")
-        lr, found = set_lr(args, optimizer, step), []
+        lr, history = set_lr(args, optimizer, step), []
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
             for rows in torch.arange(N, device=device).split(args.micro_batch):
@@ -227,7 +228,7 @@ def train(args):
                 loss, stats = grpo_loss(logprobs, *batch, args.clip_eps, args.kl_coef)
                 (loss * (len(rows) / N)).backward()  # the last micro-batch may be a short one
                 stats |= dict(entropy=entropy.mean(), sampler_gap=sampler_gap(logprobs, sampled_logprobs[rows]))
-                found.append((update, len(rows), stats))
+                history.append((update, len(rows), stats))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
             if not grad_norm.isfinite():
                 raise Mistake(f"step {step}: the gradient is not finite; start again with a lower --lr")
@@ -235,7 +236,7 @@ def train(args):
         clock.lap("learn")
 
         # 5. report
-        metrics = step_metrics(step, rewards, advantages, judged, judge_seconds, found, grad_norm, lr, G)
+        metrics = step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad_norm, lr, G)
         log.write(metrics | verify(args, images, prompts), clock)
 
         # 6. save
@@ -301,16 +302,17 @@ class Clock:
         self.seconds[part], self.since = now - self.since, now
 
 
-def step_metrics(step, rewards, advantages, judged, judge_seconds, found, grad_norm, lr, group_size):
+def step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad_norm, lr, group_size):
     """
     {name: number} of a step; the README's glossary explains each.
 
-    rewards, advantages (N,); judged {name: (N,)}; found: a list of (update, images, {name: mean over these images})
+    rewards, advantages (N,); judged {name: (N,)}; history: a list of
+    (update, images, {name: mean over these images})
     """
     metrics = dict(step=step, reward=rewards.mean().item(), reward_std=rewards.std().item())
-    for name in found[0][2]:  # weighted, because the last micro-batch may be a short one
+    for name in history[0][2]:  # weighted, because the last micro-batch may be a short one
         # sampler_gap before the first update only: afterwards it would say how far the policy has moved
-        some = [(n, stats[name].item()) for update, n, stats in found if update == 0 or name != "sampler_gap"]
+        some = [(n, stats[name].item()) for update, n, stats in history if update == 0 or name != "sampler_gap"]
         metrics[name] = float(np.average([value for _, value in some], weights=[n for n, _ in some]))
     for name, values in judged.items():
         finite = values[values.isfinite()]
@@ -384,7 +386,7 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
     # one seed whatever --seed is: grids of runs compare
     images, _ = draw(policy, tokenizer, encode, shown, seed=1234, decode_batch=args.micro_batch, **sampling)
-    captions = zoo.captions_of(args.model, shown, args.class_names)
+    captions = zoo.captions_of(args.model, shown, args.names_for_judges)
     judged, _ = judge_images(judges, images.to(args.device), captions)
     labels = []
     for k, caption in enumerate(captions):
@@ -461,7 +463,8 @@ def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
     free = ["out", "resume", "device", "save_every", "micro_batch"]
     free += ["reward_weights", "qwen_server", "judge_batch"]  # where the judges are, not what they say
-    free += ["ckpt", "base", "pool", "judge_weights", "judge_options", "class_names"]  # compared by hash, or derived
+    free += ["ckpt", "base"]  # compared by the base's hash
+    free += ["pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
     free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 

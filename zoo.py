@@ -381,9 +381,10 @@ def add_model_flags(add):
     add("--text-encoder", metavar="PATH", help="t2i: folder or OWNER/REPO of the T5 encoder (default: the model's own)")
     add("--text-pad", choices=("left", "right"), help="t2i: the side on which captions are padded; right for the "
         "released AR-GRPO weights (default: what our own --ckpt was trained with, else left, as LlamaGen)")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the layers' matrix products; weights, logits and loss are "
-        "float32 (default bfloat16 on a GPU, else float32)")  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="device to run on (default: the GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of the layers' matrix products; weights, logits "
+        "and loss are float32 (default bfloat16 on a GPU, else float32)")  # fmt: skip
 
 
 def settle_device(args):
