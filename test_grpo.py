@@ -1228,6 +1228,7 @@ def test_presets_are_the_releases_and_the_command_line_wins():
 WRONG = [  # (script, flags, a part of its one sentence)
     # weights that would load in part, or run code
     (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
+    (evaluate, ["--ckpt", ""], "no such weights file"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "it is not whole"),
     (sample, ["--ckpt", "{}/cut.pt"], "it is not whole"),
     (sample, ["--ckpt", "{}/code.pt"], "more than tensors"),

@@ -145,7 +145,7 @@ def find_policy(ckpt=None, model=None, task=None):
     Raises Mistake if the three disagree, FileNotFoundError.
     """
     path, found = None, {}
-    if ckpt:
+    if ckpt is not None:  # "", an unset variable of the shell, is a mistake and not the base
         folder = Path(ckpt)
         path = find_file(folder / "policy.safetensors" if folder.is_dir() else ckpt)
         if path.suffix == ".safetensors":
