@@ -1,10 +1,10 @@
 """
 GRPO for images: sample groups, compare inside each group, push what was better than its group, stay near the reference.
 
-    1. sample_groups     G images per prompt from the current policy
-    2. group_advantages  A_i = (r_i - mean of its group) / (std of its group + 1e-4)          no value network
-    3. token_logprobs    log pi(token_t | cond, tokens_<t) of every token, by policy and reference
-    4. grpo_loss         the clipped objective and the KL penalty
+    sample_groups     G images per prompt from the current policy
+    group_advantages  A_i = (r_i - mean of its group) / (std of its group + 1e-4)          no value network
+    token_logprobs    log pi(token_t | cond, tokens_<t) of every token, by policy and reference
+    grpo_loss         the clipped objective and the KL penalty
 
 GRPO: arXiv 2402.03300, eq. 3-4. For autoregressive images: arXiv 2508.06924 (AR-GRPO). The state is the prompt and the
 tokens so far, the action is the next token, an episode is one image of T tokens. The reward comes once, at its end, and
@@ -26,22 +26,22 @@ from model import policy_logprobs
 def sample_groups(model, cond, cond_mask, group_size, generator=None, cfg_scale=1.0, temperature=1.0):
     """
     G images per prompt: cond (B, ...) and cond_mask (B, P) or None are encoded once per prompt, then repeated here.
-    Returns cond (N, ...), cond_mask (N, P) or None, tokens (N, T) and old_logprobs (N, T), nats.
+    Returns cond (N, ...), cond_mask (N, P) or None, tokens (N, T) and sampled_logprobs (N, T), nats.
     """
     cond = cond.repeat_interleave(group_size, 0)
     cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(group_size, 0)
-    tokens, old_logprobs = model.generate(
+    tokens, sampled_logprobs = model.generate(
         cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, generator=generator
     )
-    return cond, cond_mask, tokens, old_logprobs
+    return cond, cond_mask, tokens, sampled_logprobs
 
 
 def token_logprobs(model, cond, tokens, cond_mask=None, cfg_scale=1.0, temperature=1.0):
     """
     What the policy gives each token of tokens (N, T), in one teacher-forced pass (two halves of a batch if guided).
 
-    Returns logprobs (N, T), nats, with gradient, and the entropy (N, T), nats, without, of the distribution that is
-    scored: the guided one only if cfg_scale > 1 here. Memory: logits and their log-softmax, each N*T*V*4 bytes.
+    Returns logprobs (N, T), nats, with gradient, and without gradient the entropy (N, T), nats, of the distribution
+    that is scored: the guided one only if cfg_scale > 1 here. Memory: logits and their log-softmax, each N*T*V*4 bytes.
     """
     both_tokens = tokens
     if cfg_scale > 1:
@@ -67,7 +67,7 @@ def group_advantages(rewards, group_size):
     A_i = (r_i - mean(group)) / (std(group) + 1e-4), std unbiased; rewards (N,) -> advantages (N,), unitless.
 
     A reward that is not finite is missing: mean and std are those of the group's other members, and its advantage is 0.
-    1e-4 not 1e-8: a group of all but equal rewards would otherwise be blown up into noise.
+    1e-4 not 1e-8: nearly equal rewards would otherwise be blown up into noise.
     """
     groups = rewards.view(-1, group_size)
     finite = groups.isfinite()
@@ -83,13 +83,13 @@ def group_advantages(rewards, group_size):
 
 def decoupled_advantages(judged, weights, group_size):
     """
-    GDPO (arXiv 2601.05242): normalise each judge's scores inside their group, then sum, then normalise over the batch,
+    GDPO (arXiv 2601.05242): normalise each judge's values inside their group, then sum, then normalise over the batch,
     so that a judge of small spread is not drowned by one of large spread.
 
     judged, weights   {name: (N,)}, where NaN is missing and has no say, and {name: float}
     Returns advantages (N,), unitless.
     """
-    total = sum(weights[name] * group_advantages(scores, group_size) for name, scores in judged.items())
+    total = sum(weights[name] * group_advantages(values, group_size) for name, values in judged.items())
     return (total - total.mean()) / (total.std() + 1e-4) if total.any() else total
 
 
@@ -108,12 +108,12 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     A = advantages[:, None]  # (N, 1): one advantage for all tokens of an image
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    # The minimum keeps the gradient where clipping would hide a mistake: for A > 0 only rho > 1 + eps is cut off,
-    # for A < 0 only rho < 1 - eps.
+    # Only moves too far in the wanted direction are cut off: A > 0 and rho > 1 + eps, A < 0 and rho < 1 - eps. A token
+    # that moved the wrong way keeps its gradient.
     policy_loss = -torch.minimum(ratio * A, clipped * A)
     d = ref_logprobs - logprobs
     # k3. Its *value* is an unbiased estimate of KL(pi || pi_ref) from tokens that pi drew, and never negative. Its
-    # *gradient*, here, where no gradient flows through the drawing, is in expectation that of KL(pi_ref || pi).
+    # *gradient*, since drawing is not differentiated, is in expectation that of KL(pi_ref || pi).
     # expm1(d), because the rounding of e^d - 1 is larger than the result while d is small, as in the first steps.
     kl = d.expm1() - d
     loss = (policy_loss + kl_coef * kl).mean()

@@ -110,7 +110,7 @@ def train_vq(args, steps=1100, batch=32, lr=1e-3, adversarial=0.004, seed=1):
         images = renders(world_captions(batch, rng), rng)
         latents = model.latents(images)  # (B, T, D)
         codes = model.quantize.vectors()[model.nearest(latents)]  # (B, T, D)
-        output = model.render(latents + (codes - latents).detach())  # straight-through: d output / d latents = 1
+        output = model.from_codes(latents + (codes - latents).detach())  # straight-through: d output / d latents = 1
         commitment = (codes - latents.detach()).square().mean() + 0.25 * (codes.detach() - latents).square().mean()
         loss = (output - images).square().mean() + 0.2 * (output - images).abs().mean() + commitment
         if step >= steps // 2:

@@ -20,7 +20,7 @@ to hold one out, to see whether the policy got better or only learned to please 
 
 A value that is not finite is missing: it counts as the mean of its group, and the log counts it. Every judge loads
 strictly: one that was half initialised at random would still return plausible numbers. Weights come from
---reward-weights DIR where the file is there (`python sample.py --print-files` has the names), else from the hub.
+--judge-files DIR where the file is there (`python sample.py --print-files` has the names), else from the hub.
 
 Where the official code differs: it rounds pictures down to 8 bits before CLIP, HPS and MANIQA; it runs HPS in half
 precision; MANIQA sees random crops. Its prompt for Qwen puts the text before the image and asks for a description, five
@@ -52,7 +52,7 @@ from tokenizer import ResBlock, to_unit
 TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configuration, weights and words in a folder
 
 # What a factory may want to know; add_judge_flags describes each. load_judges fills in what its caller leaves out.
-OPTIONS = dict(clip_model=TOY_CLIP, clip_pretrained=None, reward_weights=None, qwen_answer="probability",
+OPTIONS = dict(clip_model=TOY_CLIP, clip_pretrained=None, judge_files=None, qwen_answer="probability",
                qwen_server=None, judge_batch=16)  # fmt: skip
 
 
@@ -60,26 +60,26 @@ def add_judge_flags(add):
     """The flags that train.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--reward-weights", metavar="DIR", help="folder that is searched for judges' weights before the hub is asked")
+    add("--judge-files", metavar="DIR", help="folder that is searched for judges' weights before the hub is asked")
     add("--qwen-answer", choices=("probability", "json"), default="probability",
         help="probability (default): the mean over the answer tokens' probabilities, one forward pass; "
              "json: generated text that is parsed, as in the paper")  # fmt: skip
     add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process)")
-    add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; memory, not the result (16)")
+    add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; affects memory only (16)")
 
 
 def judge_options(args, model):
     """The options dict of parsed flags, for judging pictures of the model named `model`. Raises Mistake."""
     zoo.check_range(args, judge_batch=1)
     options = {name: getattr(args, name) for name in OPTIONS}
-    # The toy's CLIP has seen nothing except shapes; open_clip's models have never seen any.
+    # The toy's CLIP knows only the toy's pictures; open_clip's models know none of them.
     if options["clip_model"] or options["clip_pretrained"] or not zoo.is_toy(model):
         options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
         options["clip_pretrained"] = options["clip_pretrained"] or "openai"
     else:
         options["clip_model"] = TOY_CLIP
-    if options["reward_weights"] and not Path(options["reward_weights"]).is_dir():
-        raise Mistake(f"--reward-weights: no such folder: {options['reward_weights']}")
+    if options["judge_files"] and not Path(options["judge_files"]).is_dir():
+        raise Mistake(f"--judge-files: no such folder: {options['judge_files']}")
     return options
 
 
@@ -89,9 +89,9 @@ def judge_options(args, model):
 
 def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
     """
-    (model, tokenizer) of open_clip, frozen, in eval mode, float32. `name`: of open_clip's list, or local-dir:FOLDER, or
-    hf-hub:REPO; `pretrained`: a tag of that list, or a file. FOLDER/<name of the tag's hub repository>/ is looked for
-    before the hub is asked. Raises Mistake.
+    (model, words) of open_clip: the network, frozen, in eval mode, float32, and its text tokenizer. `name`: of
+    open_clip's list, or local-dir:FOLDER, or hf-hub:REPO; `pretrained`: a tag of that list, or a file.
+    FOLDER/<name of the tag's hub repository>/ is looked for before the hub is asked. Raises Mistake.
     """
     import open_clip
 
@@ -104,7 +104,7 @@ def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
     # OpenAI trained with x sigmoid(1.702 x). With the exact GELU of plain "ViT-B-32" open_clip only warns, and every
     # cosine is a little off; so the tag decides.
     options = dict(device=device, force_quick_gelu=tag.get("quick_gelu", False), require_pretrained=True)
-    remedy = f"DIR/{Path(repo).name} of --reward-weights DIR may hold the files of huggingface.co/{repo}"
+    remedy = f"DIR/{Path(repo).name} of --judge-files DIR may hold the files of huggingface.co/{repo}"
     with zoo.reading(wanted, remedy if repo else "open_clip.list_pretrained() names models and tags"):
         model, words = open_clip.create_model(name, pretrained, **options), open_clip.get_tokenizer(name)
     return model.eval().requires_grad_(False), words
@@ -132,7 +132,7 @@ def clip_cosines(images, prompts, model, words):
 
 
 def clip_judge(device, options):
-    model, words = load_clip(options["clip_model"], options["clip_pretrained"], options["reward_weights"], device)
+    model, words = load_clip(options["clip_model"], options["clip_pretrained"], options["judge_files"], device)
     return partial(clip_cosines, model=model, words=words)
 
 
@@ -150,7 +150,7 @@ def hps_judge(device, options):
 
 
 def judge_file(judge, options):
-    return zoo.find_file(zoo.JUDGE_FILES[judge], "--reward-weights DIR", options["reward_weights"])
+    return zoo.find_file(zoo.JUDGE_FILES[judge], "--judge-files DIR", options["judge_files"])
 
 
 def step_of(cosines):
@@ -381,7 +381,7 @@ def load_qwen(folder, device):
     local = Path(folder or "") / Path(QWEN).name
     source = local if folder and local.is_dir() else QWEN
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    remedy = f"DIR/{Path(QWEN).name} of --reward-weights DIR may hold the files of huggingface.co/{QWEN}"
+    remedy = f"DIR/{Path(QWEN).name} of --judge-files DIR may hold the files of huggingface.co/{QWEN}"
     with zoo.reading(source, f"{remedy}, and --qwen-server URL needs none"):
         processor = AutoProcessor.from_pretrained(source)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
@@ -448,7 +448,7 @@ def qwen_judge(device, options, names):
             model = call_server(url, "models")["data"][0]["id"]
         ask = partial(ask_server, url=url, model=model, answer=answer)
     else:
-        model, processor = load_qwen(options["reward_weights"], device)
+        model, processor = load_qwen(options["judge_files"], device)
         if answer == "probability":  # now, not after the first batch
             for name in names:
                 answer_tokens(processor.tokenizer, QUESTIONS[name][1])
@@ -462,7 +462,7 @@ def qwen_judge(device, options, names):
 
 # name -> factory(device, options)
 JUDGES = {"clip": clip_judge, "hps": hps_judge, "maniqa": maniqa_judge, "realism": realism_judge}
-STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine it is the step of
+STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine is put into steps
 
 
 def parse_rewards(text):
@@ -511,7 +511,7 @@ def load_judges(names, device="cpu", options=None):
 def judge_images(judges, images, prompts):
     """
     What each judge says of images (N, 3, H, W) in [0, 1]: {name: values (N,), float32, may hold NaN} and
-    {name: seconds}. Of names that share a forward pass the first is charged with it.
+    {name: seconds}. A shared forward pass is charged to the first of its names.
     """
     judged, seconds = {}, {}
     for name, judge in judges.items():

@@ -733,7 +733,7 @@ def save_tiny_qwen(folder):
 
 @pytest.fixture(scope="module")
 def judges_folder(tmp_path_factory):
-    """What --reward-weights names, with tiny models under the real ones' file names; and clip.pt."""
+    """What --judge-files names, with tiny models under the real ones' file names; and clip.pt."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("judges")
@@ -774,7 +774,7 @@ def test_every_judge_of_the_paper_trains(judges_folder, tiny_open_clip, tmp_path
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
     names = [*rewards.JUDGES, *rewards.STEPS, *rewards.QUESTIONS, "pyiqa:piqe"]
     flags = ["--clip-model", "tiny", "--clip-pretrained", str(judges_folder / "clip.pt"), "--out", str(tmp_path)]
-    flags += ["--reward-weights", str(judges_folder), "--judge-batch", "3", "--rewards", ",".join(names)]
+    flags += ["--judge-files", str(judges_folder), "--judge-batch", "3", "--rewards", ",".join(names)]
     train.main([*flags, "--steps", "1", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7"])
     (row,) = read_metrics(tmp_path)
     assert all(row[f"{name}_not_finite"] == 0 for name in names)
@@ -790,7 +790,7 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, judges_folder, t
     The official code encodes each of N captions, of which only B differ, and each picture twice. But an index that is
     off by one gives everyone another's caption.
     """
-    options = dict(clip_model="tiny", clip_pretrained=str(judges_folder / "clip.pt"), reward_weights=judges_folder)
+    options = dict(clip_model="tiny", clip_pretrained=str(judges_folder / "clip.pt"), judge_files=judges_folder)
     judges, seen = rewards.load_judges([f"{judge}-step", judge], options=options), []
     cosines = judges[judge].keywords["judge"]
     assert {p.dtype for p in cosines.keywords["model"].parameters()} == {torch.float32}  # HPSv2.1's file is half
@@ -822,7 +822,7 @@ def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
 
 def test_maniqa_in_a_batch_is_maniqa_alone_and_pyiqas_at_one_crop(judges_folder):
     """Random crops would tell equal pictures apart, and a reshape that is wrong by one axis mixes their crops."""
-    judge = rewards.load_judges(["maniqa"], options=dict(reward_weights=judges_folder))["maniqa"]
+    judge = rewards.load_judges(["maniqa"], options=dict(judge_files=judges_folder))["maniqa"]
     (images, prompts), network = some_images(2, 225), judge.keywords["network"]
     with torch.no_grad():
         both, alone = judge(images, prompts, grid=(1, 2)), judge(images[1:], prompts[1:], grid=(1, 2))
@@ -842,7 +842,7 @@ def test_maniqa_sees_every_pixel(side):
 
 def test_qwen_in_a_batch_is_qwen_alone(judges_folder):
     """Left padding, shared answers' tokens and the order of (image, question) pairs all fail here when wrong."""
-    names, options = ["qwen-match", "qwen-real", "qwen-odd"], dict(reward_weights=judges_folder)
+    names, options = ["qwen-match", "qwen-real", "qwen-odd"], dict(judge_files=judges_folder)
     judges = rewards.load_judges(names, options=options | dict(judge_batch=3))
     assert list(judges) == ["qwen"]
     together, _ = rewards.judge_images(judges, *some_images())
@@ -864,7 +864,7 @@ def test_half_a_qwen_is_refused(judges_folder, tmp_path):
 
 def test_qwen_that_writes_nonsense_is_missing_and_not_zero(judges_folder):
     """The release gives an unreadable answer the worst reward, and so teaches what Qwen finds easy to describe."""
-    judges = rewards.load_judges(["qwen-real"], options=dict(reward_weights=judges_folder, qwen_answer="json"))
+    judges = rewards.load_judges(["qwen-real"], options=dict(judge_files=judges_folder, qwen_answer="json"))
     assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
     readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
@@ -1242,10 +1242,10 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or misshapen"),
-    (train, ["--rewards", "hps", "--reward-weights", "{}/judges"], "it is not whole"),
-    (train, ["--rewards", "maniqa", "--reward-weights", "{}/judges"], "another model"),
+    (train, ["--rewards", "hps", "--judge-files", "{}/judges"], "it is not whole"),
+    (train, ["--rewards", "maniqa", "--judge-files", "{}/judges"], "another model"),
     (train, ["--rewards", "maniqa"], "ckpt_koniq10k.pt"),
-    (train, ["--rewards", "qwen-real", "--reward-weights", "{}/judges"], "cannot be read"),
+    (train, ["--rewards", "qwen-real", "--judge-files", "{}/judges"], "cannot be read"),
     (train, ["--rewards", "qwen-odd", "--qwen-server", "http://127.0.0.1:9"], "127.0.0.1:9"),
     # what is asked for
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),

@@ -170,7 +170,7 @@ class VQModel(nn.Module):
         """The code of highest cosine for each latent (B, T, D) -> tokens (B, T). Peak memory: B*T*V floats."""
         return (latents @ self.quantize.vectors().T).argmax(-1)
 
-    def render(self, codes):
+    def from_codes(self, codes):
         """Code vectors (B, T, D) of a square grid -> images (B, 3, H, W), about [-1, 1]."""
         side = math.isqrt(codes.shape[1])
         z = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, D, h, w)
@@ -182,7 +182,7 @@ class VQModel(nn.Module):
 
     def decode(self, tokens):
         """Tokens (B, T) of a square grid, 0 <= token < V -> images (B, 3, H, W), about [-1, 1] (not clamped)."""
-        return self.render(self.quantize.vectors()[tokens])
+        return self.from_codes(self.quantize.vectors()[tokens])
 
 
 def to_unit(images):

@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add("--kl-coef", type=float, help="the paper's beta (default: toys 0.04; the release's 0.1 for c2i, 1.0 for t2i)")
     add("--clip-eps", type=float, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
-    add("--micro-batch", type=int, help="images per backward pass; memory, not the result (default 64; LlamaGen 8)")
+    add("--micro-batch", type=int, help="images per backward pass; affects memory only (default 64; LlamaGen 8)")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default 0)")
     add("--out", type=Path, help="folder to write to (default out/TASK; LlamaGen: out/MODEL or out/PRESET-MODEL)")
@@ -180,8 +180,8 @@ def train(args):
     B, G, device = args.prompts_per_step, args.group_size, args.device
     N, generator = B * G, torch.Generator(device)
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
-    # pi_old is the sampler, except where that spoke for another distribution than the one that is scored, or where
-    # bfloat16 rounded it otherwise: token by token and in one pass, products are summed in another order
+    # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
+    # one pass over all tokens otherwise than token by token.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
     log = Log(args, start_step)
     for step in range(start_step, args.steps):
@@ -462,7 +462,7 @@ def write_whole(path, write):
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
     free = ["out", "resume", "device", "save_every", "micro_batch"]
-    free += ["reward_weights", "qwen_server", "judge_batch"]  # where the judges are, not what they say
+    free += ["judge_files", "qwen_server", "judge_batch"]  # where the judges are, not what they say
     free += ["ckpt", "base"]  # compared by the base's hash
     free += ["pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
     free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate

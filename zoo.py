@@ -84,7 +84,7 @@ MODELS = {
     "llamagen-t2i-xl-512": _llamagen_t2i(32, "t2i_XL_stage2_512.pt"),
 }
 
-# What the paper's judges load. --reward-weights DIR is searched first: for the file, or (clip, qwen) for a folder that
+# What the paper's judges load. --judge-files DIR is searched first: for the file, or (clip, qwen) for a folder that
 # bears the repository's name and holds its files.
 JUDGE_FILES = {
     "clip": "hf:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors",
@@ -418,7 +418,7 @@ def print_files(name, args):
     if row.config.task == "t2i":
         parts += [("text encoder", "--text-encoder PATH", args.text_encoder or row.text_encoder)]
     if not is_toy(name):
-        parts += [(f"judge {judge}", "--reward-weights DIR", where) for judge, where in JUDGE_FILES.items()]
+        parts += [(f"judge {judge}", "--judge-files DIR", where) for judge, where in JUDGE_FILES.items()]
     for part, flag, where in parts:
         if Path(where).exists():
             print(f"{part:13}{where}: here; another file: {flag}")
