@@ -431,6 +431,18 @@ def find_class(text, names):
     raise Mistake(f"no class is called {text!r}; {hint}")
 
 
+def is_prompt_file(prompt):
+    """Whether an entry of --prompts is the name of a file of prompts, and not a prompt itself."""
+    return prompt.endswith((".txt", ".json", ".jsonl"))
+
+
+def json_line(line, number):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise Mistake(f"line {number}: {error}") from None
+
+
 def read_prompts(path):
     """
     The prompts of a file: .txt, one a line; .json, a list; .jsonl, one a line. JSON entries are strings or objects
@@ -441,13 +453,14 @@ def read_prompts(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that Windows puts first
+        lines = text.split("\n")  # splitlines would also split at U+2028, which JSON allows inside a string
         if path.suffix == ".txt":
-            entries = text.splitlines()
+            entries = lines
         elif path.suffix == ".json":
             entries = json.loads(text)
         elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json_line(line, k) for k, line in enumerate(lines, 1) if line.strip()]
         else:
             raise Mistake("a prompt file ends in .txt, .json or .jsonl")
         if not isinstance(entries, list):

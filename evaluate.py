@@ -140,11 +140,12 @@ def write_results(args, columns):
     """
     by_name = {name: columns[cfg, name] for cfg, name in sorted(columns, key=lambda column: column[0])}
     facts = dict(model=args.model, tuned=[str(path) for path in args.tuned], num=args.num, seed=args.seed)
+    facts |= dict(temperature=args.temperature, base=str(args.policies[0][1]))
     tuned = ", ".join(facts["tuned"]) or "none"
     head = f"{args.model}, {args.num} samples per column, seed {args.seed}; tuned: {tuned}"
     table = f"{head}\n\n{as_table(by_name)}\n"
-    args.out.with_name(args.out.name + ".json").write_text(json.dumps(facts | dict(columns=by_name), indent=1) + "\n")
-    args.out.with_name(args.out.name + ".md").write_text(table)
+    for suffix, text in ((".json", json.dumps(facts | dict(columns=by_name), indent=1) + "\n"), (".md", table)):
+        zoo.write_whole(args.out.with_name(args.out.name + suffix), lambda path, text=text: path.write_text(text))
     return table
 
 
@@ -160,12 +161,15 @@ def parse_args(argv=None):
     zoo.add_model_flags(add)
     add("--ckpt", nargs="+", metavar="PATH", default=[], help="weights, or folders that train.py wrote, all of one "
         "model (default: only the base)")  # fmt: skip
-    add("--base", metavar="PATH", help="weights of the base (default: the model's own)")
+    add("--base", metavar="PATH", help="weights of the base (default: those that the first --ckpt began from)")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers, in turn (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
     add("--num", type=int, default=1024, help="pictures for each column (default 1024: standard error 1.5 points)")
     add("--cfg-scale", type=float, nargs="+", help="guidance to sample with (default: 1 and what the first --ckpt was "
         "trained with, or 2 if that is 1)")  # fmt: skip
+    add(
+        "--temperature", type=float, help="divides the logits (default: what the first --ckpt was trained with, else 1)"
+    )
     add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
     add("--out", type=Path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the first "
@@ -182,7 +186,7 @@ def resolve(args):
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
     args.task, toy = zoo.MODELS[args.model].config.task, zoo.is_toy(args.model)
     # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
-    _, base, base_header = zoo.find_policy(args.base, args.model)
+    _, base, base_header = zoo.find_policy(args.base or header["base"], args.model)
     args.policies = [("base", base, (args.text_pad if not args.ckpt else None) or base_header["text_pad"])]
     for k, ckpt in enumerate(args.ckpt, 1):
         _, path, own_header = zoo.find_policy(ckpt, args.model)
@@ -191,8 +195,9 @@ def resolve(args):
     args.tuned = [path for _, path, _ in args.policies[1:]]
     if not args.cfg_scale:
         args.cfg_scale = [1.0, header["cfg_scale"] if header["cfg_scale"] > 1 else 2.0]
+    args.temperature = header["temperature"] if args.temperature is None else args.temperature
     # Frechet distance, precision and recall mean nothing for fewer than 48
-    zoo.check_range(args, num=48 if toy else 1, batch_size=1, cfg_scale=1, seed=0)
+    zoo.check_range(args, num=48 if toy else 1, batch_size=1, cfg_scale=1, temperature=0, seed=0)
     args.judge_weights = parse_rewards(args.rewards or ("clip,realism" if toy else "clip"))
     args.judge_options = judge_options(args, args.model)
     if args.classes or args.prompts or (args.task == "t2i" and not toy):
@@ -201,7 +206,9 @@ def resolve(args):
     else:
         args.asked = zoo.fixed_asked(args.model, args.num)
     # beside a policy of ours, but not in weights/ or in the hub's cache
-    args.out = args.out or free_name(args.tuned[0].parent if args.tuned and header["step"] else Path("out"))
+    folder = args.tuned[0].parent if args.tuned and header["step"] else Path("out")
+    args.out = free_name(args.out or folder) if args.out is None or args.out.is_dir() else args.out
+    args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
     if not args.out.name:
         raise Mistake(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +230,9 @@ def run(args):
         model, padded = zoo.load_model(args.model, path, args.device), partial(encode, pad=pad)
         options = dict(batch_size=args.batch_size, dtype=args.dtype)
         for cfg in args.cfg_scale:
-            images, tokens = draw(model, tokenizer, padded, args.asked, args.seed, cfg_scale=cfg, **options)
+            images, tokens = draw(
+                model, tokenizer, padded, args.asked, args.seed, cfg_scale=cfg, temperature=args.temperature, **options
+            )
             entropy = mean_entropy(model, padded, args.asked, tokens, **options)
             columns[cfg, f"{which}, cfg {cfg:g}"] = measure(images) | dict(entropy=entropy)
             table = write_results(args, columns)  # each time, because a column of a large model takes hours

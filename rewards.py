@@ -37,7 +37,7 @@ import math
 import re
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +53,7 @@ TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configu
 
 # What a factory may want to know; add_judge_flags describes each. load_judges fills in what its caller leaves out.
 OPTIONS = dict(clip_model=TOY_CLIP, clip_pretrained=None, judge_files=None, qwen_answer="probability",
-               qwen_server=None, judge_batch=16)  # fmt: skip
+               qwen_server=None, judge_batch=16, judge_timeout=300.0)  # fmt: skip
 
 
 def add_judge_flags(add):
@@ -65,17 +65,20 @@ def add_judge_flags(add):
         help="probability (default): the mean over the answer tokens' probabilities, one forward pass; "
              "json: generated text that is parsed, as in the paper")  # fmt: skip
     add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process)")
+    add("--judge-timeout", type=float, default=300.0, help="seconds that --qwen-server may take per batch; late values "
+        "are missing (300)")  # fmt: skip
     add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; affects memory only (16)")
 
 
 def judge_options(args, model):
     """The options dict of parsed flags, for judging pictures of the model named `model`. Raises Mistake."""
-    zoo.check_range(args, judge_batch=1)
+    zoo.check_range(args, judge_batch=1, judge_timeout=0)
     options = {name: getattr(args, name) for name in OPTIONS}
     # The toy's CLIP knows only the toy's pictures; open_clip's models know none of them.
     if options["clip_model"] or options["clip_pretrained"] or not zoo.is_toy(model):
         options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
-        options["clip_pretrained"] = options["clip_pretrained"] or "openai"
+        in_folder = options["clip_model"].startswith("local-dir:")  # which holds its weights
+        options["clip_pretrained"] = options["clip_pretrained"] or (None if in_folder else "openai")
     else:
         options["clip_model"] = TOY_CLIP
     if options["judge_files"] and not Path(options["judge_files"]).is_dir():
@@ -392,7 +395,7 @@ def load_qwen(folder, device):
     return model.eval().requires_grad_(False).to(device), processor
 
 
-def call_server(url, path, body=None):
+def call_server(url, path, body=None, timeout=300.0):
     """
     The JSON that an OpenAI-compatible server returns, for a GET, or for a POST of `body`, which is sent again after
     each of SERVER_PAUSES: one request lost among the paper's 38,400 must not end a run of days. Raises Mistake.
@@ -402,7 +405,7 @@ def call_server(url, path, body=None):
     for pause in (*(SERVER_PAUSES if data else ()), None):
         try:
             request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=300) as reply:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
                 return json.load(reply)
         except (OSError, ValueError, http.client.HTTPException) as error:  # refused, lost, slow; no JSON; half a reply
             if pause is None:
@@ -410,7 +413,7 @@ def call_server(url, path, body=None):
             time.sleep(pause)
 
 
-def ask_server_once(pixels, text, worth, url, model, answer):
+def ask_server_once(pixels, text, worth, url, model, answer, timeout):
     """As ask_model, of one picture (3, H, W), which travels as PNG and so arrives as it is. Raises Mistake."""
     from PIL import Image
 
@@ -422,20 +425,22 @@ def ask_server_once(pixels, text, worth, url, model, answer):
     body |= dict(max_tokens=64) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
     remedy = "OpenAI's form is needed" if answer == "json" else "if it gives no logprobs, use --qwen-answer json"
     with zoo.reading(f"--qwen-server {url}: its answer", remedy):
-        choice = call_server(url, "chat/completions", body)["choices"][0]
+        choice = call_server(url, "chat/completions", body, timeout)["choices"][0]
         if answer == "json":
             return read_rating(choice["message"]["content"] or "", max(worth.values()))
         likeliest = choice["logprobs"]["content"][0]["top_logprobs"]  # an answer that is not among 20 weighs nothing
         return expected_worth({entry["token"]: entry["logprob"] for entry in likeliest}, worth)
 
 
-def ask_server(pixels, texts, worths, url, model, answer):
-    """As ask_model. 32 requests at a time, which the server batches."""
-    pool, ask = ThreadPoolExecutor(32), partial(ask_server_once, url=url, model=model, answer=answer)
+def ask_server(pixels, texts, worths, url, model, answer, timeout):
+    """As ask_model. 32 requests at a time, which the server batches; NaN for what is not there after `timeout` s."""
+    pool, ask = ThreadPoolExecutor(32), partial(ask_server_once, url=url, model=model, answer=answer, timeout=timeout)
     try:
-        return list(pool.map(ask, pixels.cpu(), texts, worths))
+        asked = [pool.submit(ask, *one) for one in zip(pixels.cpu(), texts, worths, strict=True)]
+        done, _ = wait(asked, timeout, FIRST_EXCEPTION)
+        return [one.result() if one in done else math.nan for one in asked]
     finally:
-        pool.shutdown(cancel_futures=True)  # after one failure the rest need not be sent
+        pool.shutdown(wait=False, cancel_futures=True)  # after one failure the rest need not be sent
 
 
 def qwen_judge(device, options, names):
@@ -446,7 +451,7 @@ def qwen_judge(device, options, names):
             f"--qwen-server {url}: its list of models", "OpenAI's form is needed"
         ):  # now, not after the first batch
             model = call_server(url, "models")["data"][0]["id"]
-        ask = partial(ask_server, url=url, model=model, answer=answer)
+        ask = partial(ask_server, url=url, model=model, answer=answer, timeout=options["judge_timeout"])
     else:
         model, processor = load_qwen(options["judge_files"], device)
         if answer == "probability":  # now, not after the first batch
@@ -469,7 +474,7 @@ def parse_rewards(text):
     """ "clip=1,realism=0.5" -> {"clip": 1.0, "realism": 0.5}; a name alone weighs 1. Raises Mistake."""
     weights, known = {}, [*JUDGES, *STEPS, *QUESTIONS]
     for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
+        name, weight = (word.strip() for word in f"{part}=".split("=")[:2])
         if name in weights:
             raise Mistake(f"--rewards: {name} is named twice")
         try:
@@ -507,6 +512,22 @@ def load_judges(names, device="cpu", options=None):
     return judges
 
 
+def files_of_judges(names, options):
+    """{name: path} of the weights that the judges `names` read; a path that does not exist stands for the hub."""
+    folder, files = Path(options["judge_files"] or "."), {}
+    if "clip" in names or "clip-step" in names:
+        kind, _, place = options["clip_model"].partition(":")
+        files["clip"] = Path(place if kind == "local-dir" else options["clip_pretrained"])
+    if "realism" in names:
+        files["realism"] = zoo.WEIGHTS / "toy-realism.safetensors"
+    if any(name in QUESTIONS for name in names):
+        files["qwen"] = folder / Path(QWEN).name
+    for judge in ("hps", "maniqa"):
+        if judge in names or f"{judge}-step" in names:
+            files[judge] = judge_file(judge, options)
+    return files
+
+
 @torch.no_grad()
 def judge_images(judges, images, prompts):
     """
@@ -516,13 +537,24 @@ def judge_images(judges, images, prompts):
     judged, seconds = {}, {}
     for name, judge in judges.items():
         start = time.perf_counter()
-        values = judge(images, prompts)
+        try:
+            values = judge(images.clone(), prompts)  # a copy: a judge that edits its pictures edits nobody else's
+        except Exception as error:
+            error.add_note(f"in the judge {name!r}")
+            raise
         values = values if isinstance(values, dict) else {name: values}
-        judged |= {each: numbers.float() for each, numbers in values.items()}
+        judged |= {each: as_values(each, numbers, images) for each, numbers in values.items()}
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         seconds |= dict.fromkeys(values, 0.0) | {next(iter(values)): time.perf_counter() - start}
     return judged, seconds
+
+
+def as_values(name, numbers, images):
+    """What a judge returned (list, array or tensor, (N,) or (N, 1)) as float32 (N,). Raises Mistake, naming it."""
+    with zoo.reading(f"what the judge {name!r} returned", "a judge returns one number per picture"):
+        values = torch.as_tensor(numbers, device=images.device).float()
+        return values.reshape(len(images))
 
 
 def fill_missing(values, group_size):

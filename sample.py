@@ -83,7 +83,12 @@ def save_grid(path, images, labels, columns, title=""):
         for j, text in enumerate(label):
             pen.text((x, y + height * zoom + 13 * j), text, fill="black", font=font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    zoo.write_whole(Path(path), sheet.save)
+
+
+def write_npz(path, arrays):
+    with open(path, "wb") as file:  # given a name, np.savez would add .npz to it
+        np.savez(file, **arrays)
 
 
 def parse_args(argv=None):
@@ -91,7 +96,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is drawn").add_argument
     zoo.add_model_flags(add)
     add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
-    add("--base", metavar="PATH", help="weights of the base for --compare (default: the model's own)")
+    add("--base", metavar="PATH", help="weights of the base for --compare (default: those that --ckpt began from)")
     add("--print-files", action="store_true", help="only list the files of the model, and where they are expected")
     add("--compare", action="store_true", help="draw the base too, above the model of --ckpt, with the same seeds")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
@@ -100,7 +105,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how it is drawn").add_argument
     add("--cfg-scale", type=float, help="guidance; 1 is none (default: what our own --ckpt was trained with; toys 1, "
         "LlamaGen c2i 4.0, t2i 7.5)")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="divides the logits; 0 always takes the likeliest (default 1)")
+    add("--temperature", type=float, help="divides the logits; 0 always takes the likeliest (default: what our own "
+        "--ckpt was trained with, else 1)")  # fmt: skip
     add("--top-k", type=int, help="keep the k likeliest tokens; 0: all (default: toys 0, LlamaGen 2000 c2i, 1000 t2i)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
     add("--seed", type=int, default=0, help="seed of the random numbers that tokens are drawn with (default 0)")
@@ -125,9 +131,10 @@ def resolve(args):
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
     args.policies = [("", path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
     if args.compare:  # the base's captions are padded as it was trained, whatever --text-pad says of --ckpt
-        _, base, base_header = zoo.find_policy(args.base, args.model)
+        _, base, base_header = zoo.find_policy(args.base or header["base"], args.model)
         args.policies = [("base: ", base, base_header["text_pad"]), ("tuned: ", *args.policies[0][1:])]
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
+    args.temperature = header["temperature"] if args.temperature is None else args.temperature
     args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
     zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0)
     if not 0 < args.top_p <= 1:  # also refuses NaN
@@ -136,6 +143,8 @@ def resolve(args):
     args.asked = [entry for entry in asked for _ in range(args.num)]
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise Mistake(f"--out {args.out}: the grid's name ends in .png, .jpg or .webp")
+    if args.npz == args.out:
+        raise Mistake(f"--out and --npz are both {args.out}")
     for file in filter(None, (args.out, args.npz)):  # now, not after the drawing
         if file.is_dir():
             raise Mistake(f"{file} is a folder; --out and --npz name files")
@@ -158,8 +167,8 @@ def run(args):
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
         images, tokens = drawn[-1]
         pixels = to_uint8(images * 2 - 1).permute(0, 2, 3, 1).numpy()
-        with open(args.npz, "wb") as file:  # np.savez would add .npz to a name
-            np.savez(file, arr_0=pixels, tokens=tokens.numpy(), **{key: np.array(args.asked)})
+        arrays = dict(arr_0=pixels, tokens=tokens.numpy()) | {key: np.array(args.asked)}
+        zoo.write_whole(args.npz, lambda path: write_npz(path, arrays))
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
     # A line of the grid holds the --num pictures of one class or prompt; with --compare the base's line comes first.
     n, texts = args.num, [text.removeprefix("a photo of ") for text in zoo.captions_of(args.model, args.asked)]

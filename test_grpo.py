@@ -6,15 +6,18 @@ The invariants, one per test. Each names the bug that it keeps out. No network, 
 
 import ast
 import base64
+import contextlib
 import hashlib
 import http.server
 import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,6 +60,7 @@ def no_network_no_gpu(monkeypatch):
     """The same on every machine: what is not in a folder here is not to be had, and scripts run in float32 on the CPU."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(zoo, "die_of", lambda number, sentence: sys.exit(sentence))  # not of pytest's process
 
 
 def seeded(seed):
@@ -662,7 +666,11 @@ def test_prompt_files_of_every_form(tmp_path):
         "a.json": '["one", {"prompt": "two"}]',
         "release.json": '[{"conversations": [{"from": "human", "value": "one"}, {"value": "x"}]}, "two"]',
         "a.jsonl": '{"caption": "one"}\n"two"\n',
+        "windows.txt": "\ufeffone\r\ntwo\r\n",
     }
+    (tmp_path / "late.jsonl").write_text('\n"one"\n\n{"prompt": \n')
+    with pytest.raises(Mistake, match="line 4"):
+        data.read_prompts(tmp_path / "late.jsonl")
     for name, text in (forms | {"bad.json": "[1", "empty.txt": "\n", "a.csv": "x"}).items():
         (tmp_path / name).write_text(text)
     assert all(data.read_prompts(tmp_path / name) == ["one", "two"] for name in forms)
@@ -893,6 +901,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server whose answers say how red the picture is: level 51 k rates k."""
 
     failures = 0  # how many questions it will not answer
+    hangs = 0  # s, before it answers for a picture that is not red at all
 
     def reply(self, found):
         self.send_response(200)
@@ -910,6 +919,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         url = asked["messages"][0]["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(url))))  # (H, W, 3)
         (level,) = set(pixels[..., 0].ravel().tolist())
+        time.sleep(0 if level else Server.hangs)
         assert not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
         assert asked["model"] == "tiny" and self.path == "/v1/chat/completions"
         message = dict(content=f'Here: {{"score": {level // 51}}}' if level < 255 else "I do not know.")
@@ -935,6 +945,10 @@ def test_a_server_may_answer_for_qwen(monkeypatch):
             monkeypatch.setattr(Server, "failures", 2)  # which alone may not end a run
             found = rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"]
             assert found.tolist() == pytest.approx([3, 0, last, 1], nan_ok=True)
+        monkeypatch.setattr(Server, "hangs", 3)
+        judges = rewards.load_judges(["qwen-match"], options=options | dict(qwen_answer="json", judge_timeout=1))
+        found = rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"]
+        assert found.tolist() == pytest.approx([3, NAN, NAN, 1], nan_ok=True)  # late, and the one that cannot be read
         monkeypatch.setattr(Server, "failures", 100)
         with pytest.raises(Mistake, match="503"):
             rewards.judge_images(judges, images, ["x"] * 4)
@@ -971,13 +985,14 @@ def test_a_bug_inside_keeps_its_traceback(tmp_path, monkeypatch):
     assert not isinstance(bug.value, Mistake) and "buggy" in {frame.name for frame in bug.traceback}
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_skipped_and_five_end_the_run(tmp_path, monkeypatch):
     """Clipped, it becomes NaN in every weight, and the run goes on drawing noise and saving it."""
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
     monkeypatch.setattr(train, "token_logprobs", lambda *a, **k: [x * INF for x in token_logprobs(*a, **k)])
-    with pytest.raises(SystemExit, match="gradient is not finite"):
-        train.main(["--steps", "3", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    assert not (tmp_path / "policy.safetensors").exists()
+    with pytest.raises(SystemExit, match="the gradient was not finite 5 steps in a row"):
+        train.main(["--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
+    base, policy = (torch.load(tmp_path / "state.pt")["policy"], load_model("toy-c2i").state_dict())
+    assert len(read_metrics(tmp_path)) == 5 and all(torch.equal(w, base[name]) for name, w in policy.items())
 
 
 def test_judgements_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
@@ -1026,42 +1041,233 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch):
     assert columns["renders, round trip"]["right: all"] > 0.9 and columns["base, cfg 1"]["recall"] > 0
 
 
-def test_a_killed_run_continues_as_if_it_had_never_stopped(tmp_path):
-    """Resuming without optimizer, learning rate or random state gives a curve that only looks the same."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # Each in a process of its own, as a user has it: what else has run in a process can change the last digit of a sum.
-    # --device: the fixture that hides a GPU from these tests does not reach another process.
-    command = [sys.executable, HERE / "train.py", "--steps", "5", *TINY_RUN, *TWO["c2i"], "--device", "cpu", "--out"]
-    subprocess.run([*command, whole], check=True, capture_output=True)
-    command = [*command, broken]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (broken / "state.pt").exists():
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    with (broken / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rew')  # and in the middle of a line, after the last save
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
-    assert read_metrics(whole) == read_metrics(broken)
-    start = read_metrics(whole)[0]
-    assert start["kl"] == 0 and start["ratio"] == pytest.approx(1, abs=1e-4)
-    a, b = (load_file(folder / "policy.safetensors") for folder in (whole, broken))
-    assert all(torch.equal(weight, b[name]) for name, weight in a.items())
+def in_child(function):
+    """Runs it in a forked process, which has imported everything already, and returns its exit status."""
+    if (process := os.fork()) == 0:
+        status = 1
+        try:
+            sys.stdout = sys.stderr = io.StringIO()
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def test_a_run_is_not_resumed_with_another_base_or_other_flags(tmp_path, monkeypatch):
-    """Its KL would be to weights that it never began from, and nothing in the log would say so."""
+def with_events(happen, function):
+    """function(), with happen(file or None) called between the stages of a step and before, amid and after each write."""
+    lap, replace, write = train.Clock.lap, os.replace, train.Log.write
+
+    def slow_replace(old, new):  # a file that is half written is what a kill in the middle of writing leaves
+        if ".tmp" in Path(old).name:
+            whole = Path(old).read_bytes()
+            Path(old).write_bytes(whole[: len(whole) // 2])
+            happen(old)
+            Path(old).write_bytes(whole)
+        happen(old)
+        replace(old, new)
+        happen(new)
+
+    def wrapped(original):
+        return lambda *args, **kwargs: (happen(None), original(*args, **kwargs), happen(None))[1]
+
+    os.replace, train.Clock.lap, train.Log.write = slow_replace, wrapped(lap), wrapped(write)
+    function()
+
+
+def outcome(folder):
+    """All that a run leaves: weights and pictures as bytes, metrics but for their seconds."""
+    files = [folder / name for name in ("policy.safetensors", "before.png", "after.png")]
+    return [path.read_bytes() for path in files], read_metrics(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_that_is_killed_anywhere_continues_as_if_it_had_never_stopped(tmp_path):
+    """
+    Killed during its first save, a run could neither be resumed nor begun anew; without optimizer, learning rate or
+    random state a resumed curve only looks the same.
+    """
+    flags = ["--steps", "3", "--save-every", "2", "--prompts-per-step", "1", "--group-size", "2", *TWO["c2i"]]
+    train.main([*flags, "--steps", "1", "--out", str(tmp_path / "warm-up")])  # imports what children then share
+    with_whole = [*flags, "--out", str(tmp_path / "whole")]
+    count = lambda file: (tmp_path / "events").open("a").write(".")  # noqa: E731
+    assert in_child(lambda: with_events(count, lambda: train.main(with_whole))) == 0
+    total, whole = len((tmp_path / "events").read_text()), outcome(tmp_path / "whole")
+    points = range(0, total, max(1, total // int(os.environ.get("KILLS", 22))))
+    assert len(points) >= 20
+    for point in points:
+        out, events = tmp_path / f"killed-{point}", []
+
+        def kill(file, events=events, point=point):
+            events.append(file)
+            if len(events) > point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run = [*flags, "--out", str(out)]
+        assert in_child(lambda run=run, kill=kill: with_events(kill, lambda: train.main(run))) == -signal.SIGKILL
+        saved = any((out / name).exists() for name in train.STATES)
+        assert in_child(lambda run=run, saved=saved: train.main([*run, *["--resume"] * saved])) == 0, point
+        assert outcome(out) == whole, point
+
+
+def test_a_save_that_is_damaged_gives_way_to_the_one_before(tmp_path, capsys, monkeypatch):
+    """A flipped bit of state.pt is another policy, and nothing would tell; a cut one would end the run for good."""
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
-    base, flags = tmp_path / "base.safetensors", ["--lr-schedule", "constant", *TINY_RUN, *TWO["c2i"]]
-    flags += ["--ckpt", str(base), "--out", str(tmp_path / "run")]
-    shutil.copy(MODELS["toy-c2i"].ckpt, base)
-    train.main([*flags, "--steps", "1"])
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    flags = ["--out", str(tmp_path), "--steps", "3", *TINY_RUN, *TWO["c2i"]]
+    train.main(flags)
+    whole, states = (tmp_path / "policy.safetensors").read_bytes(), [tmp_path / name for name in train.STATES]
+    newest, rng = states[0].read_bytes(), np.random.default_rng(0)
+    for case in range(6):
+        damaged = bytearray(newest)
+        if case < 4:
+            damaged[rng.integers(len(newest) // 4, len(newest) // 2)] ^= 1 << int(rng.integers(8))
+        states[0].write_bytes(damaged if case < 4 else newest[: len(newest) * case // 6])
+        before = states[1].read_bytes()
+        capsys.readouterr()
+        train.main([*flags, "--resume"])
+        assert "going on from the save before" in capsys.readouterr().out
+        assert (tmp_path / "policy.safetensors").read_bytes() == whole and len(read_metrics(tmp_path)) == 3
+        states[1].write_bytes(before)
+    for state in states:
+        state.write_bytes(newest[:1000])
+    with pytest.raises(SystemExit, match=r"state-before\.pt cannot be read"):
+        train.main([*flags, "--resume"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_ends_the_process_as_itself(number, tmp_path):
+    """A shell loop around the script goes on if Ctrl-C ends in an exit status; a scheduler's TERM once lost the steps."""
+    command = [sys.executable, HERE / "train.py", *TINY_RUN, *TWO["c2i"], "--device", "cpu", "--save-every", "99"]
+    process = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    other = subprocess.run([*command, "--out", tmp_path, "--resume"], capture_output=True, text=True)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == -number and "--resume" in said and "Traceback" not in said
+    assert torch.load(tmp_path / "state.pt")["step"] == len(read_metrics(tmp_path)) >= 1
+    assert other.returncode == 1 and "another run is writing to" in other.stderr
+
+
+def test_a_lost_line_of_metrics_is_said_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    """A blank or cut line, or none at the end, once blocked a run whose weights were whole."""
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    flags = ["--out", str(tmp_path), *TINY_RUN, *TWO["c2i"], "--lr-schedule", "constant", "--steps"]
+    train.main([*flags, "2"])
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("\n{}\n" + log.read_text().splitlines()[1] + '\n{"step": 4, "rew')
+    train.main([*flags, "3", "--resume"])
+    assert "the lines of 1 of 2 steps are lost" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["list", "array", "column", "double", "whole", "short", "vandal"])
+def test_a_judge_of_ones_own_returns_what_can_be_meant(name):
+    """(N, 1) would broadcast to (N, N) in the weighted sum; a judge that edits its pictures would edit everyone's."""
+    forms = dict(
+        list=lambda v: v.tolist(), array=lambda v: v.numpy(), column=lambda v: v[:, None], double=lambda v: v.double()
+    )
+    forms |= dict(whole=lambda v: (v * 0).int(), short=lambda v: v[:-1], vandal=lambda v: v)
+    images = torch.rand(4, 3, 8, 8)
+    kept = images.clone()
+    mean = lambda images, prompts: (forms[name](images.mean((1, 2, 3))), images.zero_())[0]  # noqa: E731
+    if name == "short":
+        with pytest.raises(Mistake, match="judge 'mine'"):
+            rewards.judge_images({"mine": mean}, images, [""] * 4)
+        return
+    values = rewards.judge_images({"mine": mean}, images, [""] * 4)[0]["mine"]
+    assert values.shape == (4,) and values.dtype == torch.float32 and torch.equal(images, kept)
+    assert torch.allclose(values, kept.mean((1, 2, 3)) * (name != "whole"))
+
+
+def test_a_run_is_not_resumed_with_other_files_or_flags(tmp_path, monkeypatch):
+    """Its KL would be to weights that it never began from, or its judge another, and nothing in the log would say so."""
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    base, vq, prompts = (tmp_path / name for name in ("base.safetensors", "vq.safetensors", "prompts.txt"))
+    shutil.copytree(HERE / "weights/toy-t5", tmp_path / "t5")
+    shutil.copytree(HERE / "weights/toy-clip", tmp_path / "clip")
+    shutil.copy(MODELS["toy-t2i"].ckpt, base)
+    shutil.copy(MODELS["toy-t2i"].vq_ckpt, vq)
+    prompts.write_text("two circles\na circle above a square\n")
+    flags = [
+        "--task",
+        "t2i",
+        "--lr-schedule",
+        "constant",
+        *TINY_RUN,
+        "--ckpt",
+        base,
+        "--vq-ckpt",
+        vq,
+        "--prompts",
+        prompts,
+    ]
+    flags += [
+        "--text-encoder",
+        tmp_path / "t5",
+        "--clip-model",
+        f"local-dir:{tmp_path}/clip",
+    ]
+    flags = [*map(str, flags), "--rewards", "clip", "--out", str(tmp_path / "run"), "--steps"]
+    train.main([*flags, "1"])
     for wrong, sentence in ((["--kl-coef", "0.1"], "--kl-coef is 0.1"), (["--seed", "1"], "--seed is 1")):
         with pytest.raises(SystemExit, match=sentence):
-            train.main([*flags, "--steps", "2", "--resume", *wrong])
-    shutil.copy(tmp_path / "run/policy.safetensors", base)
-    with pytest.raises(SystemExit, match="has changed since the run"):
-        train.main([*flags, "--steps", "2", "--resume"])
+            train.main([*flags, "2", "--resume", *wrong])
+    changes = dict(base=base, tokenizer=vq, prompts=prompts)
+    changes |= {"text encoder": tmp_path / "t5/config.json", "judge clip": tmp_path / "clip/open_clip_config.json"}
+    for name, path in changes.items():
+        whole = path.read_bytes()
+        binary = path.suffix == ".safetensors"  # which may not be longer than it says: one bit of the last number
+        path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:] if binary else whole + b" ")
+        with pytest.raises(SystemExit, match=name):
+            train.main([*flags, "2", "--resume"])
+        path.write_bytes(whole)  # the same content at another time is the same file
+    train.main([*flags, "2", "--resume"])
+
+
+def test_no_reader_takes_rubbish_for_something(tmp_path):
+    """200 random damages for each reader: an error in a sentence, or what the whole file says; never a traceback."""
+    rng, cases = np.random.default_rng(0), int(os.environ.get("FUZZ", 200))
+    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
+    torch.save(tensors, tmp_path / "w.pt")
+    save_file(tensors, tmp_path / "w.safetensors")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n"two"\n')
+    (tmp_path / "p.json").write_text('["one", {"caption": "two"}]')
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    readers = {"w.pt": zoo.read_weights, "w.safetensors": zoo.read_weights}
+    readers |= dict.fromkeys(("p.jsonl", "p.json", "p.txt"), data.read_prompts)
+    for name, read in readers.items():
+        path = tmp_path / name
+        whole, expected = path.read_bytes(), read(path)
+        for _ in range(cases):
+            damaged = bytearray(whole[: rng.integers(len(whole) + 1)] if rng.random() < 0.3 else whole)
+            for _ in range(rng.integers(1, 4) if len(damaged) else 0):
+                damaged[rng.integers(len(damaged))] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                found = read(path)
+            except (Mistake, OSError) as error:
+                assert "\n" not in str(error)
+                continue
+            if name == "w.pt":  # checksums: what can be read is whole
+                assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    words = [*rewards.JUDGES, "clip-step", "pyiqa:piqe", "=", ",", " ", "-1", "1e9", "nan", "x", "0", ""]
+    for _ in range(cases):
+        text = "".join(rng.choice(words, size=rng.integers(1, 9)))
+        with contextlib.suppress(Mistake):
+            assert all(np.isfinite(weight) for weight in rewards.parse_rewards(text).values())
+    log = '{"step": 0, "reward": 1}\n{"step": 1, "reward": 2}\n'
+    for _ in range(cases):
+        damaged = bytearray(log.encode()[: rng.integers(len(log) + 1)])
+        for _ in range(rng.integers(3) if damaged else 0):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
+        (tmp_path / "m.jsonl").write_bytes(damaged)
+        train.keep_metrics(tmp_path / "m.jsonl", 2)
+        steps = [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)) and set(steps) <= {0, 1}
 
 
 def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
@@ -1135,6 +1341,8 @@ def wrong_files(folder):
     torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "extra.pt")
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.zeros(99)}, folder / "shape.pt")
+    torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
+    torch.save(state | {"norm.weight": torch.ones(160, dtype=torch.int64)}, folder / "int.pt")
     save_file(state, folder / "ours.safetensors", metadata=dict(format="pt", model="toy-c2i", step="1"))
     save_tiny_t5(folder / "narrow", dim=32)
     some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
@@ -1189,13 +1397,15 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     (first,) = read_metrics(tmp_path / "run")
     assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "right" not in first
     assert first["sampler_gap"] < 0.02  # rounding alone
-    # our own checkpoint names its model and its padding; the base is given because the hub cannot be asked here
-    assert zoo.find_policy("run")[2] == dict(step=1, text_pad="right" if pads else "left", cfg_scale=cfg)
-    sample.main(["--ckpt", "run", "--compare", "--base", "gpt.pt", *files, "--num", "2", "--npz", "new/a.npz"])
+    # our own checkpoint names its model, its padding and its base, which is not the hub's
+    assert zoo.find_policy("run")[2] == dict(
+        step=1, text_pad="right" if pads else "left", cfg_scale=cfg, temperature=1, base=str(tmp_path / "gpt.pt")
+    )
+    sample.main(["--ckpt", "run", "--compare", *files, "--num", "2", "--npz", "new/a.npz"])
     assert f"cfg {cfg}" in capsys.readouterr().out  # a policy is drawn from as it was trained
     found = np.load("new/a.npz")
     assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["prompts" if pads else "labels"]) == 2
-    evaluate.main(["--ckpt", "run", "--base", "gpt.pt", *files, "--num", "2", "--rewards", "pyiqa:entropy"])
+    evaluate.main(["--ckpt", "run", *files, "--num", "2", "--rewards", "pyiqa:entropy"])
     columns = json.loads(Path("run/evaluation.json").read_text())["columns"]
     assert set(columns) == {f"{policy}, cfg {scale}" for policy in ("base", "tuned") for scale in (1, cfg)}
     assert all(set(figures) == {"reward: pyiqa:entropy", "entropy"} for figures in columns.values())
@@ -1236,6 +1446,9 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--ckpt", "{}/extra.pt"], "extra.weight is unknown"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight is missing"),
     (sample, ["--ckpt", "{}/shape.pt"], "norm.weight is [99], not [160]"),
+    (sample, ["--ckpt", "{}/nan.pt"], "norm.weight holds NaN"),
+    (sample, ["--ckpt", "{}/int.pt"], "norm.weight is not a dense tensor of floating-point numbers"),
+    (sample, ["--out", "{}/a.png", "--npz", "{}/a.png"], "--out and --npz are both"),
     (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "encoder.conv_in.weight is missing"),
     (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "--model toy-c2i is a c2i model, but --task is t2i"),
     (evaluate, ["--model", "toy-t2i", "--ckpt", "{}/ours.safetensors"], "holds a toy-c2i model, not toy-t2i"),

@@ -12,7 +12,7 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
 
 The loop is the function `train`. A folder of results (out/TASK): before.png, after.png, curves.png, metrics.jsonl (a
 line per step; the README explains every entry), samples/ (the same prompts and seeds as training goes on), TensorBoard
-events, policy.safetensors, and state.pt for --resume.
+events, policy.safetensors, and state.pt and state-before.pt, the last two saves, for --resume.
 
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
 images (--score-cfg; see grpo.py), weights are float32 (its t2i run keeps them in bfloat16; its c2i rollouts are float32
@@ -23,10 +23,9 @@ Shapes: B prompts per step, G = group_size samples each, N = B*G images, T image
 """
 
 import copy
-import hashlib
 import json
-import mmap
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -34,8 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
@@ -50,7 +47,15 @@ from grpo import (
     score_tokens,
     token_logprobs,
 )
-from rewards import add_judge_flags, judge_images, judge_options, load_judges, parse_rewards, weighted_sum
+from rewards import (
+    add_judge_flags,
+    files_of_judges,
+    judge_images,
+    judge_options,
+    load_judges,
+    parse_rewards,
+    weighted_sum,
+)
 from sample import draw, save_grid
 from tokenizer import to_unit
 
@@ -84,6 +89,8 @@ KNOBS = {
     "clip_eps": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2),  # script: the paper's epsilon
     "updates_per_batch": (1, 1, 1, 1, 1, 1),  # script
 }  # fmt: skip
+STATES = "state.pt", "state-before.pt"  # the newest save of a run and the one before
+PATIENCE = 5  # steps in a row
 MAX_GRAD_NORM = 1.0  # script; the toys' gradients stay below it most of the time
 SAMPLE_EVERY = 50  # steps between grids of the same prompts and seeds
 
@@ -156,8 +163,19 @@ def resolve(args):
     return args
 
 
+def claim(args):
+    """Makes the output folder and holds it for this run, before anything takes time. Raises Mistake, OSError."""
+    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    args.lock = zoo.lock(args.out)
+    if not args.resume and any((args.out / file).exists() for file in STATES):
+        raise Mistake(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
+    if args.resume and not any((args.out / file).exists() for file in STATES):
+        raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
+
+
 def build(args):
     """The policy, its frozen copy, the tokenizer, the encoder of what is asked, the judges, the optimizer."""
+    claim(args)  # first, because loading takes time
     policy = zoo.load_model(args.model, args.base, args.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False)
     if args.task == "t2i":
@@ -183,7 +201,7 @@ def train(args):
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
-    log = Log(args, start_step)
+    log, watch = Log(args, start_step), Watch(args)
     for step in range(start_step, args.steps):
         clock = Clock(device)
 
@@ -230,9 +248,8 @@ def train(args):
                 stats |= dict(entropy=entropy.mean(), sampler_gap=sampler_gap(logprobs, sampled_logprobs[rows]))
                 history.append((update, len(rows), stats))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-            if not grad_norm.isfinite():
-                raise Mistake(f"step {step}: the gradient is not finite; start again with a lower --lr")
-            optimizer.step()
+            if grad_norm.isfinite():  # else this update is skipped, and the watch counts it
+                optimizer.step()
         clock.lap("learn")
 
         # 5. report
@@ -242,8 +259,9 @@ def train(args):
         # 6. save
         if (step + 1) % SAMPLE_EVERY == 0:
             grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if watch.asked or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save(args, policy, optimizer, step + 1)
+        watch.go_on(metrics, N)
     log.close()
     grid("after.png", f"after {args.steps} steps of GRPO")
     plot_curves(args)
@@ -287,6 +305,35 @@ def verify(args, images, prompts):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reporting
+
+
+class Watch:
+    """
+    Ends a run after a step. Ctrl-C, SIGTERM or SIGHUP ask for it (a second one stops at once); so does a run that
+    learns nothing any more: for PATIENCE steps in a row no gradient, or no value from a judge.
+    """
+
+    def __init__(self, args):
+        self.args, self.bad = args, {}
+        self.asked = None  # the signal's number
+        for number in zoo.STOPS:
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked:
+            zoo.interrupt(number, frame)
+        self.asked = number
+        tqdm.write("this step will be finished and saved; a second signal stops at once")
+
+    def go_on(self, metrics, N):
+        """metrics: those of a step; N: images per step. Raises KeyboardInterrupt, Mistake."""
+        if self.asked:
+            zoo.interrupt(self.asked, None)
+        bad = {"the gradient": not np.isfinite(metrics["grad_norm"])}
+        bad |= {f"every value of {name}": metrics[f"{name}_not_finite"] == N for name in self.args.judge_weights}
+        self.bad = {what: self.bad.get(what, 0) + 1 if failed else 0 for what, failed in bad.items()}
+        if lost := " and ".join(what for what, steps in self.bad.items() if steps >= PATIENCE):
+            raise Mistake(f"{lost} was not finite {PATIENCE} steps in a row; the last save is in {self.args.out}")
 
 
 class Clock:
@@ -348,6 +395,8 @@ class Log:
             self.events.add_scalar(name, value, metrics["step"])
         judges = [name.removesuffix("_not_finite") for name in metrics if name.endswith("_not_finite")]
         judged = " ".join(f"{name} {metrics.get(f'{name}_mean', np.nan):6.3f}" for name in judges)
+        missing = sum(metrics[f"{name}_not_finite"] for name in judges)
+        judged += f", {missing} values missing" if missing else ""
         right = f" right {metrics['right']:4.0%}" if "right" in metrics else ""
         seconds = sum(clock.seconds.values())
         parts = " ".join(f"{part} {value:.2f}" for part, value in clock.seconds.items())
@@ -415,7 +464,7 @@ def plot_curves(args):
         axis.plot(values, ".", markersize=2, alpha=0.4)
         axis.plot(np.arange(width - 1, len(values)) - (width - 1) / 2, smooth)
         axis.set(title=title, xlabel="step")
-    figure.savefig(args.out / "curves.png", dpi=90)
+    zoo.write_whole(args.out / "curves.png", lambda path: figure.savefig(path, dpi=90))
     plt.close(figure)
 
 
@@ -424,10 +473,7 @@ def plot_curves(args):
 
 
 def begin(args, policy, optimizer, grid):
-    """Makes the output folder, or goes on with the run in it; says what will happen; returns the first step."""
-    if not args.resume and any((args.out / file).exists() for file in ("state.pt", "policy.safetensors")):
-        raise Mistake(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    """Begins a run, or goes on with the one in the output folder; says what will happen; returns the first step."""
     start_step = resume(args, policy, optimizer) if args.resume else 0
     N, T = args.prompts_per_step * args.group_size, policy.config.num_tokens
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
@@ -439,80 +485,109 @@ def begin(args, policy, optimizer, grid):
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
     if start_step == 0:
-        (args.out / "metrics.jsonl").write_text("")
+        if (log := args.out / "metrics.jsonl").exists():  # of a run that never saved, or somebody else's
+            os.replace(log, args.out / "metrics-before.jsonl")
         grid("before.png", "before: the base model")
     return start_step
-
-
-def write_whole(path, write):
-    """
-    write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new.
-    Raises OSError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk need not stay full
 
 
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
     free = ["out", "resume", "device", "save_every", "micro_batch"]
-    free += ["judge_files", "qwen_server", "judge_batch"]  # where the judges are, not what they say
-    free += ["ckpt", "base"]  # compared by the base's hash
-    free += ["pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
+    free += ["judge_files", "qwen_server", "judge_batch", "judge_timeout"]  # where the judges are, not what they say
+    free += ["ckpt", "base"]  # compared by their content
+    free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
     free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
 
-def file_hash(path):
-    """sha256 of a file that may be larger than memory."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+def files_read(args):
+    """{name: path} of what the run reads, so far as it is on this machine."""
+    row = zoo.MODELS[args.model]
+    files = {"base": zoo.find_file(args.base), "tokenizer": zoo.find_file(args.vq_ckpt or row.vq_ckpt)}
+    files |= {"text encoder": Path(args.text_encoder or row.text_encoder)} if args.task == "t2i" else {}
+    files |= {f"prompts {k}": Path(p) for k, p in enumerate(args.prompts or [], 1) if data.is_prompt_file(p)}
+    files |= {f"judge {name}": path for name, path in files_of_judges(args.judge_weights, args.judge_options).items()}
+    return {name: path for name, path in files.items() if path.exists()}
 
 
 def save(args, policy, optimizer, step):
     """
-    policy.safetensors, whose header tells sample.py and evaluate.py which model this is and how it was asked; and
-    state.pt, all that --resume needs. (seed, step) is all the random state; of the base only its hash is kept.
+    state.pt, all that --resume needs; it alone decides whether there is a run, and the one before is kept in case that
+    the newest is damaged. Then policy.safetensors for sample.py and evaluate.py. (seed, step) is all the random state.
     """
-    weights = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
-    header = dict(format="pt", model=args.model, step=str(step), text_pad=args.text_pad, cfg_scale=str(args.cfg_scale))
-    write_whole(args.out / "policy.safetensors", lambda path: save_file(weights, path, metadata=header))
-    state = dict(step=step, flags=flags_that_matter(args), base=file_hash(zoo.find_file(args.base)))
+    args.files = zoo.fingerprint(files_read(args), getattr(args, "files", None))
+    state = dict(step=step, flags=flags_that_matter(args), files=args.files)
     state |= dict(policy=policy.state_dict(), optimizer=optimizer.state_dict())
-    write_whole(args.out / "state.pt", lambda path: torch.save(state, path))
+    newest, before = (args.out / name for name in STATES)
+    zoo.write_whole(newest, lambda path: torch.save(state, path), keep=before)
+    save_policy(args, policy, step)
+
+
+def save_policy(args, policy, step):
+    """policy.safetensors; its header says which model this is, what it began from and how it was asked."""
+    weights = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
+    header = dict(format="pt", model=args.model, step=str(step), base=str(Path(zoo.find_file(args.base)).resolve()))
+    header |= {name: str(getattr(args, name)) for name in ("text_pad", "cfg_scale", "temperature")}
+    zoo.write_whole(args.out / "policy.safetensors", lambda path: zoo.save_weights(weights, path, header))
+
+
+def read_state(args):
+    """The newest whole state of the run in args.out. Raises Mistake, FileNotFoundError."""
+    paths = [path for name in STATES if (path := args.out / name).is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
+    for path in paths:
+        try:
+            with zoo.reading(path, f"start again in another --out, or from the last policy with --ckpt {args.out}"):
+                state = zoo.load_tensors(path)  # on the CPU, where AdamW wants its step counters
+                return {key: state[key] for key in ("step", "flags", "files", "policy", "optimizer")}
+        except Mistake as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}\ngoing on from the save before, {paths[-1]}")
 
 
 def resume(args, policy, optimizer):
     """Restores policy and optimizer from state.pt and returns the next step. Raises Mistake, FileNotFoundError."""
-    path = args.out / "state.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: nothing to resume; leave out --resume to start a run in {args.out}")
-    with zoo.reading(path, f"start again in another --out, or from the last policy with --ckpt {args.out}"):
-        state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW wants its step counters there
-        step, flags, base = state["step"], state["flags"], state["base"]
-    now = flags_that_matter(args)
-    for name, value in flags.items():
+    state = read_state(args)
+    step, now = state["step"], flags_that_matter(args)
+    for name, value in state["flags"].items():
         if name in now and now[name] != value:  # --steps is among them with one schedule only
             raise Mistake(f"--{name.replace('_', '-')} is {now[name]}, but the run in {args.out} began with {value}")
-    if base != file_hash(zoo.find_file(args.base)):
-        raise Mistake(f"{args.base} has changed since the run in {args.out} began; start again in another --out")
+    args.files = zoo.fingerprint(files_read(args), state["files"])
+    hashes, before = ({name: entry[2] for name, entry in files.items()} for files in (args.files, state["files"]))
+    if changed := [name for name in hashes | before if hashes.get(name) != before.get(name)]:
+        raise Mistake(f"{', '.join(changed)}: changed since the run in {args.out} began; start again in another --out")
     if step > args.steps:
         raise Mistake(f"the run in {args.out} has done {step} steps already; --steps counts them all")
     policy.load_state_dict(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
-    lines = (args.out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    write_whole(args.out / "metrics.jsonl", lambda path: path.write_text("".join(lines[:step])))
+    save_policy(args, policy, step)  # a run that was killed between its two files has an older one
+    keep_metrics(args.out / "metrics.jsonl", step)
     return step
 
 
+def keep_metrics(path, step):
+    """
+    Leaves in metrics.jsonl a whole line for each of the first `step` steps, and says how many are lacking: a run that
+    was killed leaves lines after its last save, and the last one cut.
+    """
+    kept = {}
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            continue  # cut, blank, or no line of ours
+        if number in range(step):
+            kept[number] = line + "\n"
+    if len(kept) < step:
+        print(f"{path}: the lines of {step - len(kept)} of {step} steps are lost; the weights are whole")
+    zoo.write_whole(path, lambda new: new.write_text("".join(kept[number] for number in sorted(kept))))
+
+
 def how_to_go_on(args):
-    if args and (args.out / "state.pt").exists():
+    if args and any((args.out / file).exists() for file in STATES):
         return f"stopped; the same command goes on from the last save in {args.out} with --resume"
     return "stopped; nothing was saved"
 

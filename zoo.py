@@ -11,14 +11,20 @@ Files are read as tensors only; nothing in them is ever executed. A file of Llam
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
+import signal
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import data
 from data import Mistake
@@ -115,6 +121,73 @@ def reading(what, remedy):
         raise Mistake(f"{what} cannot be read ({reason}); {remedy}") from None
 
 
+def write_whole(path, write, keep=None):
+    """
+    write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new. The old
+    one becomes `keep` where that is given. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # the suffix stays: PIL reads the format from it
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk need not stay full
+
+
+def save_weights(weights, path, header):
+    """A safetensors file with a header {name: text}, byte for byte the same for the same weights."""
+    save_file(weights, path, metadata=header)
+    with open(path, "r+b") as file:  # the library writes the header's entries in random order
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def lock(folder):
+    """
+    Holds `folder` until the returned file is closed, which the end of the process does, however it ends. Raises Mistake
+    if another process holds it. Windows has no such lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+    return file
+
+
+def fingerprint(files, known=None):
+    """
+    {name: [size, time of change, sha256]} of files {name: path}; a folder stands for all files in it. Of a file that
+    has the size and time that `known` has, the hash is taken from there: large ones take seconds.
+    """
+    found, known = {}, known or {}
+    for name, path in files.items():
+        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if part.is_file():
+                key = f"{name}/{part.relative_to(path)}" if path.is_dir() else name
+                size_and_time = [part.stat().st_size, part.stat().st_mtime_ns]
+                if known.get(key, [])[:2] == size_and_time:
+                    found[key] = known[key]
+                else:
+                    with part.open("rb") as file:
+                        found[key] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
+    return found
+
+
 def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
     """
     The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in `folder`, or in the Hugging Face
@@ -141,8 +214,9 @@ def find_policy(ckpt=None, model=None, task=None):
     (name of MODELS, path of the weights, header) from --ckpt, --model and --task. A folder stands for the policy inside
     it, and our own files say in their header which model they are. `path` is the row's own where no --ckpt is given.
 
-    header: step (0: not a file of ours), text_pad and cfg_scale that the policy was trained with, or the row's own.
-    Raises Mistake if the three disagree, FileNotFoundError.
+    header: step (0: not a file of ours); text_pad, cfg_scale and temperature that the policy was trained with, or the
+    row's own; base, the weights that it began from, or None where they are no longer there. Raises Mistake if the three
+    disagree, FileNotFoundError.
     """
     path, found = None, {}
     if ckpt is not None:  # "", an unset variable of the shell, is a mistake and not the base
@@ -165,6 +239,8 @@ def find_policy(ckpt=None, model=None, task=None):
         step=int(found.get("step", 0)),
         text_pad=found.get("text_pad", "left"),
         cfg_scale=float(found.get("cfg_scale", row.cfg_scale)),
+        temperature=float(found.get("temperature", 1)),
+        base=found["base"] if Path(found.get("base", "")).is_file() else None,
     )
     return name, path or row.ckpt, header
 
@@ -181,6 +257,16 @@ def part_of(names, prefix):
     return {name: name.removeprefix(prefix) for name in names if not name.startswith(others)}
 
 
+def load_tensors(path):
+    """
+    torch.load of tensors and plain values alone, on the CPU, after a look at the checksums that torch.save wrote and
+    torch.load ignores: with a flipped bit it would be another policy. Raises ValueError and torch's own errors.
+    """
+    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_weights(path, prefix=""):
     """
     The tensors of a .safetensors or official .pt file, by name, on the CPU; of a file that holds several models only
@@ -193,7 +279,7 @@ def read_weights(path, prefix=""):
         with reading(path, "it is not whole: fetch it again"), safe_open(path, framework="pt") as file:
             return {ours: file.get_tensor(name) for name, ours in part_of(file.keys(), prefix).items()}
     with reading(path, "it is not whole, or holds more than tensors: fetch it again"):
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_tensors(path)
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -216,6 +302,11 @@ def load_strict(module, weights, source, ignore=()):
         if weights[name].shape != expected[name].shape:
             ours, theirs = list(expected[name].shape), list(weights[name].shape)
             raise Mistake(f"{source}: {name} is {theirs}, not {ours}; this is a file of another model or size")
+        value, kind = weights[name], "floating-point" if expected[name].is_floating_point() else "whole"
+        if value.is_floating_point() != expected[name].is_floating_point() or value.layout != torch.strided:
+            raise Mistake(f"{source}: {name} is not a dense tensor of {kind} numbers")
+        if not value.isfinite().all():
+            raise Mistake(f"{source}: {name} holds NaN or infinity; the file is damaged, or of a run that diverged")
     # assign: a module built on the meta device gets its memory here
     module.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()}, assign=True)
     return module
@@ -351,8 +442,7 @@ def read_asked(model, classes=None, prompts=None):
         raise Mistake(f"{model} needs --prompts: captions, or .txt, .json and .jsonl files of them")
     found = []
     for prompt in prompts or data.balanced_captions(6):
-        is_file = prompt.endswith((".txt", ".json", ".jsonl"))
-        found += data.read_prompts(prompt) if is_file else [prompt]
+        found += data.read_prompts(prompt) if data.is_prompt_file(prompt) else [prompt]
     # the toy's in the one form that its text encoder has read; refuses what would draw nonsense
     return [data.toy_caption(caption) for caption in found] if is_toy(model) else found
 
@@ -434,18 +524,36 @@ def print_files(name, args):
         print(f"{'':13}{state}; downloaded on first use, or give {flag}")
 
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def die_of(number, sentence):
+    """Ends the process as the signal would have: a shell loop around the script then stops too."""
+    print(f"\n{sentence}", file=sys.stderr, flush=True)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def run_script(parse_args, run, argv=None, stopped=lambda args: "stopped"):
     """
-    run(parse_args(argv)). What the user can mend, a Mistake or an OSError, ends in its own sentence and exit code 1,
-    Ctrl-C in what stopped(args) returns. Anything else is a bug, of ours or of a reader who changed the code, and keeps
-    its traceback.
+    run(parse_args(argv)). What the user can mend, a Mistake or an OSError, ends in its own sentence and exit code 1;
+    Ctrl-C, SIGTERM and SIGHUP end in what stopped(args) returns. Anything else is a bug, of ours or of a reader who
+    changed the code, and keeps its traceback.
     """
-    script = Path(sys.modules[run.__module__].__file__).name
-    args = None
+    script, args = Path(sys.modules[run.__module__].__file__).name, None
+    before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
         args = parse_args(argv)
         run(args)
     except (Mistake, OSError) as error:
-        sys.exit(f"{script}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{script}: {stopped(args)}")
+        text = str(error)  # may quote a file of the user's that is no caption but a book
+        sys.exit(f"{script}: {text if len(text) < 1000 else f'{text[:500]} [...] {text[-400:]}'}")
+    except KeyboardInterrupt as error:
+        die_of(error.args[0] if error.args else signal.SIGINT, f"{script}: {stopped(args)}")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
