@@ -995,6 +995,17 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_five_end_the_run(tmp_path,
     assert len(read_metrics(tmp_path)) == 5 and all(torch.equal(w, base[name]) for name, w in policy.items())
 
 
+@pytest.mark.parametrize("width", [40, 80, 120, 300])
+def test_a_line_on_the_screen_fits(width):
+    """A line that wraps hides what comes after it: the paper's eight judges made lines of 350 columns."""
+    metrics = dict(step=399, reward=-12.3456, right=0.5, kl=0.1, entropy=7.1, ratio=1.0, grad_norm=0.5)
+    metrics |= {f"{name}_{what}": 1 for name in rewards.parse_rewards(train.EIGHT) for what in ("mean", "not_finite")}
+    line = train.step_line(metrics, 12.3, width)
+    needed = "step  399  reward -12.346  right  50%  8 values missing"
+    assert line.startswith(needed) and line.endswith("12.30 s") and len(line) <= max(len(needed) + 9, min(width, 120))
+    assert width < 80 or "kl 0.1000" in line  # the judges give way first
+
+
 def test_judgements_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
     """A mean of 0 for a judge that said nothing would be read as its worst verdict."""
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
@@ -1005,6 +1016,8 @@ def test_judgements_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
     assert "silent_mean" not in row and row["silent_not_finite"] == 4 and np.isfinite(row["reward"])
     assert (row["loud_mean"], row["loud_std"], row["loud_not_finite"]) == (2, 1, 2)
     assert row["equal_groups"] == 0.5  # of 1 and 3, and of two that are missing
+    with pytest.raises(SystemExit, match="every value of silent was not finite 5 steps in a row"):  # not to the end
+        train.main(["--steps", "9", "--out", str(tmp_path / "2"), *TINY_RUN, *TWO["c2i"], "--rewards", "silent,clip"])
 
 
 def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
@@ -1108,6 +1121,37 @@ def test_a_run_that_is_killed_anywhere_continues_as_if_it_had_never_stopped(tmp_
         saved = any((out / name).exists() for name in train.STATES)
         assert in_child(lambda run=run, saved=saved: train.main([*run, *["--resume"] * saved])) == 0, point
         assert outcome(out) == whole, point
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_full_disk_leaves_whole_files_and_a_run_that_can_go_on(tmp_path):
+    """A cut npz or checkpoint looks like a result. The limit on a file's size stands in for the disk's end."""
+
+    def short_of_room(megabytes, function):
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
+        try:
+            function()
+        except SystemExit as error:
+            (tmp_path / "said").write_text(str(error))
+            raise
+
+    flags = ["--steps", "2", "--lr-schedule", "constant", *TINY_RUN, *TWO["c2i"], "--out", str(tmp_path / "run")]
+    train.main([*flags, "--steps", "1"])
+    saved = torch.load(tmp_path / "run/state.pt")["step"]
+    assert in_child(lambda: short_of_room(15, lambda: train.main([*flags, "--resume"]))) == 1
+    assert "state.pt" in (tmp_path / "said").read_text() and torch.load(tmp_path / "run/state.pt")["step"] == saved == 1
+    train.main([*flags, "--resume"])
+    whole = [*flags[:-1], str(tmp_path / "whole")]
+    train.main(whole)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    picture, npz = tmp_path / "a.png", tmp_path / "a.npz"
+    for size, file in ((0.02, npz), (0.2, picture)):
+        asked = ["--num", "8", "--out", str(picture), *["--npz", str(npz)] * (file == npz)]
+        assert in_child(lambda asked=asked, size=size: short_of_room(size, lambda: sample.main(asked))) == 1
+        assert not list(tmp_path.glob("a.*"))
 
 
 def test_a_save_that_is_damaged_gives_way_to_the_one_before(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ Shapes: B prompts per step, G = group_size samples each, N = B*G images, T image
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -374,6 +375,21 @@ def step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad
     )  # fmt: skip
 
 
+def step_line(metrics, seconds, width):
+    """What the screen shows of a step, in at most 120 columns or `width`: what matters least is left out first."""
+    judges = [name.removesuffix("_not_finite") for name in metrics if name.endswith("_not_finite")]
+    missing = sum(metrics[f"{name}_not_finite"] for name in judges)
+    parts = [f"step {metrics['step']:4d}", f"reward {metrics['reward']:6.3f}"]
+    parts += [f"right {metrics['right']:4.0%}"] if "right" in metrics else []
+    parts += [f"{missing} values missing"] if missing else []
+    some = [f"kl {metrics['kl']:.4f}", f"entropy {metrics['entropy']:.3f}"]
+    some += [f"{name} {metrics.get(f'{name}_mean', np.nan):6.3f}" for name in judges]
+    some += [f"ratio {metrics['ratio']:.4f}", f"grad {metrics['grad_norm']:5.2f}"]
+    while len(line := "  ".join([*parts, *some, f"{seconds:.2f} s"])) > min(120, width) and some:
+        some.pop()
+    return line
+
+
 class Log:
     """Where the metrics of a step go: a line of metrics.jsonl, TensorBoard, a line on the screen."""
 
@@ -393,18 +409,8 @@ class Log:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             self.events.add_scalar(name, value, metrics["step"])
-        judges = [name.removesuffix("_not_finite") for name in metrics if name.endswith("_not_finite")]
-        judged = " ".join(f"{name} {metrics.get(f'{name}_mean', np.nan):6.3f}" for name in judges)
-        missing = sum(metrics[f"{name}_not_finite"] for name in judges)
-        judged += f", {missing} values missing" if missing else ""
-        right = f" right {metrics['right']:4.0%}" if "right" in metrics else ""
         seconds = sum(clock.seconds.values())
-        parts = " ".join(f"{part} {value:.2f}" for part, value in clock.seconds.items())
-        self.bar.write(
-            f"step {metrics['step']:4d}  reward {metrics['reward']:6.3f} ({judged}){right}  kl {metrics['kl']:.4f}  "
-            f"entropy {metrics['entropy']:.3f}  ratio {metrics['ratio']:.4f}  grad {metrics['grad_norm']:5.2f}  "
-            f"{seconds:.2f} s ({parts})"
-        )
+        self.bar.write(step_line(metrics, seconds, shutil.get_terminal_size((120, 24)).columns))
         if metrics["step"] == self.start_step + 1:  # the first step pays for warming up
             left = self.args.steps - metrics["step"] - 1
             self.bar.write(f"about {seconds * left / 60:.1f} min to go, at the speed of this step")
