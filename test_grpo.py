@@ -8,6 +8,7 @@ import ast
 import base64
 import contextlib
 import hashlib
+import html
 import http.server
 import io
 import itertools
@@ -37,6 +38,7 @@ import data
 import evaluate
 import grpo
 import pretrain
+import report
 import rewards
 import sample
 import train
@@ -1052,6 +1054,70 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch):
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
     assert list(columns) == ["base, cfg 1", "tuned, cfg 1", "renders, round trip"]
     assert columns["renders, round trip"]["right: all"] > 0.9 and columns["base, cfg 1"]["recall"] > 0
+
+
+def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path):
+    """A picture by its path opens on one machine only; a prompt may hold markup, and a page runs what it holds."""
+    prompt = "<script>alert(1)</script>"
+    run = tmp_path / "run"
+    train.main(["--steps", "2", "--out", str(run), *TINY_RUN, *TWO["t2i"], "--task", "t2i"])
+    (run / "flags.json").write_text(json.dumps(dict(prompts=prompt)))
+    evaluate.main(["--ckpt", str(run), "--num", "48", "--cfg-scale", "1"])
+    report.main([str(run)])
+    text = (run / "report.html").read_text()
+    assert prompt not in text and html.escape(prompt) in text and len(text) < 5e6
+    assert set(re.findall(r"""(?:src=["']|url\(')([^"']{11})""", text)) == {"data:image/"} and "http" not in text
+    assert text.count("<svg") > 12 and "renders, round trip" in text and text.count('class="frame"') == 2
+    report.main([str(run), str(run)])  # two runs with equal flags: one line
+    assert "reward against KL" in (tmp_path / "compare.html").read_text()
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
+        report.main([str(tmp_path)])
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's sliders")
+def test_the_sliders_of_the_page_move_in_a_browser(tmp_path):
+    """A slider that shows the same picture at every moment looks like a policy that never changed."""
+    train.main(["--steps", "2", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
+    text = (tmp_path / "report.html").read_text()
+    move = """<script>const all = [];
+        for (const box of document.querySelectorAll('[data-slides], [data-writer]')) {
+          const slider = box.querySelector('input');
+          for (const value of [0, slider.max]) { slider.value = value; slider.oninput();
+            all.push(box.querySelector('b').textContent, box.querySelectorAll('.slide:not([hidden])').length,
+              box.querySelector('.words')?.textContent.match(/[0-9]+/g)?.length ?? 0,
+              getComputedStyle(box.querySelector('.frame') ?? box).backgroundPosition) } }
+        document.title = JSON.stringify([all, document.documentElement.scrollWidth]);</script>"""
+    (tmp_path / "moved.html").write_text(text + move)
+    for width in (1280, 500):  # headless chromium is never narrower than 500 px
+        command = [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--window-size={width},900",
+            "--dump-dom",
+        ]
+        found = subprocess.run([*command, f"file://{tmp_path}/moved.html"], capture_output=True, text=True, timeout=120)
+        found, wide = json.loads(html.unescape(re.search("<title>(.*?)</title>", found.stdout)[1]))
+        assert found == [
+            "before",
+            1,
+            0,
+            "0% 0%",
+            "after",
+            1,
+            0,
+            "0% 0%",
+            "base",
+            0,
+            0,
+            "0% 0%",
+            "base",
+            0,
+            64,
+            "0% 100%",
+        ]
+        assert wide <= width
 
 
 def in_child(function):

@@ -10,9 +10,10 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
 
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
 
-The loop is the function `train`. A folder of results (out/TASK): before.png, after.png, curves.png, metrics.jsonl (a
-line per step; the README explains every entry), samples/ (the same prompts and seeds as training goes on), TensorBoard
-events, policy.safetensors, and state.pt and state-before.pt, the last two saves, for --resume.
+The loop is the function `train`. A folder of results (out/TASK): report.html (a page with all of it), before.png,
+after.png, curves.png, metrics.jsonl (a line per step; the README explains every entry), flags.json, samples/ (the same
+prompts and seeds as training goes on), TensorBoard events, policy.safetensors, and state.pt and state-before.pt, the
+last two saves, for --resume.
 
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
 images (--score-cfg; see grpo.py), weights are float32 (its t2i run keeps them in bfloat16; its c2i rollouts are float32
@@ -37,6 +38,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import report
 import zoo
 from data import Mistake
 from grpo import (
@@ -265,8 +267,7 @@ def train(args):
         watch.go_on(metrics, N)
     log.close()
     grid("after.png", f"after {args.steps} steps of GRPO")
-    plot_curves(args)
-    print(f"Look at {args.out}/before.png, after.png and curves.png; then: python evaluate.py --ckpt {args.out}")
+    look_back(args, {"base": ref_model, "tuned": policy}, tokenizer, encode)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -453,6 +454,18 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
     save_grid(args.out / name, images, labels, columns, title=title)
 
 
+def look_back(args, policies, tokenizer, encode):
+    """Curves and the page of the run; policies: {name: model}, which write one picture side by side on it."""
+    plot_curves(args)
+    asked = args.pool[0] if args.pool else data.balanced_captions(6)[-1]
+    (prompt,) = zoo.captions_of(args.model, [asked])
+    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature)
+    with zoo.autocast(args.device, args.dtype):
+        report.write_run(args.out, report.writers(policies, tokenizer, encode, prompt, asked, **sampling))
+    print(f"Look at {args.out}/report.html, or before.png, after.png and curves.png; "
+          f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
+
+
 def plot_curves(args):
     """curves.png from metrics.jsonl: a dot per step and a running mean over a tenth of the run."""
     import matplotlib
@@ -481,6 +494,8 @@ def plot_curves(args):
 def begin(args, policy, optimizer, grid):
     """Begins a run, or goes on with the one in the output folder; says what will happen; returns the first step."""
     start_step = resume(args, policy, optimizer) if args.resume else 0
+    flags = json.dumps(flags_that_matter(args) | dict(steps=args.steps), indent=1)
+    zoo.write_whole(args.out / "flags.json", lambda path: path.write_text(flags))
     N, T = args.prompts_per_step * args.group_size, policy.config.num_tokens
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     print(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
