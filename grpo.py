@@ -11,16 +11,19 @@ tokens so far, the action is the next token, an episode is one image of T tokens
 every token of an image shares its image's advantage.
 
 Where we differ from the official code: it samples with guidance but scores log-probabilities without it, so that it
-trains another distribution than the one that drew the images. Here sampler and scorer share `model.policy_logprobs`,
-and with the same cfg_scale their ratio is 1 on a fresh batch.
+trains another distribution than the one that drew the images. Here sampler and scorer share `model.guide` and
+`model.policy_logprobs`, and with the same cfg_scale their ratio is 1 on a fresh batch.
 
 Everything is a pure function of tensors; `python grpo.py` works through one group. Shapes: B prompts, G samples each,
 N = B*G images, prompt-major (a group is consecutive rows, so a group is a reshape), T image tokens, V codes.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from model import policy_logprobs
+from model import guide, policy_logprobs
+
+CHUNK = 2**24  # logits at once: 67 MB
 
 
 def sample_groups(model, cond, cond_mask, group_size, generator=None, cfg_scale=1.0, temperature=1.0):
@@ -41,12 +44,27 @@ def token_logprobs(model, cond, tokens, cond_mask=None, cfg_scale=1.0, temperatu
     What the policy gives each token of tokens (N, T), in one teacher-forced pass (two halves of a batch if guided).
 
     Returns logprobs (N, T), nats, with gradient, and without gradient the entropy (N, T), nats, of the distribution
-    that is scored: the guided one only if cfg_scale > 1 here. Memory: logits and their log-softmax, each N*T*V*4 bytes.
+    that is scored: the guided one only if cfg_scale > 1 here. Logits (N, T, V) would be the largest tensors of
+    training, so they are made for some positions at a time, and where that is not all of them, made again for the
+    backward pass.
     """
     both_tokens = tokens
     if cfg_scale > 1:
         (cond, cond_mask), both_tokens = model.with_null(cond, cond_mask), tokens.repeat(2, 1)
-    logp = policy_logprobs(model(cond, both_tokens, cond_mask), cfg_scale, temperature)  # (N, T, V)
+    hidden = model.hidden(cond, both_tokens, cond_mask)  # (N or 2N, T, C)
+    hidden = guide(hidden, cfg_scale) if cfg_scale > 1 else hidden
+    at_once = max(1, CHUNK // (len(tokens) * model.config.vocab_size))
+    parts = list(zip(hidden.split(at_once, 1), tokens.split(at_once, 1), strict=True))
+    if len(parts) == 1:
+        return score_part(model, *parts[0], temperature)
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    scored = [checkpoint(score_part, model, *part, temperature, **options) for part in parts]
+    return tuple(torch.cat(values, 1) for values in zip(*scored, strict=True))
+
+
+def score_part(model, hidden, tokens, temperature):
+    """Log-probabilities and entropies (N, t), nats, of tokens (N, t) from guided normed states (N, t, C)."""
+    logp = policy_logprobs(model.head(hidden), temperature)  # (N, t, V)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, tokens[..., None])[..., 0], entropy

@@ -8,8 +8,8 @@ tokens. c2i conditions on a class (P = 1, a row of an embedding table), t2i on T
 two-layer projection). Both know "no condition" as well, which classifier-free guidance needs: the last row of the
 table, or learned features.
 
-The policy is `policy_logprobs(logits, ...)`: guidance, then temperature. The sampler (`generate`) and the scorer
-(grpo.token_logprobs) both call it, so what is trained is what was sampled. Filtering by top-k or top-p exists
+The policy is `guide`, the head, `policy_logprobs`: guidance, then temperature. The sampler (`generate`) and the scorer
+(grpo.token_logprobs) both call them, so what is trained is what was sampled. Filtering by top-k or top-p exists
 for sampling pictures only.
 
 Module attributes bear LlamaGen's own parameter names, so that official files load without conversion.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,9 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
         self.register_buffer("rope", rope_2d(config), persistent=False)
+        self.checkpoint_layers = (
+            False  # True: the backward pass computes each block anew, for less memory and more time
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -205,22 +209,29 @@ class Transformer(nn.Module):
         """
         return self.cls_embedding(cond).float()
 
-    def logits(self, x):
-        """Hidden states (..., C) -> logits (..., V), float32 under bfloat16 autocast too: softmax needs the digits."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.output(self.norm(x.float()))
+    def head(self, hidden):
+        """Normed states (..., C) -> logits (..., V), float32 under bfloat16 autocast too: softmax needs the digits."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.output(hidden)
 
     def forward(self, cond, tokens, cond_mask=None):
         """
-        Teacher forcing: logits (B, T, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the
-        tokens before it. The logits are the largest tensor of training: B*T*V*4 bytes, and again for their gradient.
+        Teacher forcing: logits (B, T, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the tokens
+        before it. For LlamaGen they are large: B*T*V*4 bytes, and again for their gradient (see grpo.token_logprobs).
         """
+        return self.head(self.hidden(cond, tokens, cond_mask))
+
+    def hidden(self, cond, tokens, cond_mask=None):
+        """As `forward`, up to the head: (B, T, C), float32, normed."""
         x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, L-1, C)
         S, mask = x.shape[1], self.mask(cond_mask)
         mask = None if mask is None else mask[..., :S, :S]
         for layer in self.layers:
-            x = layer(x, self.rope[:S], mask)
-        return self.logits(x[:, self.config.cond_len - 1 :])
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, self.rope[:S], mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, self.rope[:S], mask)
+        return self.norm(x[:, self.config.cond_len - 1 :].float())
 
     @torch.no_grad()
     def generate(
@@ -254,10 +265,11 @@ class Transformer(nn.Module):
             rows = None if mask is None else mask[..., start:end, :end]
             for layer, layer_cache in zip(self.layers, cache, strict=True):
                 x = layer(x, self.rope[start:end], rows, layer_cache, start)
-            logits = self.logits(x[:, -1:])[:, 0]  # (B or 2B, V)
-            guided = cfg_interval < 0 or i <= cfg_interval + 1
-            scale = cfg_scale if guided else 1.0
-            logp = policy_logprobs(logits if guided else logits[:B], scale, temperature or 1.0)  # (B, V)
+            hidden = self.norm(x[:, -1].float())  # (B or 2B, C)
+            if cfg_scale > 1:
+                guided = cfg_interval < 0 or i <= cfg_interval + 1
+                hidden = guide(hidden, cfg_scale) if guided else hidden[:B]
+            logp = policy_logprobs(self.head(hidden[:, None])[:, 0], temperature or 1.0)  # (B, V)
             if temperature == 0:
                 tokens[:, i] = logp.argmax(-1)
             else:
@@ -270,14 +282,17 @@ class Transformer(nn.Module):
         return tokens, logprobs
 
 
-def policy_logprobs(logits, cfg_scale=1.0, temperature=1.0):
+def guide(hidden, cfg_scale):
     """
-    The policy: log softmax((uncond + (cond - uncond) * cfg_scale) / temperature), nats, over the last dimension.
-    logits (2B, ..., V), conditional half first, if cfg_scale > 1; else (B, ..., V), conditional. Returns (B, ..., V).
+    Guidance (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale, of normed states (2N, ..., C), conditional half
+    first, -> (N, ..., C). LlamaGen mixes logits. The head is linear, so this is the same with one head product for two.
     """
-    if cfg_scale > 1:
-        cond, uncond = logits.chunk(2)
-        logits = uncond + (cond - uncond) * cfg_scale
+    cond, uncond = hidden.chunk(2)
+    return uncond + (cond - uncond) * cfg_scale
+
+
+def policy_logprobs(logits, temperature=1.0):
+    """The policy: log softmax(logits / temperature), nats, of guided logits (..., V)."""
     return F.log_softmax(logits / temperature, -1)
 
 

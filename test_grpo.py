@@ -267,6 +267,35 @@ def test_the_tokenizer_agrees_with_the_official_code():
     assert (model.decode(found["codes"].long()) - found["decoded"]).abs().max() < 1e-3
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "cfg_scale, temperature, dtype", [(1.0, 1.0, "float32"), (2.5, 0.7, "float32"), (2.0, 1.0, "bfloat16")]
+)
+def test_scoring_in_parts_is_scoring_at_once(config, cfg_scale, temperature, dtype, monkeypatch):
+    """Values and gradients: a part that is scored with another's tokens, or a block whose second run differs from its first."""
+    (cond, mask), tokens, found = tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1)), []
+    for chunk, layers in ((2**24, False), (4 * 24 * 2, False), (1, True)):  # all positions, two, one
+        monkeypatch.setattr(grpo, "CHUNK", chunk)
+        model = tiny(config)
+        model.checkpoint_layers = layers
+        with zoo.autocast("cpu", dtype):
+            logprobs, entropy = token_logprobs(model, cond, tokens, mask, cfg_scale, temperature)
+        (logprobs * torch.arange(9)).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((logprobs.detach(), entropy, gradient / gradient.abs().max()))
+        assert not entropy.requires_grad
+    with torch.no_grad(), zoo.autocast("cpu", dtype):  # LlamaGen's own order: the head, then guidance
+        logits, without = (model(c, tokens, mask) for c in (cond, model.cls_embedding.null(cond)))
+        plain = ((without + cfg_scale * (logits - without)) / temperature).log_softmax(-1)
+    assert torch.allclose(plain.gather(-1, tokens[..., None])[..., 0], found[0][0], atol=1e-5)
+    assert torch.allclose(-(plain.exp() * plain).sum(-1), found[0][1], atol=1e-5)
+    for others in found[1:]:
+        assert all(
+            torch.allclose(a, b, atol=1e-5 if dtype == "float32" else 2e-2)
+            for a, b in zip(found[0], others, strict=True)
+        )
+
+
 # GRPO: the equations -------------------------------------------------------------------------------------------------
 
 
@@ -476,8 +505,10 @@ def test_three_steps_of_the_loop_are_the_algorithm(case, tmp_path, monkeypatch):
     models = ours, theirs, load_model(f"toy-{task}")
     ours, theirs, base = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     gap, moved = (ours - theirs).abs(), (ours - base).abs()
-    # AdamW divides a gradient by its size: one weight in 100,000 has a gradient that is little more than rounding
-    assert (gap > 1e-6).double().mean() < 1e-4 and gap.max() < 2e-5 and moved.mean() > 1e-5
+    # AdamW divides a gradient by its size: one weight in 100,000 has a gradient that is little more than rounding, and
+    # ten of them with guidance, where we mix states and this mixes logits.
+    few, far = (2e-4, 1e-4) if "guided" in case else (1e-4, 2e-5)
+    assert (gap > 1e-6).double().mean() < few and gap.max() < far and moved.mean() > 1e-5
     assert case != "c2i-guided" or all(row["grad_norm"] > 0.2 for row in steps)  # the gradient's norm was cut
     assert case != "c2i-twice" or steps[0]["clip_frac"] > 0  # and the ratio
 

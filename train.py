@@ -125,6 +125,8 @@ def parse_args(argv=None):
     add("--kl-coef", type=float, help="the paper's beta (default: toys 0.04; the release's 0.1 for c2i, 1.0 for t2i)")
     add("--clip-eps", type=float, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
+    add("--checkpoint-layers", action="store_true", help="keep only what enters each block and compute the rest again "
+        "in the backward pass: much less memory, a third more time to learn")  # fmt: skip
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default 64; LlamaGen 8)")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default 0)")
@@ -181,6 +183,7 @@ def build(args):
     claim(args)  # first, because loading takes time
     policy = zoo.load_model(args.model, args.base, args.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False)
+    policy.checkpoint_layers = args.checkpoint_layers
     if args.task == "t2i":
         # LlamaGen's "no text" is random and was never trained; training it under guidance changed nothing (RESULTS.md)
         policy.cls_embedding.uncond_embedding.requires_grad_(False)
@@ -514,7 +517,7 @@ def begin(args, policy, optimizer, grid):
 
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
-    free = ["out", "resume", "device", "save_every", "micro_batch"]
+    free = ["out", "resume", "device", "save_every", "micro_batch", "checkpoint_layers"]
     free += ["judge_files", "qwen_server", "judge_batch", "judge_timeout"]  # where the judges are, not what they say
     free += ["ckpt", "base"]  # compared by their content
     free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
