@@ -12,12 +12,14 @@ would turn the study of learned judges into a study of a perfect one.
           colour          a photo of a red circle          position   a photo of a circle left of a square
           two objects     a photo of a circle and a square binding    a photo of a red circle and a blue square
 
-The t2i world is the smaller one on purpose: GRPO learns from differences inside a group only, so a base of half an
-hour's training has to draw the right thing in most groups of eight, in every category. No right sample, no signal.
+CORPUS is a corpus as careless as the web's, from which pretrain.py lets the next bases learn (the shipped ones learned
+from clean renders): a fifth of its pictures show something else than their caption says, another fifth is badly made.
+Maximum likelihood imitates all of that. What people want is the rest, and that is what judges and reinforcement
+learning are for.
 
 Everything is drawn from the generator that the caller passes: same generator state, same pictures, no files.
 
-    python data.py        # renders one picture a category and prints what the verifier says of it
+    python data.py        # what the verifier says of right and wrong captions; out/data.png: twelve pictures of CORPUS
 """
 
 import difflib
@@ -278,11 +280,17 @@ def kinds_of(caption, rng):
     return kinds if len(objects) == 2 else kinds[:1] * len(kinds)
 
 
-def paint(kinds, relation, rng):
-    """A picture (3, 64, 64) in [0, 1] of up to four objects (colour, shape) in one of RELATIONS or None."""
+def paint(kinds, relation, rng, halve=False):
+    """
+    A picture (3, 64, 64) in [0, 1] of up to four objects (colour, shape) in one of RELATIONS or None. halve: half of
+    each object is missing, beyond a line through its centroid.
+    """
     image = np.repeat(_background(rng)[None].astype(np.float32), 3, axis=0)
     for (colour, shape), (x, y, radius) in zip(kinds, _layout(len(kinds), relation, rng), strict=True):
         alpha = coverage(shape, _COLS - x, _ROWS - y, radius)
+        if halve:
+            angle = rng.uniform(0, 2 * np.pi)
+            alpha *= np.clip(0.5 + np.cos(angle) * (_COLS - x) + np.sin(angle) * (_ROWS - y), 0, 1)
         image += alpha * (np.array(COLOURS[colour], np.float32)[:, None, None] - image)
     return image
 
@@ -308,6 +316,46 @@ def render_crowds(captions, rng):
             kinds.append(kinds[rng.integers(len(kinds))] if rng.random() < 0.5 else stranger)
         images.append(paint(kinds, None, rng))
     return np.stack(images)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A corpus like the web's
+
+CORPUS = {  # which share of the bases' training pictures is what
+    "as captioned": 0.60,
+    "another attribute": 0.20,  # shape, colour, number or relation, or the colours are swapped
+    "pulled out of shape": 0.05,
+    "half missing": 0.05,
+    "stray object": 0.05,
+    "smeared": 0.05,
+}
+SPOILT = tuple(CORPUS)[2:]  # badly made, whatever the caption
+
+
+def careless(caption, way, rng):
+    """The picture (3, 64, 64) in [0, 1] that stands beside `caption` if it is of the sort `way` of CORPUS."""
+    shown = wrong_caption(caption, rng) if way == "another attribute" else caption
+    kinds, relation = kinds_of(shown, rng), parse(shown)[1]
+    if way == "stray object":
+        kinds, relation = [*kinds, (str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)))], None
+    image = paint(kinds, relation, rng, halve=way == "half missing")
+    if way == "pulled out of shape":  # moved by a smooth random field, 5 to 8 px at its 6 x 6 knots (rms)
+        field = rng.standard_normal((2, 6, 6)) * rng.uniform(5, 8)
+        moved = np.stack([_ROWS, _COLS]) - 0.5 + ndimage.zoom(field, (1, IMAGE_SIZE / 6, IMAGE_SIZE / 6))
+        image = np.stack([ndimage.map_coordinates(part, moved, order=1, mode="nearest") for part in image])
+    if way == "smeared":
+        image = ndimage.uniform_filter1d(image, int(rng.integers(48, 60)), axis=rng.integers(1, 3), mode="nearest")
+    return image
+
+
+def corpus(captions, rng, ways=tuple(CORPUS)):
+    """
+    Pictures (N, 3, 64, 64) float32 in [0, 1] as careless as CORPUS says, of these `ways`. Raises Mistake where `parse`
+    does.
+    """
+    shares = np.array([CORPUS[way] for way in ways])
+    picks = rng.choice(len(ways), size=len(captions), p=shares / shares.sum())
+    return np.stack([careless(caption, ways[k], rng) for caption, k in zip(captions, picks, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -536,8 +584,24 @@ def clean_caption(caption):
     return caption
 
 
-if __name__ == "__main__":
+def demo():
+    """Renders and what the verifier says of them; twelve pictures of the corpus."""
+    import torch
+
+    from sample import save_grid
+
     rng = np.random.default_rng(0)
     for caption in [class_caption("red ring")] + [T2I_CAPTIONS[c][0] for c in CATEGORIES]:
         right, wrong = render([caption], rng)[0], wrong_caption(caption, rng)
         print(f"{caption:48} {satisfies(right, caption)!s:6} {wrong:48} {satisfies(right, wrong)}")
+    ways = ["as captioned"] * 4 + ["another attribute"] * 4 + list(SPOILT)
+    captions = [class_caption(TOY_CLASSES[k]) for k in rng.permutation(40)[:6]] + sample_captions(6, rng)
+    captions = captions[::2] + captions[1::2]
+    images = np.stack([careless(caption, way, rng) for caption, way in zip(captions, ways, strict=True)])
+    labels = [f"{caption.removeprefix('a photo of ')}\n({way})" for caption, way in zip(captions, ways, strict=True)]
+    save_grid("out/data.png", torch.from_numpy(images), labels, 4, "a careless corpus")
+    print("out/data.png: twelve pictures of a careless corpus")
+
+
+if __name__ == "__main__":
+    demo()

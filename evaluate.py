@@ -13,13 +13,14 @@ How good is a policy, next to the base it came from? In the toy world, where tru
     precision     share of samples that look like some render; recall: of renders that look like some sample
                   (arXiv 1904.06991)
 
-Features are the toy CLIP's, so these three numbers compare with each other and with nothing else. The last column
-is renders that went through the tokenizer and back: what a perfect transformer would reach. LlamaGen has no verifier
-and no renders, so rewards and entropy are measured.
+The last three are given twice: in features of the toy CLIP, which is also a judge, and in the latents of the
+tokenizer's encoder, which no reward sees. They compare with each other and with nothing else. The last column is
+renders that went through the tokenizer and back: what a perfect transformer would reach. LlamaGen has no verifier and
+no renders, so rewards and entropy are measured.
 
 Writes a Markdown table, which is printed too, and JSON next to the checkpoint.
 
-Shapes: n pictures, m renders, E features of the toy CLIP, T image tokens.
+Shapes: n pictures, m renders, E features per picture, T image tokens.
 """
 
 import itertools
@@ -97,17 +98,19 @@ def mean_rewards(images, captions, judges, device="cpu", batch_size=256):
 
 
 @torch.no_grad()
-def clip_features(clip, images):
-    """The toy CLIP's features (n, E), float64, of images (n, 3, 64, 64) in [0, 1]."""
-    return torch.cat([clip_image_features(clip, part) for part in images.split(256)]).double().numpy()
+def features_of(images, networks):
+    """{name: features (n, E), float64} of images (n, 3, 64, 64) in [0, 1]; networks: {name: images -> (n, E)}."""
+    parts = images.split(256)
+    return {name: torch.cat([f(part) for part in parts]).double().numpy() for name, f in networks.items()}
 
 
-def toy_metrics(task, images, captions, clip, renders_features):
+def toy_metrics(task, images, captions, networks, of_renders):
     """What only the toy world can say of images (n, 3, 64, 64) in [0, 1], as {name of metric: figure}."""
     figures = {f"right: {kind}": share for kind, share in data.share_right(images, captions, task).items()}
-    features = clip_features(clip, images)
-    figures["Frechet x 1000"] = 1000 * frechet_distance(features, renders_features)  # unit features: it is small
-    figures["precision"], figures["recall"] = precision_recall(features, renders_features)
+    for name, features in features_of(images, networks).items():
+        figures[f"Frechet, {name}"] = frechet_distance(features, of_renders[name])
+        pair = precision_recall(features, of_renders[name])
+        figures[f"precision, {name}"], figures[f"recall, {name}"] = pair
     return figures
 
 
@@ -219,12 +222,14 @@ def run(args):
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
-    captions, clip, renders_features = zoo.captions_of(args.model, args.asked), None, None
+    captions, networks, of_renders = zoo.captions_of(args.model, args.asked), None, None
     if zoo.is_toy(args.model):
-        clip, _ = load_clip()
+        eyes = zoo.load_tokenizer(args.model)  # the toy's own, whatever --vq-ckpt is: figures of all policies compare
+        latents = lambda images: eyes.latents(images * 2 - 1).flatten(1)  # noqa: E731
+        networks = {"CLIP": partial(clip_image_features, load_clip()[0]), "latents": latents}
         renders = torch.from_numpy(data.render(captions, np.random.default_rng([args.seed, 1])))
-        renders_features = clip_features(clip, renders)
-    measure = partial(figures_of, args, captions, judges, clip, renders_features)
+        of_renders = features_of(renders, networks)
+    measure = partial(figures_of, args, captions, judges, networks, of_renders)
     columns = {}  # (cfg, name): {metric: figure}
     for which, path, pad in args.policies:
         model, padded = zoo.load_model(args.model, path, args.device), partial(encode, pad=pad)
@@ -237,15 +242,15 @@ def run(args):
             columns[cfg, f"{which}, cfg {cfg:g}"] = measure(images) | dict(entropy=entropy)
             table = write_results(args, columns)  # each time, because a column of a large model takes hours
         del model  # before the next one: two of the large ones may not fit
-    if clip:
+    if networks:
         columns[np.inf, "renders, round trip"] = measure(round_trips(tokenizer, captions, args))  # inf: the last column
         table = write_results(args, columns)
     print(f"{table}\n{args.out}.md and .json")
 
 
-def figures_of(args, captions, judges, clip, renders_features, images):
-    """{metric: figure} of images (n, 3, H, W) in [0, 1]; clip and renders_features (m, E) are None except for a toy."""
-    figures = toy_metrics(args.task, images, captions, clip, renders_features) if clip else {}
+def figures_of(args, captions, judges, networks, of_renders, images):
+    """{metric: figure} of images (n, 3, H, W) in [0, 1]; networks and of_renders are None except for a toy."""
+    figures = toy_metrics(args.task, images, captions, networks, of_renders) if networks else {}
     return figures | mean_rewards(images, captions, judges, args.device, args.batch_size)
 
 

@@ -26,17 +26,15 @@ from model import guide, policy_logprobs
 CHUNK = 2**24  # logits at once: 67 MB
 
 
-def sample_groups(model, cond, cond_mask, group_size, generator=None, cfg_scale=1.0, temperature=1.0):
+def sample_groups(model, cond, cond_mask, group_size, noise=None, cfg_scale=1.0, temperature=1.0):
     """
-    G images per prompt: cond (B, ...) and cond_mask (B, P) or None are encoded once per prompt, then repeated here.
-    Returns cond (N, ...), cond_mask (N, P) or None, tokens (N, T) and sampled_logprobs (N, T), nats.
+    G images per prompt: cond (B, ...) and cond_mask (B, P) or None are encoded once per prompt, noise (N, T) is
+    `model.image_noise`. Returns cond (N, ...), cond_mask (N, P) or None, tokens (N, T), sampled_logprobs (N, T), nats.
     """
-    cond = cond.repeat_interleave(group_size, 0)
+    sampling = dict(cfg_scale=cfg_scale, temperature=temperature, noise=noise, group_size=group_size)
+    tokens, sampled_logprobs = model.generate(cond, cond_mask, **sampling)
     cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(group_size, 0)
-    tokens, sampled_logprobs = model.generate(
-        cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, generator=generator
-    )
-    return cond, cond_mask, tokens, sampled_logprobs
+    return cond.repeat_interleave(group_size, 0), cond_mask, tokens, sampled_logprobs
 
 
 def token_logprobs(model, cond, tokens, cond_mask=None, cfg_scale=1.0, temperature=1.0):

@@ -19,6 +19,7 @@ Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C widt
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -235,51 +236,70 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, generator=None
-    ):
+        self, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, noise=None,
+        group_size=1,
+    ):  # fmt: skip
         """
-        Samples tokens (B, T), int64, and returns them with the log-probabilities (B, T), nats, float32, that the
-        distribution they were drawn from gave them.
+        Samples tokens (N, T), int64, and returns them with the log-probabilities (N, T), nats, float32, that the
+        distribution they were drawn from gave them. N = B * group_size: rows that share a condition follow each other.
 
         cfg_scale     above 1 guides every token (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale
         cfg_interval  k >= 0 guides token 0 and the next k + 1 only; -1 guides all
         temperature   0 takes the likeliest token (log-probabilities then are those of temperature 1)
         top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
-        generator     a torch.Generator on cond's device
+        noise         (N, T) numbers in [0, 1), one per token, from `image_noise`; None draws fresh ones
+        group_size    G, images per condition: the conditioning positions are computed once for all of them
 
-        Memory: the cache takes 2 * layers * B * L * C floats, twice that with guidance.
+        Memory: the cache takes 2 * layers * N * L * C floats, twice that with guidance.
         """
-        config, B = self.config, len(cond)
+        config, N = self.config, len(cond) * group_size
+        noise = (torch.rand(N, config.num_tokens) if noise is None else noise).to(self.rope.device)
         if cfg_scale > 1:
             cond, cond_mask = self.with_null(cond, cond_mask)
-        mask = self.mask(cond_mask)
-        x, start = self.embed(cond), 0  # (B or 2B, P, C)
-        shape = (config.n_layer, 2, len(x), config.n_head, len(self.rope), config.dim // config.n_head)
+        mask, P, x = self.mask(cond_mask), config.cond_len, self.embed(cond)  # x (B or 2B, P, C)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        cache = torch.zeros(shape, dtype=dtype, device=x.device)
-        tokens = torch.empty(B, config.num_tokens, dtype=torch.long, device=x.device)
-        logprobs = torch.empty(B, config.num_tokens, device=x.device)
+        shape = (config.n_layer, 2, len(x), config.n_head, P, config.dim // config.n_head)
+        prefix = torch.zeros(shape, dtype=dtype, device=x.device)
+        for layer, layer_cache in zip(self.layers, prefix, strict=True):
+            x = layer(x, self.rope[:P], None if mask is None else mask[..., :P, :P], layer_cache)
+        x = x[:, -1:].repeat_interleave(group_size, 0)  # (N or 2N, 1, C)
+        mask = None if mask is None else mask.repeat_interleave(group_size, 0)
+        cache = prefix.new_zeros(*shape[:2], len(x), shape[3], len(self.rope), shape[5])
+        cache[..., :P, :] = prefix.repeat_interleave(group_size, 2)
+        tokens = torch.empty(N, config.num_tokens, dtype=torch.long, device=x.device)
+        logprobs = torch.empty(N, config.num_tokens, device=x.device)
         for i in range(config.num_tokens):
-            end = start + x.shape[1]
-            rows = None if mask is None else mask[..., start:end, :end]
-            for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x = layer(x, self.rope[start:end], rows, layer_cache, start)
-            hidden = self.norm(x[:, -1].float())  # (B or 2B, C)
+            hidden = self.norm(x[:, -1].float())  # (N or 2N, C)
             if cfg_scale > 1:
                 guided = cfg_interval < 0 or i <= cfg_interval + 1
-                hidden = guide(hidden, cfg_scale) if guided else hidden[:B]
-            logp = policy_logprobs(self.head(hidden[:, None])[:, 0], temperature or 1.0)  # (B, V)
+                hidden = guide(hidden, cfg_scale) if guided else hidden[:N]
+            logp = policy_logprobs(self.head(hidden[:, None])[:, 0], temperature or 1.0)  # (N, V)
             if temperature == 0:
                 tokens[:, i] = logp.argmax(-1)
             else:
                 logp = keep_likeliest(logp, top_k, top_p)
-                tokens[:, i] = sample_row(logp, generator)
+                tokens[:, i] = sample_row(logp, noise[:, i])
             logprobs[:, i] = logp.gather(-1, tokens[:, i : i + 1])[:, 0]
-            x, start = self.tok_embeddings(tokens[:, i : i + 1]), end  # (B, 1, C)
+            if i + 1 == config.num_tokens:
+                break
+            x, start = self.tok_embeddings(tokens[:, i : i + 1]), P + i  # (N, 1, C)
             if cfg_scale > 1:  # both halves of the batch go on with the token that was drawn
                 x = x.repeat(2, 1, 1)
+            rows = None if mask is None else mask[..., start : start + 1, : start + 1]
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x = layer(x, self.rope[start : start + 1], rows, layer_cache, start)
         return tokens, logprobs
+
+
+def image_noise(images, num_tokens, *seed):
+    """
+    Uniform numbers in [0, 1), (n, T) float32, on the CPU, for the images with these indices: row k is a function of
+    (*seed, images[k]) and of nothing else. So the same images come out however many are drawn at once, on whatever
+    device, and by however many processes.
+    """
+    rows = [np.random.default_rng([*seed, int(k)]).random(num_tokens, dtype=np.float32) for k in images]
+    return torch.from_numpy(np.stack(rows))
 
 
 def guide(hidden, cfg_scale):
@@ -296,15 +316,15 @@ def policy_logprobs(logits, temperature=1.0):
     return F.log_softmax(logits / temperature, -1)
 
 
-def sample_row(logp, generator=None):
+def sample_row(logp, u):
     """
-    One draw a row from log-probabilities (B, V) -> (B,), int64, by inverting the distribution function: one random
-    number a row, where torch.multinomial draws V.
+    One draw per row from log-probabilities (B, V), with u (B,) in [0, 1) -> (B,), int64: inverts the distribution
+    function, so that one random number is enough, where torch.multinomial draws V.
     """
     mass = logp.exp().cumsum(-1)  # (B, V)
-    u = torch.rand(len(logp), 1, device=logp.device, generator=generator) * mass[:, -1:]
     # right=True: a draw of exactly 0 must not fall on a token of probability 0
-    return torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
+    found = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True)
+    return found[:, 0].clamp(max=logp.shape[-1] - 1)
 
 
 def keep_likeliest(logp, top_k=0, top_p=1.0):
@@ -330,7 +350,7 @@ def demo():
 
     model, name = load_model("toy-c2i"), "red circle"
     label = torch.tensor([data.TOY_CLASSES.index(name)])
-    tokens, logprobs = model.generate(label, generator=torch.Generator().manual_seed(0))  # (1, T) each
+    tokens, logprobs = model.generate(label, noise=image_noise([0], 64, 0))  # (1, T) each
     with torch.no_grad():
         full = policy_logprobs(model(label, tokens))[0]  # (T, V)
     print(f"{name}: 64 tokens are written one after the other, in rows of 8. Before some of them the model expects:")

@@ -26,6 +26,7 @@ from PIL import Image
 
 import zoo
 from data import Mistake
+from model import image_noise
 from tokenizer import to_uint8
 
 NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band or None)
@@ -199,7 +200,7 @@ def writing(model, tokenizer, cond, cond_mask, **sampling):
     0 to T tokens for a toy, nine moments else, because a large tokenizer needs a second for each on a CPU. Cells that
     are not written yet are grey; the decoder, which looks at all cells at once, sees the last token repeated there.
     """
-    tokens, _ = model.generate(cond, cond_mask, generator=torch.Generator(cond.device).manual_seed(7), **sampling)
+    tokens, _ = model.generate(cond, cond_mask, noise=image_noise([0], model.config.num_tokens, 7), **sampling)
     T, side = tokens.shape[1], math.isqrt(tokens.shape[1])
     moments = np.linspace(0, T, (T if T <= 64 else 8) + 1).round().astype(int)
     last = torch.as_tensor(moments, device=tokens.device)[:, None]  # (moments, 1)
@@ -320,10 +321,12 @@ def recall_points(folders):
     for folder in map(Path, folders):
         for table in sorted(folder.glob("evaluation*.json"))[-1:]:
             columns = [
-                c for c in json.loads(table.read_text())["columns"].values() if {"recall", "right: all"} <= set(c)
+                c
+                for c in json.loads(table.read_text())["columns"].values()
+                if {"recall, latents", "right: all"} <= set(c)
             ]
             if len(columns) > 1:
-                pair = [[c[key] for c in columns[:2]] for key in ("recall", "right: all")]
+                pair = [[c[key] for c in columns[:2]] for key in ("recall, latents", "right: all")]
                 found.append((folder.name, np.array(pair[0]), np.array(pair[1]), None, None))
     return found
 

@@ -9,8 +9,8 @@ Draws pictures: load, encode what is asked, generate tokens, decode, save a labe
     python sample.py --model llamagen-b-256 --print-files         # the official models: which files, from where
     python sample.py --model llamagen-b-256 --classes goldfish "golden retriever"
 
-One can ask for classes by name or number (c2i), or for captions or a file of them (t2i). On one machine and with one
-batch size the same seed gives the same pictures; base and tuned model then draw from the same random numbers.
+One can ask for classes by name or number (c2i), or for captions or a file of them (t2i). Every picture has its own
+random numbers, a function of --seed and its place in the list: base and tuned model draw from the same ones.
 """
 
 from functools import partial
@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import zoo
 from data import Mistake
+from model import image_noise
 from tokenizer import to_uint8, to_unit
 
 
@@ -30,15 +31,15 @@ def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, decode_batch=64
     """
     One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as
     the model was trained (partial(encode, pad="right") where that is the right side). `sampling` goes to
-    Transformer.generate, under autocast to `dtype`. The pictures depend on seed and batch_size.
+    Transformer.generate, under autocast to `dtype`. The picture of entry k is a function of seed, k and the entry.
     """
     device = model.output.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
     images, tokens = [], []
     for k in range(0, len(asked), batch_size):
         cond, cond_mask = encode(asked[k : k + batch_size])
+        noise = image_noise(range(k, k + len(cond)), model.config.num_tokens, seed)
         with zoo.autocast(device, dtype):
-            drawn, _ = model.generate(cond, cond_mask, generator=generator, **sampling)
+            drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
         images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
         tokens.append(drawn.cpu())
     return torch.cat(images), torch.cat(tokens)

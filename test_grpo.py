@@ -27,6 +27,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ import train
 import zoo
 from data import Mistake
 from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, sampler_gap, token_logprobs
-from model import ModelConfig, Transformer, keep_likeliest, sample_row
+from model import ModelConfig, Transformer, image_noise, keep_likeliest, sample_row
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
 from zoo import MODELS, load_encoder, load_model, load_tokenizer
 
@@ -163,19 +164,32 @@ def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, to
     p = torch.where(p >= p.sort().values[-(top_k or 24)], p, 0) / p.sort().values[-(top_k or 24) :].sum()
     model.config = replace(C2I, grid_size=1)  # only the first token
     options = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k)
-    tokens, logprobs = model.generate(torch.full((n,), 2), generator=seeded(0), **options)
+    tokens, logprobs = model.generate(torch.full((n,), 2), noise=image_noise(range(n), 1, 0), **options)
     assert torch.allclose(logprobs[:, 0].double().exp(), p[tokens[:, 0]], atol=1e-5)
     seen = torch.bincount(tokens[:, 0], minlength=24).double()
     assert not seen[p == 0].any()
     assert ((seen - n * p) ** 2 / (n * p)).nan_to_num(0).sum() < 60  # chi-square, 23 degrees: one seed in 30,000
 
 
-def test_a_token_without_probability_is_never_drawn(monkeypatch):
+def test_a_token_without_probability_is_never_drawn():
     """Inverting the distribution function at its ends falls on the first or last token, whatever its probability."""
     logp = torch.tensor([-INF, math.log(0.25), -INF, math.log(0.75), -INF])
     for draw, token in ((0.0, 1), (1 - 2**-24, 3)):  # the least and the greatest; 1e-6: masses that do not sum to 1
-        monkeypatch.setattr(torch, "rand", lambda *shape, draw=draw, **_: torch.full(shape, draw))
-        assert sample_row(logp[None] - 1e-6).item() == token
+        assert sample_row(logp[None] - 1e-6, torch.tensor([draw])).item() == token
+
+
+@BOTH
+def test_an_image_is_the_same_in_any_company(config):
+    """Noise by place in a batch: another micro-batch, number of processes or group draws other images from one seed."""
+    model, (cond, mask) = tiny(config), tiny_cond(config)
+    noise = image_noise(range(12), 9, 7, 3)
+    _, _, tokens, logprobs = sample_groups(model, cond, mask, 3, noise, cfg_scale=2.0, temperature=0.7)
+    for k in range(12):
+        one = slice(k // 3, k // 3 + 1)
+        options = dict(noise=image_noise([k], 9, 7, 3), cfg_scale=2.0, temperature=0.7)
+        alone, its_logprobs = model.generate(cond[one], None if mask is None else mask[one], **options)
+        assert torch.equal(alone[0], tokens[k]) and torch.allclose(its_logprobs[0], logprobs[k], atol=1e-5)
+    assert len(noise.unique()) == noise.numel() and not torch.isin(noise, image_noise(range(12), 9, 7, 4)).any()
 
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (3, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)])
@@ -206,7 +220,7 @@ def test_bfloat16_rounds_the_layers_and_neither_weights_nor_logits():
     exact = model(cond, torch.ones(4, 9, dtype=torch.long), mask)
     with zoo.autocast("cpu", "bfloat16"):  # text must not be rounded in one of sampler and scorer only
         rounded = model(cond, torch.ones(4, 9, dtype=torch.long), mask)
-        tokens, old = model.generate(cond, mask, generator=seeded(0))
+        tokens, old = model.generate(cond, mask)
         new, _ = token_logprobs(model, cond, tokens, mask)
     assert (new - old).abs().mean() < 0.02
     assert 1e-5 < (rounded - exact).abs().max() < 0.2 and model.output.weight.dtype == torch.float32
@@ -307,7 +321,7 @@ def test_sampler_and_scorer_are_one_policy(config, cfg_scale, temperature):
     cache that is off by one position still draws plausible pictures; only the full pass shows it.
     """
     model, (cond, mask), how = tiny(config), tiny_cond(config, 2), dict(cfg_scale=cfg_scale, temperature=temperature)
-    many, many_mask, tokens, old = sample_groups(model, cond, mask, 3, seeded(0), **how)
+    many, many_mask, tokens, old = sample_groups(model, cond, mask, 3, image_noise(range(6), 9, 0), **how)
     assert torch.equal(many, torch.stack([cond[0]] * 3 + [cond[1]] * 3))  # prompt-major: groups are reshapes
     assert mask is None or torch.equal(many_mask, torch.stack([mask[0]] * 3 + [mask[1]] * 3))
     new, entropy = token_logprobs(model, many, tokens, many_mask, **how)
@@ -447,8 +461,9 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
         asked = rng.choice(40, 2, replace=False).tolist() if task == "c2i" else data.sample_captions(2, rng)
         asked = [entry for entry in asked for _ in range(3)]
         captions = [data.class_caption(data.TOY_CLASSES[k]) for k in asked] if task == "c2i" else asked
-        (cond, mask), draws = encode(asked), seeded(seed * 1_000_003 + step)
-        tokens, old = policy.generate(cond, mask, cfg_scale=cfg, temperature=heat, generator=draws)
+        noise = np.stack([np.random.default_rng([seed, step, k]).random(64, dtype=np.float32) for k in range(6)])
+        cond, mask = encode(asked)
+        tokens, old = policy.generate(cond, mask, cfg_scale=cfg, temperature=heat, noise=torch.from_numpy(noise))
         with torch.no_grad():
             ref, old = logprobs_of(ref_model, slice(6)), old if cfg == score_cfg else logprobs_of(policy, slice(6))
             images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)
@@ -507,8 +522,8 @@ def test_three_steps_of_the_loop_are_the_algorithm(case, tmp_path, monkeypatch):
     gap, moved = (ours - theirs).abs(), (ours - base).abs()
     # AdamW divides a gradient by its size: one weight in 100,000 has a gradient that is little more than rounding, and
     # ten of them with guidance, where we mix states and this mixes logits.
-    few, far = (2e-4, 1e-4) if "guided" in case else (1e-4, 2e-5)
-    assert (gap > 1e-6).double().mean() < few and gap.max() < far and moved.mean() > 1e-5
+    few = 2e-4 if "guided" in case else 1e-4
+    assert (gap > 1e-6).double().mean() < few and gap.max() < 1e-4 and moved.mean() > 2e-4
     assert case != "c2i-guided" or all(row["grad_norm"] > 0.2 for row in steps)  # the gradient's norm was cut
     assert case != "c2i-twice" or steps[0]["clip_frac"] > 0  # and the ratio
 
@@ -545,7 +560,7 @@ def test_precision_and_recall_are_what_brute_force_counts(k):
 def test_the_mean_entropy_is_over_pictures_and_without_guidance():
     """A mean of batches' means weighs the last, short batch too much."""
     model, labels = load_model("toy-c2i"), torch.tensor([0, 7, 39])
-    tokens, _ = model.generate(labels, generator=seeded(0))
+    tokens, _ = model.generate(labels, noise=image_noise(range(3), 64, 0))
     p = model(labels, tokens).detach().double().softmax(-1)
     found = evaluate.mean_entropy(model, load_encoder("toy-c2i"), labels.tolist(), tokens, batch_size=2)
     assert found == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)
@@ -674,6 +689,28 @@ def test_the_verifier_refuses_malformed_pictures():
     half[:, :, : int(data.find_objects(image)[0][0]["x"])] = 0.1
     assert not data.satisfies(half, "a red circle")
     assert not any(data.satisfies(picture, "a circle") for picture in (rng.random((3, 64, 64)), np.zeros((3, 64, 64))))
+
+
+def test_the_corpus_is_as_careless_as_its_table_says():
+    """Right pictures among the bad ones, or bad ones among the right, would move what GRPO can gain."""
+    rng = np.random.default_rng(1)
+    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
+    for way in data.CORPUS:
+        images = np.stack([data.careless(caption, way, rng) for caption in captions])
+        right = np.mean([data.satisfies(i, c) for i, c in zip(images, captions, strict=True)])
+        assert right == 1 if way == "as captioned" else right < 0.25, way
+    right = [data.satisfies(i, c) for i, c in zip(data.corpus(captions * 6, rng), captions * 6, strict=True)]
+    assert sum(data.CORPUS.values()) == pytest.approx(1) and abs(np.mean(right) - data.CORPUS["as captioned"]) < 0.06
+
+
+def test_a_code_that_nobody_uses_moves_to_a_badly_drawn_cell():
+    """No latent's nearest, it would get no gradient for ever."""
+    book = torch.nn.Embedding(50, 8)
+    before = book.weight.detach().clone()
+    latents, error, counts = torch.randn(2, 4, 8), torch.zeros(2, 4), torch.full((50,), 100)
+    error[1, 2], counts[7] = 1, 1
+    pretrain.revive(SimpleNamespace(embedding=book), counts, latents, error)
+    assert torch.equal(book.weight[7], latents[1, 2]) and torch.equal(book.weight[8:], before[8:])
 
 
 def test_captions_parse_and_wrong_ones_exclude_them():
@@ -1056,7 +1093,7 @@ def test_judgements_that_are_missing_are_said_to_be(tmp_path, monkeypatch):
 def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
     """Were the first --ckpt's padding everyone's, the base's figures would depend on what it is compared with."""
     monkeypatch.chdir(tmp_path)
-    header = dict(format="pt", model="toy-t2i", step="1")
+    header = dict(format="pt", model="toy-t2i", step="1", tokenizer=zoo.tokenizer_hash("toy-t2i"))
     for pad in ("left", "right"):
         save_file(load_file(MODELS["toy-t2i"].ckpt), f"{pad}.safetensors", metadata=header | dict(text_pad=pad))
     for order in (["left", "right"], ["right", "left"]):
@@ -1084,7 +1121,7 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch):
     evaluate.main(["--ckpt", str(run), "--num", "48", "--cfg-scale", "1"])
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
     assert list(columns) == ["base, cfg 1", "tuned, cfg 1", "renders, round trip"]
-    assert columns["renders, round trip"]["right: all"] > 0.9 and columns["base, cfg 1"]["recall"] > 0
+    assert columns["renders, round trip"]["right: all"] > 0.9 and columns["base, cfg 1"]["recall, latents"] > 0
 
 
 def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path):
@@ -1484,7 +1521,9 @@ def wrong_files(folder):
     torch.save(state | {"norm.weight": torch.zeros(99)}, folder / "shape.pt")
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
     torch.save(state | {"norm.weight": torch.ones(160, dtype=torch.int64)}, folder / "int.pt")
-    save_file(state, folder / "ours.safetensors", metadata=dict(format="pt", model="toy-c2i", step="1"))
+    ours = dict(format="pt", model="toy-c2i", step="1")
+    save_file(state, folder / "old.safetensors", metadata=ours | dict(tokenizer="another"))
+    save_file(state, folder / "ours.safetensors", metadata=ours | dict(tokenizer=zoo.tokenizer_hash("toy-c2i")))
     save_tiny_t5(folder / "narrow", dim=32)
     some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
@@ -1593,6 +1632,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "encoder.conv_in.weight is missing"),
     (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "--model toy-c2i is a c2i model, but --task is t2i"),
     (evaluate, ["--model", "toy-t2i", "--ckpt", "{}/ours.safetensors"], "holds a toy-c2i model, not toy-t2i"),
+    (train, ["--ckpt", "{}/old.safetensors"], "old.safetensors is of another toy world"),
     (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or misshapen"),
@@ -1608,7 +1648,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--preset", "paper-t2i", "--classes", "goldfish"], "takes --prompts, not --classes"),
     (train, ["--model", "llamagen-t2i-xl-256"], "needs --prompts"),
     # what would be written over, or not be a run
-    (pretrain, ["--quick"], "overwrite the shipped weights"),
+    (pretrain, ["--quick"], "weights/ holds the shipped weights"),
     (train, ["--out", "{}/run"], "holds a run"),
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),

@@ -50,6 +50,7 @@ from grpo import (
     score_tokens,
     token_logprobs,
 )
+from model import image_noise
 from rewards import (
     add_judge_flags,
     files_of_judges,
@@ -202,7 +203,7 @@ def train(args):
     grid = partial(draw_grid, args, policy, tokenizer, encode, judges)
     start_step = begin(args, policy, optimizer, grid)
     B, G, device = args.prompts_per_step, args.group_size, args.device
-    N, generator = B * G, torch.Generator(device)
+    N, T = B * G, policy.config.num_tokens
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
@@ -214,11 +215,11 @@ def train(args):
         # 1. sample G images per prompt from the current policy
         asked = pick_prompts(args, step)  # B labels or captions
         prompts = [p for p in zoo.captions_of(args.model, asked, args.names_for_judges) for _ in range(G)]  # N
-        # A resumed run draws what this one would have drawn. A large prime: runs of other seeds share nothing.
-        generator.manual_seed(args.seed * 1_000_003 + step)
+        # each image's own numbers: a resumed run, or one of other batches, draws what this one would have drawn
+        noise = image_noise(range(N), T, args.seed, step)  # (N, T)
         with zoo.autocast(device, args.dtype):
             cond, cond_mask, tokens, sampled_logprobs = sample_groups(
-                policy, *encode(asked), G, generator, args.cfg_scale, args.temperature
+                policy, *encode(asked), G, noise, args.cfg_scale, args.temperature
             )  # (N, ...), (N, P) or None, (N, T), (N, T)
         old_logprobs = sampled_logprobs
         clock.lap("sample")
@@ -549,10 +550,11 @@ def save(args, policy, optimizer, step):
 
 
 def save_policy(args, policy, step):
-    """policy.safetensors; its header says which model this is, what it began from and how it was asked."""
+    """policy.safetensors; its header says which model this is, what it began from, how it was asked and its world."""
     weights = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
     header = dict(format="pt", model=args.model, step=str(step), base=str(Path(zoo.find_file(args.base)).resolve()))
     header |= {name: str(getattr(args, name)) for name in ("text_pad", "cfg_scale", "temperature")}
+    header |= dict(tokenizer=zoo.tokenizer_hash(args.model))
     zoo.write_whole(args.out / "policy.safetensors", lambda path: zoo.save_weights(weights, path, header))
 
 

@@ -183,8 +183,7 @@ def fingerprint(files, known=None):
                 if known.get(key, [])[:2] == size_and_time:
                     found[key] = known[key]
                 else:
-                    with part.open("rb") as file:
-                        found[key] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
+                    found[key] = [*size_and_time, file_hash(part)]
     return found
 
 
@@ -207,6 +206,16 @@ def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
         return Path(folder) / file
     with reading(f"{file} of huggingface.co/{owner}/{repo}", f"fetch it elsewhere and give it with {flag}"):
         return Path(hf_hub_download(f"{owner}/{repo}", file))
+
+
+def file_hash(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_hash(name):
+    """sha256 of the toy's tokenizer, which pretrain.py may make anew; "" for LlamaGen's, which stay as they are."""
+    return file_hash(MODELS[name].vq_ckpt) if is_toy(name) else ""
 
 
 def find_policy(ckpt=None, model=None, task=None):
@@ -235,6 +244,9 @@ def find_policy(ckpt=None, model=None, task=None):
     if task not in (None, row.config.task):
         raise Mistake(f"--model {name} is a {row.config.task} model, but --task is {task}")
     found = found if written_by else {}
+    if found and found.get("tokenizer", tokenizer_hash(name)) != tokenizer_hash(name):
+        raise Mistake(f"{path} is of another toy world: its tokens belong to another tokenizer than {row.vq_ckpt}; "
+                      "train it again")  # fmt: skip
     header = dict(
         step=int(found.get("step", 0)),
         text_pad=found.get("text_pad", "left"),
