@@ -182,9 +182,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
         self.register_buffer("rope", rope_2d(config), persistent=False)
-        self.checkpoint_layers = (
-            False  # True: the backward pass computes each block anew, for less memory and more time
-        )
+        self.checkpoint_layers = False  # True: the backward pass computes each block anew; less memory, more time
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

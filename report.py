@@ -271,16 +271,17 @@ def evaluation(folder):
 
 
 def read_flags(folder):
+    """{flag: value} of a run, as train.py wrote them; {} of one that is older than that."""
     path = folder / "flags.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_run(folder, written=""):
-    """FOLDER/report.html; `written` is the section of `writers`. Raises Mistake, OSError."""
+def write_run(folder, written="", path=None):
+    """The page at `path` or FOLDER/report.html; `written` is the section of `writers`. Raises Mistake, OSError."""
     folder, rows = Path(folder), read_metrics(Path(folder))
     parts = facts(rows, read_flags(folder)), slides(folder), written, evaluation(folder)
     text = page(f"AR-GRPO: {folder}", *parts, "<h2>Curves</h2>", charts(rows))
-    zoo.write_whole(folder / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
+    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def write_comparison(folders, path):
@@ -342,8 +343,8 @@ def parse_args(argv=None):
 def run(args):
     if len(args.runs) == 1:
         (folder,) = args.runs
-        write_run(folder, write_pictures(folder))
-        path = folder / "report.html"
+        path = args.out or folder / "report.html"
+        write_run(folder, write_pictures(folder), path)
     else:
         path = args.out or args.runs[0].parent / "compare.html"
         write_comparison(args.runs, path)
@@ -351,15 +352,15 @@ def run(args):
 
 
 def write_pictures(folder):
-    """The section of `writers` for the policy that lies in the folder; empty if none does."""
+    """The section of `writers` for the policy in the folder; empty if there is none, or no prompt to ask it for."""
     if not (folder / "policy.safetensors").exists():
         return ""
     name, path, header = zoo.find_policy(folder)
+    if not zoo.is_toy(name) and zoo.MODELS[name].config.task == "t2i":
+        return ""
     encode = partial(zoo.load_encoder(name), pad=header["text_pad"])
     policies = {"base": zoo.load_model(name, header["base"]), "tuned": zoo.load_model(name, path)}
-    asked = zoo.read_asked(name)[0] if zoo.is_toy(name) else None
-    if asked is None:
-        return ""
+    asked = zoo.read_asked(name)[0]
     sampling = dict(cfg_scale=header["cfg_scale"], temperature=header["temperature"])
     return writers(policies, zoo.load_tokenizer(name), encode, zoo.captions_of(name, [asked])[0], asked, **sampling)
 

@@ -127,7 +127,7 @@ def parse_args(argv=None):
     add("--clip-eps", type=float, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
     add("--checkpoint-layers", action="store_true", help="keep only what enters each block and compute the rest again "
-        "in the backward pass: much less memory, a third more time to learn")  # fmt: skip
+        "in the backward pass: a third of the memory, a fifth more time")  # fmt: skip
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default 64; LlamaGen 8)")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default 0)")
@@ -173,9 +173,9 @@ def claim(args):
     """Makes the output folder and holds it for this run, before anything takes time. Raises Mistake, OSError."""
     (args.out / "samples").mkdir(parents=True, exist_ok=True)
     args.lock = zoo.lock(args.out)
-    if not args.resume and any((args.out / file).exists() for file in STATES):
+    if not args.resume and saves(args):
         raise Mistake(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
-    if args.resume and not any((args.out / file).exists() for file in STATES):
+    if args.resume and not saves(args):
         raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
 
 
@@ -558,12 +558,14 @@ def save_policy(args, policy, step):
     zoo.write_whole(args.out / "policy.safetensors", lambda path: zoo.save_weights(weights, path, header))
 
 
+def saves(args):
+    """The saves of the run in args.out, the newest first."""
+    return [path for name in STATES if (path := args.out / name).is_file()]
+
+
 def read_state(args):
-    """The newest whole state of the run in args.out. Raises Mistake, FileNotFoundError."""
-    paths = [path for name in STATES if (path := args.out / name).is_file()]
-    if not paths:
-        raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
-    for path in paths:
+    """The newest whole state of the run in args.out. Raises Mistake."""
+    for path in (paths := saves(args)):
         try:
             with zoo.reading(path, f"start again in another --out, or from the last policy with --ckpt {args.out}"):
                 state = zoo.load_tensors(path)  # on the CPU, where AdamW wants its step counters
@@ -575,7 +577,7 @@ def read_state(args):
 
 
 def resume(args, policy, optimizer):
-    """Restores policy and optimizer from state.pt and returns the next step. Raises Mistake, FileNotFoundError."""
+    """Restores policy and optimizer from state.pt and returns the next step. Raises Mistake."""
     state = read_state(args)
     step, now = state["step"], flags_that_matter(args)
     for name, value in state["flags"].items():
@@ -613,7 +615,7 @@ def keep_metrics(path, step):
 
 
 def how_to_go_on(args):
-    if args and any((args.out / file).exists() for file in STATES):
+    if args and saves(args):
         return f"stopped; the same command goes on from the last save in {args.out} with --resume"
     return "stopped; nothing was saved"
 

@@ -209,6 +209,7 @@ def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
 
 
 def file_hash(path):
+    """sha256 of the file at `path`, as 64 hexadecimal digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
