@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import parallel
 import zoo
 from data import Mistake
 from model import image_noise
@@ -35,14 +36,14 @@ def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, decode_batch=64
     """
     device = model.output.weight.device
     images, tokens = [], []
-    for k in range(0, len(asked), batch_size):
-        cond, cond_mask = encode(asked[k : k + batch_size])
-        noise = image_noise(range(k, k + len(cond)), model.config.num_tokens, seed)
+    for mine in torch.tensor(parallel.share(len(asked))).split(batch_size):  # of several processes each draws a share
+        cond, cond_mask = encode([asked[k] for k in mine])
+        noise = image_noise(mine, model.config.num_tokens, seed)
         with zoo.autocast(device, dtype):
             drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
         images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
         tokens.append(drawn.cpu())
-    return torch.cat(images), torch.cat(tokens)
+    return parallel.gather(torch.cat(images), len(asked)), parallel.gather(torch.cat(tokens), len(asked))
 
 
 def wrap(label, width, font, most=4):

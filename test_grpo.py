@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import threading
 import time
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +40,7 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import grpo
+import parallel
 import pretrain
 import report
 import rewards
@@ -1188,17 +1191,39 @@ def test_the_sliders_of_the_page_move_in_a_browser(tmp_path):
         assert wide <= width
 
 
-def in_child(function):
-    """Runs it in a forked process, which has imported everything already, and returns its exit status."""
+def fork(function, said=os.devnull):
+    """Runs it in a forked process, which has imported everything already; what it says goes to a file."""
     if (process := os.fork()) == 0:
         status = 1
         try:
-            sys.stdout = sys.stderr = io.StringIO()
+            sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115, closed by the end of the process
             function()
             status = 0
+        except SystemExit as error:
+            print(error, file=sys.stderr)
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return process
+
+
+def in_child(function):
+    """The exit status of function() in a forked process."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(function), 0)[1])
+
+
+def in_children(said, *functions):
+    """The exit statuses of functions, each in a process of its own that torchrun would have started; said: a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = dict(WORLD_SIZE=str(len(functions)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="test")
+
+    def member(k, function):
+        os.environ.update(names | dict(RANK=str(k), LOCAL_RANK=str(k)))
+        function()
+
+    processes = [fork(partial(member, k, function), said / f"said-{k}") for k, function in enumerate(functions)]
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
 def with_events(happen, function):
@@ -1255,6 +1280,82 @@ def test_a_run_that_is_killed_anywhere_continues_as_if_it_had_never_stopped(tmp_
         saved = any((out / name).exists() for name in train.STATES)
         assert in_child(lambda run=run, saved=saved: train.main([*run, *["--resume"] * saved])) == 0, point
         assert outcome(out) == whole, point
+
+
+def assert_same_weights(one, two):
+    """To 1e-5, except the few in a million whose gradient is little more than rounding: AdamW divides by its size."""
+    gap = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    assert (gap > 1e-5).double().mean() < 1e-5 and gap.max() < 1e-4
+
+
+def train_and_hash(flags, folder):
+    """train.main(flags) that appends to a file what this process's weights are at each save."""
+    save = train.save
+
+    def and_hash(args, policy, *rest):
+        weights = parallel.whole(policy.state_dict()).values()
+        sums = [hashlib.sha256(w.numpy().tobytes()).hexdigest() for w in weights]
+        with open(folder / f"weights-{parallel.rank()}", "a") as file:
+            file.write(f"{sums}\n")
+        save(args, policy, *rest)
+
+    train.save = and_hash
+    train.main(flags)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("task", ["c2i", "t2i"])
+def test_two_processes_train_what_one_trains(task, tmp_path):
+    """Each learning for itself, groups cut in two, noise by local index, a loss that is averaged twice or never."""
+    flags = ["--task", task, "--steps", "3", "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3"]
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    one, metrics = load_file(tmp_path / "one/policy.safetensors"), read_metrics(tmp_path / "one")
+    for name, more in (("plain", ["--save-every", "1"]), ("sharded", ["--save-every", "1", "--shard"])):
+        out = tmp_path / name
+        out.mkdir()
+        run = partial(train_and_hash, [*flags, *more, "--out", str(out)], out)
+        assert in_children(out, run, run) == [0, 0], (out / "said-0").read_text() + (out / "said-1").read_text()
+        first, second = ((out / f"weights-{k}").read_text() for k in (0, 1))
+        assert first == second and len(first.splitlines()) == 3
+        assert (out / "said-1").read_text() == ""
+        assert_same_weights(one, load_file(out / "policy.safetensors"))
+        for row, expected in zip(read_metrics(out), metrics, strict=True):
+            assert row == pytest.approx(expected, rel=1e-3, abs=2e-5)
+        pictures = [np.asarray(Image.open(folder / "before.png")).astype(int) for folder in (tmp_path / "one", out)]
+        assert abs(pictures[0] - pictures[1]).max() <= 1  # 24 or 40 pictures, of which each process drew half
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_of_which_one_is_killed_end_and_go_on_as_any_number(tmp_path):
+    """A process that waits for a dead one for ever, or a state that only as many processes can read."""
+    flags = ["--steps", "3", "--save-every", "1", "--prompts-per-step", "2", "--group-size", "2", "--classes", "7", "8"]
+    whole = tmp_path / "whole"
+    train.main([*flags, "--out", str(whole)])
+    one = load_file(whole / "policy.safetensors")
+    for k, point in enumerate(range(12, 48, 36 // min(36, int(os.environ.get("KILLS", 3))))):
+        out, events, start = tmp_path / f"killed-{point}", [], time.monotonic()
+        run = partial(train.main, [*flags, "--out", str(out)])
+
+        def kill(file, events=events, point=point):
+            events.append(file)
+            if len(events) > point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        killed = partial(with_events, kill, run)
+        victims = [(run, killed), (killed, run), (killed, killed)][k % 3]
+        out.mkdir()
+        statuses = in_children(out, *victims)
+        assert time.monotonic() - start < 30
+        for victim, status, place in zip(victims, statuses, ("said-0", "said-1"), strict=True):
+            alone = 1 if victims.count(killed) == 2 else -signal.SIGKILL  # the second to die may notice the first
+            assert status in ((-signal.SIGKILL, alone) if victim is killed else (1,)), statuses
+            assert victim is killed or "another process of this run has ended" in (out / place).read_text()
+        again = [*flags, "--out", str(out), *["--resume"] * any((out / name).exists() for name in train.STATES)]
+        if k % 2:
+            assert in_child(partial(train.main, again)) == 0
+        else:
+            assert in_children(out, *[partial(train.main, again)] * 2) == [0, 0]
+        assert_same_weights(one, load_file(out / "policy.safetensors"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -1490,13 +1591,13 @@ OURS = sorted(path.stem for path in HERE.glob("*.py"))
 
 def test_each_file_imports_only_from_the_floors_below_it():
     """A drawer that everything imports, or a circle: then no file can be read alone."""
-    floors, ground = {}, {"data", "model", "tokenizer"}
+    floors, ground = {}, {"data", "model", "tokenizer", "parallel"}
     for name in OURS:
         top = ast.parse((HERE / f"{name}.py").read_text()).body
         found = {node.module for node in top if isinstance(node, ast.ImportFrom)}
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
-    assert floors["model"] == floors["tokenizer"] == floors["data"] == set() and floors["grpo"] == {"model"}
+    assert all(floors[name] == set() for name in ground) and floors["grpo"] == {"model"}
     assert floors["zoo"] <= ground and floors["rewards"] | floors["sample"] <= ground | {"zoo"}
     scripts = {"train", "evaluate", "pretrain", "bench"}
     assert all(scripts.isdisjoint(found) for name, found in floors.items() if name != "test_grpo")

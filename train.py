@@ -38,6 +38,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import parallel
 import report
 import zoo
 from data import Mistake
@@ -128,6 +129,7 @@ def parse_args(argv=None):
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
     add("--checkpoint-layers", action="store_true", help="keep only what enters each block and compute the rest again "
         "in the backward pass: a third of the memory, a fifth more time")  # fmt: skip
+    add("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments among the processes")
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default 64; LlamaGen 8)")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default 0)")
@@ -158,6 +160,12 @@ def resolve(args):
         raise Mistake(f"--score-cfg is 'same' or a number, not {args.score_cfg!r}") from None
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
     zoo.check_range(args, seed=0, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12)
+    if args.shard and parallel.world() == 1:
+        raise Mistake("--shard divides the model among processes: start them with torchrun --nproc-per-node N train.py")
+    if args.prompts_per_step % parallel.world():
+        raise Mistake(
+            f"--prompts-per-step {args.prompts_per_step} cannot be divided among {parallel.world()} processes"
+        )
     args.judge_weights, args.judge_options = parse_rewards(args.rewards), judge_options(args, args.model)
     args.pool = None  # what prompts are picked from; None: the toy's captions
     if args.classes or args.prompts or (args.task == "t2i" and not zoo.is_toy(args.model)):
@@ -172,7 +180,7 @@ def resolve(args):
 def claim(args):
     """Makes the output folder and holds it for this run, before anything takes time. Raises Mistake, OSError."""
     (args.out / "samples").mkdir(parents=True, exist_ok=True)
-    args.lock = zoo.lock(args.out)
+    args.lock = zoo.lock(args.out) if parallel.rank() == 0 else None
     if not args.resume and saves(args):
         raise Mistake(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
     if args.resume and not saves(args):
@@ -188,6 +196,9 @@ def build(args):
     if args.task == "t2i":
         # LlamaGen's "no text" is random and was never trained; training it under guidance changed nothing (RESULTS.md)
         policy.cls_embedding.uncond_embedding.requires_grad_(False)
+    if args.shard:
+        parallel.shard(policy)
+        parallel.shard(ref_model)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
@@ -203,7 +214,7 @@ def train(args):
     grid = partial(draw_grid, args, policy, tokenizer, encode, judges)
     start_step = begin(args, policy, optimizer, grid)
     B, G, device = args.prompts_per_step, args.group_size, args.device
-    N, T = B * G, policy.config.num_tokens
+    mine = [p * G + k for p in parallel.share(B) for k in range(G)]  # which of a step's N images this process makes
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
@@ -213,15 +224,14 @@ def train(args):
         clock = Clock(device)
 
         # 1. sample G images per prompt from the current policy
-        asked = pick_prompts(args, step)  # B labels or captions
+        asked = pick_prompts(args, step)  # B labels or captions, or this process's share of them
         prompts = [p for p in zoo.captions_of(args.model, asked, args.names_for_judges) for _ in range(G)]  # N
         # each image's own numbers: a resumed run, or one of other batches, draws what this one would have drawn
-        noise = image_noise(range(N), T, args.seed, step)  # (N, T)
+        noise = image_noise(mine, policy.config.num_tokens, args.seed, step)  # (N, T)
         with zoo.autocast(device, args.dtype):
             cond, cond_mask, tokens, sampled_logprobs = sample_groups(
                 policy, *encode(asked), G, noise, args.cfg_scale, args.temperature
             )  # (N, ...), (N, P) or None, (N, T), (N, T)
-        old_logprobs = sampled_logprobs
         clock.lap("sample")
 
         # 2. judge
@@ -229,7 +239,8 @@ def train(args):
         clock.lap("decode")
         judged, judge_seconds = judge_images(judges, images, prompts)  # {name: (N,)}
 
-        # 3. compare inside each group
+        # 3. compare inside each group, all N images on every process
+        judged = {name: parallel.gather(values) for name, values in judged.items()}
         rewards = weighted_sum(judged, args.judge_weights, G)  # (N,)
         advantages = group_advantages(rewards, G)  # (N,)
         if args.reward_norm == "each":
@@ -238,37 +249,38 @@ def train(args):
 
         # 4. learn: --updates-per-batch AdamW steps on this batch, each accumulated over micro-batches
         with zoo.autocast(device, args.dtype):
-            ref_logprobs = score_tokens(ref_model, cond, tokens, cond_mask, args.micro_batch, **scoring)  # (N, T)
-            if sampler_differs:
-                old_logprobs = score_tokens(policy, cond, tokens, cond_mask, args.micro_batch, **scoring)
+            drawn = cond, tokens, cond_mask, args.micro_batch
+            ref_logprobs = score_tokens(ref_model, *drawn, **scoring)  # (N, T)
+            old_logprobs = score_tokens(policy, *drawn, **scoring) if sampler_differs else sampled_logprobs
         clock.lap("reference")
         lr, history = set_lr(args, optimizer, step), []
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
-            for rows in torch.arange(N, device=device).split(args.micro_batch):
+            for rows in torch.arange(len(mine), device=device).split(args.micro_batch):
                 mask = None if cond_mask is None else cond_mask[rows]
                 with zoo.autocast(device, args.dtype):
                     logprobs, entropy = token_logprobs(policy, cond[rows], tokens[rows], mask, **scoring)  # (n, T) each
-                batch = old_logprobs[rows], ref_logprobs[rows], advantages[rows]
+                batch = old_logprobs[rows], ref_logprobs[rows], advantages[mine][rows]
                 loss, stats = grpo_loss(logprobs, *batch, args.clip_eps, args.kl_coef)
-                (loss * (len(rows) / N)).backward()  # the last micro-batch may be a short one
-                stats |= dict(entropy=entropy.mean(), sampler_gap=sampler_gap(logprobs, sampled_logprobs[rows]))
-                history.append((update, len(rows), stats))
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+                (loss * (len(rows) / len(mine))).backward()  # the last micro-batch may be a short one
+                gap = sampler_gap(logprobs, sampled_logprobs[rows])
+                history.append((update, len(rows), stats | dict(entropy=entropy.mean(), sampler_gap=gap)))
+            grad_norm = parallel.average_and_clip(policy, MAX_GRAD_NORM)
             if grad_norm.isfinite():  # else this update is skipped, and the watch counts it
                 optimizer.step()
         clock.lap("learn")
 
         # 5. report
         metrics = step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad_norm, lr, G)
-        log.write(metrics | verify(args, images, prompts), clock)
+        metrics = parallel.average(metrics | verify(args, images, prompts))
+        log.write(metrics, clock)
 
         # 6. save
         if (step + 1) % SAMPLE_EVERY == 0:
             grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
-        if watch.asked or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if watch.stops() or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save(args, policy, optimizer, step + 1)
-        watch.go_on(metrics, N)
+        watch.go_on(metrics, len(rewards))
     log.close()
     grid("after.png", f"after {args.steps} steps of GRPO")
     look_back(args, {"base": ref_model, "tuned": policy}, tokenizer, encode)
@@ -279,12 +291,16 @@ def train(args):
 
 
 def pick_prompts(args, step):
-    """The B labels or captions of a step, a function of (seed, step) alone. Distinct where the pool allows it."""
-    rng, pool = np.random.default_rng([args.seed, step]), args.pool
+    """
+    This process's share of the B labels or captions of a step, which are a function of (seed, step) alone, distinct
+    where the pool allows it.
+    """
+    rng, pool, B = np.random.default_rng([args.seed, step]), args.pool, args.prompts_per_step
     if pool is None:  # the toy's captions: every category equally often, and some captions twice
-        return data.sample_captions(args.prompts_per_step, rng)
-    picks = rng.choice(len(pool), args.prompts_per_step, replace=len(pool) < args.prompts_per_step)
-    return [pool[k] for k in picks]
+        picked = data.sample_captions(B, rng)
+    else:
+        picked = [pool[k] for k in rng.choice(len(pool), B, replace=len(pool) < B)]
+    return [picked[k] for k in parallel.share(B)]
 
 
 @torch.no_grad()
@@ -321,20 +337,25 @@ class Watch:
 
     def __init__(self, args):
         self.args, self.bad = args, {}
-        self.asked = None  # the signal's number
+        self.asked = self.stopping = 0  # the signal's number, once all processes know of it
         for number in zoo.STOPS:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self.since + 1:  # torchrun repeats a Ctrl-C that came to all
             zoo.interrupt(number, frame)
-        self.asked = number
+        self.asked, self.since = number, time.monotonic()
         tqdm.write("this step will be finished and saved; a second signal stops at once")
+
+    def stops(self):
+        """Whether this step is the last one, because a signal came to any of the processes."""
+        self.stopping = parallel.largest(self.asked)
+        return self.stopping > 0
 
     def go_on(self, metrics, N):
         """metrics: those of a step; N: images per step. Raises KeyboardInterrupt, Mistake."""
-        if self.asked:
-            zoo.interrupt(self.asked, None)
+        if self.stopping:
+            zoo.interrupt(self.stopping, None)
         bad = {"the gradient": not np.isfinite(metrics["grad_norm"])}
         bad |= {f"every value of {name}": metrics[f"{name}_not_finite"] == N for name in self.args.judge_weights}
         self.bad = {what: self.bad.get(what, 0) + 1 if failed else 0 for what, failed in bad.items()}
@@ -399,13 +420,16 @@ class Log:
     """Where the metrics of a step go: a line of metrics.jsonl, TensorBoard, a line on the screen."""
 
     def __init__(self, args, start_step):
-        from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
-
         self.args, self.start_step = args, start_step
-        self.events = SummaryWriter(args.out, purge_step=start_step)
-        self.bar = tqdm(initial=start_step, total=args.steps, unit="step")
+        self.bar = tqdm(initial=start_step, total=args.steps, unit="step", disable=parallel.rank() > 0)
+        if parallel.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
+
+            self.events = SummaryWriter(args.out, purge_step=start_step)
 
     def write(self, metrics, clock):
+        if parallel.rank() > 0:
+            return
         clock.lap("report")
         metrics |= {f"seconds_{part}": value for part, value in clock.seconds.items()}
         metrics |= {} if (peak := peak_memory_gb(self.args.device)) is None else dict(peak_memory_gb=peak)
@@ -423,7 +447,8 @@ class Log:
 
     def close(self):
         self.bar.close()
-        self.events.close()
+        if parallel.rank() == 0:
+            self.events.close()
 
 
 def peak_memory_gb(device):
@@ -510,7 +535,9 @@ def begin(args, policy, optimizer, grid):
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
     if start_step == 0:
-        if (log := args.out / "metrics.jsonl").exists():  # of a run that never saved, or somebody else's
+        if (
+            parallel.rank() == 0 and (log := args.out / "metrics.jsonl").exists()
+        ):  # of a run that never saved, or somebody else's
             os.replace(log, args.out / "metrics-before.jsonl")
         grid("before.png", "before: the base model")
     return start_step
@@ -518,7 +545,7 @@ def begin(args, policy, optimizer, grid):
 
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
-    free = ["out", "resume", "device", "save_every", "micro_batch", "checkpoint_layers"]
+    free = ["out", "resume", "device", "save_every", "micro_batch", "checkpoint_layers", "shard"]
     free += ["judge_files", "qwen_server", "judge_batch", "judge_timeout"]  # where the judges are, not what they say
     free += ["ckpt", "base"]  # compared by their content
     free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
@@ -543,15 +570,15 @@ def save(args, policy, optimizer, step):
     """
     args.files = zoo.fingerprint(files_read(args), getattr(args, "files", None))
     state = dict(step=step, flags=flags_that_matter(args), files=args.files)
-    state |= dict(policy=policy.state_dict(), optimizer=optimizer.state_dict())
+    state |= dict(policy=parallel.whole(policy.state_dict()), optimizer=parallel.whole(optimizer.state_dict()))
     newest, before = (args.out / name for name in STATES)
     zoo.write_whole(newest, lambda path: torch.save(state, path), keep=before)
-    save_policy(args, policy, step)
+    save_policy(args, state["policy"], step)
 
 
-def save_policy(args, policy, step):
+def save_policy(args, weights, step):
     """policy.safetensors; its header says which model this is, what it began from, how it was asked and its world."""
-    weights = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
+    weights = {name: value.detach().contiguous() for name, value in weights.items()}
     header = dict(format="pt", model=args.model, step=str(step), base=str(Path(zoo.find_file(args.base)).resolve()))
     header |= {name: str(getattr(args, name)) for name in ("text_pad", "cfg_scale", "temperature")}
     header |= dict(tokenizer=zoo.tokenizer_hash(args.model))
@@ -589,9 +616,8 @@ def resume(args, policy, optimizer):
         raise Mistake(f"{', '.join(changed)}: changed since the run in {args.out} began; start again in another --out")
     if step > args.steps:
         raise Mistake(f"the run in {args.out} has done {step} steps already; --steps counts them all")
-    policy.load_state_dict(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
-    save_policy(args, policy, step)  # a run that was killed between its two files has an older one
+    parallel.load(state, policy, optimizer)
+    save_policy(args, state["policy"], step)  # a run that was killed between its two files has an older one
     keep_metrics(args.out / "metrics.jsonl", step)
     return step
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import data
+import parallel
 from data import Mistake
 from model import ModelConfig, Transformer, rope_2d
 from tokenizer import VQConfig, VQModel
@@ -124,8 +125,10 @@ def reading(what, remedy):
 def write_whole(path, write, keep=None):
     """
     write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new. The old
-    one becomes `keep` where that is given. Raises OSError.
+    one becomes `keep` where that is given. Of several processes the first one writes. Raises OSError.
     """
+    if parallel.rank() > 0:
+        return
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # the suffix stays: PIL reads the format from it
     try:
         write(temporary)
@@ -492,11 +495,12 @@ def add_model_flags(add):
 
 def settle_device(args):
     """
-    Sets --dtype where it was left open, and has GPUs take float32 convolutions in float32. Raises Mistake unless torch
-    can put a tensor on --device.
+    Sets --dtype where it was left open, joins the processes of torchrun if there are any, and has GPUs take float32
+    convolutions in float32. Raises Mistake unless torch can put a tensor on --device.
     """
     torch.backends.cudnn.allow_tf32 = False  # the tokenizer's and the judges'; True is torch's default
     with reading(f"--device {args.device}", "leave it out to take what there is"):
+        args.device = parallel.start(args.device)
         torch.empty(0, device=args.device)
     if getattr(args, "dtype", "float32") is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
@@ -546,7 +550,8 @@ def interrupt(number, frame):
 
 def die_of(number, sentence):
     """Ends the process as the signal would have: a shell loop around the script then stops too."""
-    print(f"\n{sentence}", file=sys.stderr, flush=True)
+    if parallel.rank() == 0:
+        print(f"\n{sentence}", file=sys.stderr, flush=True)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -564,7 +569,12 @@ def run_script(parse_args, run, argv=None, stopped=lambda args: "stopped"):
         run(args)
     except (Mistake, OSError) as error:
         text = str(error)  # may quote a file of the user's that is no caption but a book
+        parallel.wait_to_speak()
         sys.exit(f"{script}: {text if len(text) < 1000 else f'{text[:500]} [...] {text[-400:]}'}")
+    except RuntimeError as error:
+        if not parallel.is_alone(error):
+            raise
+        sys.exit(f"{script}: another process of this run has ended, so this one is {stopped(args)}")
     except KeyboardInterrupt as error:
         die_of(error.args[0] if error.args else signal.SIGINT, f"{script}: {stopped(args)}")
     finally:
