@@ -348,7 +348,7 @@ def train_c2i(args, steps=6000, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
-def train_t2i(args, steps=12000, batch=32, lr=2e-3, seed=3):
+def train_t2i(args, steps=6400, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
 
 
