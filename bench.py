@@ -1,59 +1,392 @@
 """
-How fast decoding is, on random weights: speed does not depend on what a weight says.
+How fast it is, on random weights (speed does not depend on what a weight says), beside what it could be.
 
-    python bench.py                                    # GPT-B, 256 px, 8 images with guidance, float32
-    python bench.py --size toy-c2i --images 64 --cfg-scale 1 --repeat 5
+    python bench.py                                          # all parts; GPT-B at 256 px, about 20 minutes on 2 cores
+    python bench.py --parts decode --dtype bfloat16          # one of them
+    python bench.py --parts decode step --compile --models llamagen-b-256 llamagen-l-256 llamagen-xl-384 \\
+        llamagen-t2i-xl-256 --images 32                      # what there is to know of a GPU
 
-Decoding one token reads every weight once and, in each layer, the filled part of the key-value cache. On a CPU the
-weights are most of it, so the time hardly grows with the number of images until the arithmetic takes as long as the
-reading.
+    decode     sampling tokens, beside a plain version (all of the cache under a mask, both halves of the batch through
+               the head, the condition computed for each image) and beside the machine's limit
+    step       a GRPO step without judges, by part
+    learn      scoring and its backward pass, beside a version that keeps all logits: time and peak memory
+    judges     each of --rewards in a batch, beside one picture at a time
+    processes  a training step of the toy on two processes, beside one
+
+What is compared runs alternately, so that a busy machine is busy for both, and --repeat times. Ratios are medians, with
+the smallest and the largest in brackets. The limit of decoding: every token needs every matrix once, so it takes at
+least as long as these products alone, which read the weights from memory as fast as it allows. (On a GPU they are
+replayed as one graph, since launching each of them takes longer than most of them.)
+
+Shapes as in model.py.
 """
 
+import copy
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
 import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
+import data
 import zoo
 from data import Mistake
-from model import ModelConfig, Transformer
+from grpo import group_advantages, grpo_loss, sample_groups, score_tokens, token_logprobs
+from model import Linear, Transformer, image_noise, policy_logprobs, record, rounded, sample_row
+from rewards import add_judge_flags, judge_images, judge_options, load_judges, parse_rewards
+from tokenizer import VQModel
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def seconds(fn, device):
+    """How long fn() takes, by the GPU's own clock where there is one."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        fn()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize(device)
+    events[0].record()
+    fn()
+    events[1].record()
+    torch.cuda.synchronize(device)
+    return events[0].elapsed_time(events[1]) / 1000
+
+
+def lap(device):
+    """(time, GB at the worst moment since the last lap) when all that was asked of the device is done."""
+    if not device.startswith("cuda"):
+        return time.perf_counter(), zoo.peak_memory_gb(device)
+    torch.cuda.synchronize(device)
+    peak = zoo.peak_memory_gb(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter(), peak
+
+
+def alternate(versions, repeat, device):
+    """{name: seconds of each of `repeat` calls} of {name: function}, by turns, after one call of each to warm up."""
+    for fn in versions.values():
+        fn()
+    rounds = [{name: seconds(fn, device) for name, fn in versions.items()} for _ in range(repeat)]
+    return {name: [each[name] for each in rounds] for name in versions}
+
+
+def ratio(over, under):
+    """The median of over[k] / under[k], with its range, as text and as numbers."""
+    found = sorted(a / b for a, b in zip(over, under, strict=True))
+    return f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})", [median(found), found[0], found[-1]]
+
+
+def apart(fn, *args):
+    """fn(*args) in a process of its own, whose peak memory is its own as well."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(fn, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parts: each prints a few lines and returns {name: number or list}
+
+
+def random_model(args, name):
+    """A transformer of the table's shape, and B = --images / G conditions for it: (model, cond, cond_mask)."""
+    torch.manual_seed(0)
+    config = zoo.MODELS[name].config
+    model, B = Transformer(config).eval().to(args.device), max(1, args.images // args.group_size)
+    model.compile_steps = args.compile
+    cond, cond_mask = torch.arange(B, device=args.device) % config.num_classes, None
+    if config.task == "t2i":
+        cond = torch.randn(B, config.cond_len, config.caption_dim, device=args.device)
+        cond_mask = torch.ones(B, config.cond_len, device=args.device)
+    return model, cond, cond_mask
+
+
+@torch.no_grad()
+def plain_generate(model, cond, cond_mask, cfg_scale, noise):
+    """
+    Sampling as a first version would have it. The same tokens come out. Returns (N, T).
+    """
+    config, N, L = model.config, len(cond), len(model.rope)
+    cond_mask = torch.ones(N, config.cond_len, device=cond.device) if cond_mask is None else cond_mask
+    cond, cond_mask = model.with_null(cond, cond_mask)
+    x, mask = model.embed(cond), model.mask(cond_mask)
+    heads = config.n_head, L, config.dim // config.n_head
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cache = torch.zeros(config.n_layer, 2, 2 * N, *heads, dtype=dtype, device=x.device)
+    place, tokens = torch.arange(config.cond_len, device=x.device), []
+    for i in range(config.num_tokens):
+        for layer, layer_cache in zip(model.layers, cache, strict=True):
+            x = layer(x, model.rope[place], mask[:, :, place], layer_cache, place)
+        cond_logits, uncond_logits = model.head(model.norm(x[:, -1:].float()))[:, 0].chunk(2)
+        logp = policy_logprobs(uncond_logits + (cond_logits - uncond_logits) * cfg_scale)
+        tokens.append(sample_row(logp, noise[:, i].to(x.device)))
+        x, place = model.tok_embeddings(tokens[-1][:, None]).repeat(2, 1, 1), place[-1:] + 1
+    return torch.stack(tokens, 1)
+
+
+@torch.no_grad()
+def stream(matrices, model, rows, tokens):
+    """The matrix products of decoding `tokens` tokens for a batch of `rows`, and nothing else."""
+    inputs = {m: torch.ones(rows, 1, m.in_features, dtype=m.weight.dtype, device=m.weight.device) for m in matrices}
+    hidden = torch.ones(rows // 2, 1, model.config.dim, device=model.rope.device)
+    for _ in range(tokens):
+        for matrix, x in inputs.items():
+            matrix(x)
+        model.head(hidden)
+
+
+def decode(args, name):
+    model, cond, cond_mask = random_model(args, name)
+    config, N, G = model.config, len(cond) * args.group_size, args.group_size
+    noise, dtype = image_noise(range(N), config.num_tokens, 0), getattr(torch, args.dtype)
+    each = cond.repeat_interleave(G, 0), None if cond_mask is None else cond_mask.repeat_interleave(G, 0)
+    layers = [rounded(layer, dtype) for layer in model.layers]  # their matrices as autocast makes them
+    matrices = [module for layer in layers for module in layer.modules() if isinstance(module, Linear)]
+    few = max(1, config.num_tokens // 8)
+    limit = partial(stream, matrices, model, 2 * N, few)
+    if args.device.startswith("cuda"):
+        limit()
+        limit = record(limit).replay
+    versions = {
+        "ours": partial(model.generate, cond, cond_mask, cfg_scale=args.cfg_scale, noise=noise, group_size=G),
+        "plain": partial(plain_generate, model, *each, args.cfg_scale, noise),
+        "limit": limit,
+    }
+    with zoo.autocast(args.device, args.dtype):
+        timed = alternate(versions, args.repeat, args.device)
+    timed["limit"] = [t * config.num_tokens / few for t in timed["limit"]]
+    per_second = N * config.num_tokens / median(timed["ours"])
+    weights = sum(m.weight.numel() * m.weight.element_size() for m in [*matrices, model.output])
+    bandwidth = weights * config.num_tokens / median(timed["limit"]) / 1e9
+    to_limit, to_plain = ratio(timed["ours"], timed["limit"]), ratio(timed["plain"], timed["ours"])
+    print(f"decode {name}: {N} images of {config.num_tokens} tokens, cfg {args.cfg_scale:g}: "
+          f"{median(timed['ours']):.3f} s, {per_second:.0f} tokens/s")  # fmt: skip
+    print(f"  {to_limit[0]} times the limit ({weights / 1e6:.0f} MB per token at {bandwidth:.0f} GB/s)")
+    print(f"  {to_plain[0]} times as fast as the plain version")
+    # what is read of the cache: keys and values of all layers, half of its length on average
+    read = weights + config.n_layer * 2 * N * config.dim * dtype.itemsize * (2 * config.cond_len + config.num_tokens)
+    reached, copied = read * config.num_tokens / median(timed["ours"]) / 1e9, copy_rate(args)
+    print(f"  weights and cache are read at {reached:.0f} GB/s, memory is copied at {copied:.0f} GB/s")
+    rates = dict(tokens_per_second=per_second, limit_gb_s=bandwidth, read_gb_s=reached, copy_gb_s=copied)
+    return rates | dict(seconds=timed, to_limit=to_limit[1], to_plain=to_plain[1])
+
+
+def step(args, name):
+    """A GRPO step as train.py's, with random rewards: seconds by part, and the peak of memory."""
+    model, cond, cond_mask = random_model(args, name)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    tokenizer = VQModel(zoo.MODELS[name].vq_config).eval().requires_grad_(False).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    rounds = [grpo_step(args, model, reference, tokenizer, optimizer, cond, cond_mask) for _ in range(args.repeat + 1)]
+    timed = {part: [each[part][0] for each in rounds[1:]] for part in rounds[0]}  # the first one warms up
+    parts, peaks = {k: median(times) for k, times in timed.items()}, {k: peak for k, (_, peak) in rounds[-1].items()}
+    N, T = len(cond) * args.group_size, model.config.num_tokens
+    # an output of a matrix costs two operations per weight, its gradients four; both halves of the batch where guided
+    done = 2 * sum(p.numel() for p in model.layers.parameters()) * N * T * (2 if args.cfg_scale > 1 else 1)
+    rate = matrix_rate(args)
+    told = ", ".join(f"{part} {taken:.2f} s ({peaks[part]:.1f} GB)" for part, taken in parts.items())
+    print(f"step {name}: {N} images in {sum(parts.values()):.2f} s: {told}")
+    print(f"  learning does {3 * done / parts['learn'] / rate:.0%} of the {rate / 1e12:.2f} TFLOP/s of large products")
+    return dict(seconds=timed, peak_memory_gb=peaks, learn_of_rate=3 * done / parts["learn"] / rate, flop_s=rate)
+
+
+def grpo_step(args, model, reference, tokenizer, optimizer, cond, cond_mask):
+    """{part: (seconds, peak GB)} of one step. On a CPU a peak is that of all parts before as well."""
+    N, G, at_once = len(cond) * args.group_size, args.group_size, args.micro_batch
+    noise, laps = image_noise(range(N), model.config.num_tokens, 0), [lap(args.device)]
+    with zoo.autocast(args.device, args.dtype):
+        cond, mask, tokens, old = sample_groups(model, cond, cond_mask, G, noise, args.cfg_scale)
+    laps.append(lap(args.device))
+    for part in tokens.split(at_once):
+        tokenizer.decode(part)
+    laps.append(lap(args.device))
+    with zoo.autocast(args.device, args.dtype):
+        ref = score_tokens(reference, cond, tokens, mask, at_once, args.cfg_scale)
+    laps.append(lap(args.device))
+    advantages = group_advantages(torch.randn(N, device=args.device), G)
+    optimizer.zero_grad()
+    for rows in torch.arange(N, device=args.device).split(at_once):
+        with zoo.autocast(args.device, args.dtype):
+            part = cond[rows], tokens[rows], None if mask is None else mask[rows]
+            logprobs, _ = token_logprobs(model, *part, args.cfg_scale)
+        loss, _ = grpo_loss(logprobs, old[rows], ref[rows], advantages[rows])
+        (loss * len(rows) / N).backward()
+    optimizer.step()
+    laps.append(lap(args.device))
+    parts = "sample", "decode", "reference", "learn"
+    return {part: (laps[k + 1][0] - laps[k][0], laps[k + 1][1]) for k, part in enumerate(parts)}
+
+
+@torch.no_grad()
+def matrix_rate(args, side=4096):
+    """Operations per second of a product of two large matrices in --dtype."""
+    side = side if args.device.startswith("cuda") else side // 4
+    a, b = torch.randn(2, side, side, device=args.device, dtype=getattr(torch, args.dtype))
+    return 2 * side**3 / median(alternate({"product": partial(torch.mm, a, b)}, 10, args.device)["product"])
+
+
+@torch.no_grad()
+def copy_rate(args):
+    """GB/s read and written by copying a tensor that no cache holds."""
+    a = torch.ones(2**28 if args.device.startswith("cuda") else 2**26, device=args.device)
+    return (
+        2
+        * 4
+        * len(a)
+        / median(alternate({"copy": partial(torch.empty_like(a).copy_, a)}, 5, args.device)["copy"])
+        / 1e9
+    )
+
+
+def learn(args, name):
+    """Ours and the version with all logits, each in a process of its own, by turns."""
+    found = {"ours": [], "all logits": []}
+    for _ in range(args.repeat):
+        for version, runs in found.items():
+            runs.append(apart(learning_step, args, name, version))
+    times = {version: [run[0] for run in runs] for version, runs in found.items()}
+    peaks = {version: max(run[1] for run in runs) for version, runs in found.items()}
+    slower = ratio(times["ours"], times["all logits"])
+    print(f"learn {name}: {args.micro_batch} images: {median(times['ours']):.2f} s, {slower[0]} of the time with all "
+          f"logits; peak {peaks['ours']:.2f} GB, with all logits {peaks['all logits']:.2f} GB")  # fmt: skip
+    return dict(seconds=times, peak_gb=peaks, slower=slower[1])
+
+
+def learning_step(args, name, version):
+    """(seconds, peak GB above what was there before) of one micro-batch, scored and differentiated."""
+    zoo.settle_device(args)
+    torch.set_num_threads(args.threads)
+    model, cond, cond_mask = random_model(args, name)
+    for warm in (True, False):
+        rows = torch.arange(1 if warm else args.micro_batch, device=args.device) % len(cond)
+        mask = None if cond_mask is None else cond_mask[rows]
+        before = zoo.peak_memory_gb(args.device)
+        taken = seconds(partial(differentiate, args, model, cond[rows], mask, version), args.device)
+    return taken, zoo.peak_memory_gb(args.device) - before
+
+
+def differentiate(args, model, cond, cond_mask, version):
+    tokens = torch.randint(model.config.vocab_size, (len(cond), model.config.num_tokens), device=args.device)
+    score = token_logprobs if version == "ours" else all_logits
+    with zoo.autocast(args.device, args.dtype):
+        logprobs, _ = score(model, cond, tokens, cond_mask, args.cfg_scale)
+    old = logprobs.detach()
+    grpo_loss(logprobs, old, old, torch.ones(len(cond), device=args.device))[0].backward()
+
+
+def all_logits(model, cond, tokens, cond_mask, cfg_scale):
+    """grpo.token_logprobs as a first version would have it."""
+    (cond, cond_mask), both = model.with_null(cond, cond_mask), tokens.repeat(2, 1)
+    cond_logits, uncond_logits = model(cond, both, cond_mask).chunk(2)
+    logp = policy_logprobs(uncond_logits + (cond_logits - uncond_logits) * cfg_scale)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, tokens[..., None])[..., 0], entropy.detach()
+
+
+def judges(args):
+    """Each judge on --images pictures of the toy, in a batch and one by one."""
+    names = parse_rewards(args.rewards)
+    captions, found = zoo.captions_of("toy-c2i", zoo.fixed_asked("toy-c2i", args.images)), {}
+    images = torch.from_numpy(data.render(captions, np.random.default_rng(0))).to(args.device)
+    for name, judge in load_judges(names, args.device, judge_options(args, "toy-c2i")).items():
+        one = {name: judge}
+        versions = dict(
+            batch=partial(judge_images, one, images, captions),
+            singly=partial(one_by_one, one, images, captions),
+        )
+        timed = alternate(versions, args.repeat, args.device)
+        text, numbers = ratio(timed["singly"], timed["batch"])
+        print(f"judges {name}: {len(images) / median(timed['batch']):.0f} pictures/s in a batch, {text} times as fast")
+        found[name] = dict(seconds=timed, faster=numbers)
+    return found
+
+
+def one_by_one(judge, images, captions):
+    for k in range(len(images)):
+        judge_images(judge, images[k : k + 1], captions[k : k + 1])
+
+
+def processes(args):
+    """A step of the toy's training on one process and on two with half of the threads each."""
+    found = {1: [], 2: []}
+    for _ in range(args.repeat):
+        for count, times in found.items():
+            with TemporaryDirectory() as folder:
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+                command = [
+                    *torchrun,
+                    "train.py",
+                    "--task",
+                    "c2i",
+                    "--steps",
+                    "12",
+                    "--out",
+                    folder,
+                    "--device",
+                    args.device,
+                ]
+                threads = dict(os.environ, OMP_NUM_THREADS=str(max(1, args.threads // count)))
+                subprocess.run(command, check=True, capture_output=True, env=threads, cwd=Path(__file__).parent)
+                lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()[2:]]
+                parts = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
+                times.append(median(parts))
+    text, numbers = ratio(found[1], found[2])
+    print(f"processes: a step of toy-c2i takes {median(found[1]):.2f} s on one, {text} times as long as on two")
+    return dict(seconds=found, faster=numbers)
+
+
+PARTS = {"decode": decode, "step": step, "learn": learn, "judges": judges, "processes": processes}
 
 
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument
-    add("--size", choices=zoo.SIZES, default="GPT-B", help="a row of the size table (default GPT-B)")
-    add("--images", type=int, default=8, help="images generated at once (default 8)")
-    add("--grid", type=int, help="tokens along a side: 16 is 256 px, 24 is 384 px (default 16; a toy has its own)")
-    add("--cfg-scale", type=float, default=2.0, help="guidance; above 1 doubles the batch (default 2)")
-    add("--repeat", type=int, default=2, help="timed runs; the first one also warms up (default 2)")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
+    add("--models", nargs="+", choices=zoo.MODELS, default=["llamagen-b-256"], help="shapes of decode, step and learn "
+        "(default llamagen-b-256)")  # fmt: skip
+    add("--images", type=int, default=8, help="images sampled or judged at once (default 8)")
+    add("--group-size", type=int, default=8, help="of them share a condition (default 8)")
+    add("--micro-batch", type=int, default=16, help="images per backward pass (default 16)")
+    add("--cfg-scale", type=float, default=2.0, help="guidance; doubles the batch (default 2)")
+    add("--repeat", type=int, default=3, help="timed rounds (default 3)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
+    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default bfloat16 on a GPU, else float32)")
+    add("--compile", action="store_true", help="compile the steps of sampling")
+    add("--rewards", default="clip=1,realism=1", help="judges to time (default: the toy's)")
+    add_judge_flags(add)
+    add("--json", type=Path, metavar="FILE", help="file that gets all numbers (default: none)")
     args = parser.parse_args(argv)
     zoo.settle_device(args)
-    zoo.check_range(args, images=1, grid=1, cfg_scale=1, repeat=1)
-    toy = zoo.MODELS.get(args.size)
-    if toy and args.grid:
-        raise Mistake(f"{args.size} has a grid of its own; leave out --grid")
-    if toy and toy.config.task != "c2i":
-        raise Mistake("--size must be class-conditional: a caption's length would be one more thing to choose")
-    args.config = toy.config if toy else ModelConfig("c2i", *zoo.SIZES[args.size], grid_size=args.grid or 16)
+    zoo.check_range(args, images=1, group_size=1, micro_batch=1, repeat=1)
+    if not args.cfg_scale > 1:
+        raise Mistake("--cfg-scale must be above 1: the versions that are compared differ in guidance")
+    args.threads = torch.get_num_threads()
     return args
 
 
 def run(args):
-    torch.manual_seed(0)
-    config = args.config
-    model = Transformer(config).eval().to(args.device)
-    labels = torch.arange(args.images, device=args.device) % config.num_classes
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.size}: {millions:.0f}M parameters, {args.images} images of {config.num_tokens} tokens, "
-          f"cfg {args.cfg_scale:g}, float32, {args.device}, {torch.get_num_threads()} threads")  # fmt: skip
-    for k in range(args.repeat):
-        start = time.perf_counter()
-        model.generate(labels, cfg_scale=args.cfg_scale)
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize(args.device)
-        seconds = time.perf_counter() - start
-        print(f"run {k + 1}: {seconds:.2f} s, {args.images * config.num_tokens / seconds:.0f} tokens/s")
+    cuda = args.device.startswith("cuda")
+    machine = torch.cuda.get_device_name(args.device) if cuda else f"{platform.machine()}, {args.threads} threads"
+    print(f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' if args.compile else ''}")
+    found = dict(machine=machine, torch=torch.__version__, flags={k: str(v) for k, v in vars(args).items()})
+    for part in args.parts:
+        if part in ("judges", "processes"):
+            found[part] = PARTS[part](args)
+        else:
+            found[part] = {name: PARTS[part](args, name) for name in args.models}
+        if args.json:  # after each part, since the later ones may take long
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv=None):

@@ -12,10 +12,9 @@ would turn the study of learned judges into a study of a perfect one.
           colour          a photo of a red circle          position   a photo of a circle left of a square
           two objects     a photo of a circle and a square binding    a photo of a red circle and a blue square
 
-CORPUS is a corpus as careless as the web's, from which pretrain.py lets the next bases learn (the shipped ones learned
-from clean renders): a fifth of its pictures show something else than their caption says, another fifth is badly made.
-Maximum likelihood imitates all of that. What people want is the rest, and that is what judges and reinforcement
-learning are for.
+The bases imitate a corpus as careless as the web's (CORPUS): a fifth of c2i's pictures show something else than their
+caption says, another fifth is badly made. Maximum likelihood learns all of that. What people want is the rest, and that
+is what judges and reinforcement learning are for.
 
 Everything is drawn from the generator that the caller passes: same generator state, same pictures, no files.
 
@@ -321,13 +320,13 @@ def render_crowds(captions, rng):
 # ---------------------------------------------------------------------------------------------------------------
 # A corpus like the web's
 
-CORPUS = {  # which share of the bases' training pictures is what
-    "as captioned": 0.60,
-    "another attribute": 0.20,  # shape, colour, number or relation, or the colours are swapped
-    "pulled out of shape": 0.05,
-    "half missing": 0.05,
-    "stray object": 0.05,
-    "smeared": 0.05,
+CORPUS = {  # which share of a base's training pictures is what: c2i, and t2i, whose captions have more to get wrong
+    "as captioned": (0.60, 0.76),
+    "another attribute": (0.20, 0.12),  # shape, colour, number or relation, or the colours are swapped
+    "pulled out of shape": (0.05, 0.03),
+    "half missing": (0.05, 0.03),
+    "stray object": (0.05, 0.03),
+    "smeared": (0.05, 0.03),
 }
 SPOILT = tuple(CORPUS)[2:]  # badly made, whatever the caption
 
@@ -348,12 +347,12 @@ def careless(caption, way, rng):
     return image
 
 
-def corpus(captions, rng, ways=tuple(CORPUS)):
+def corpus(captions, rng, ways=tuple(CORPUS), task="c2i"):
     """
     Pictures (N, 3, 64, 64) float32 in [0, 1] as careless as CORPUS says, of these `ways`. Raises Mistake where `parse`
     does.
     """
-    shares = np.array([CORPUS[way] for way in ways])
+    shares = np.array([CORPUS[way][task == "t2i"] for way in ways])
     picks = rng.choice(len(ways), size=len(captions), p=shares / shares.sum())
     return np.stack([careless(caption, ways[k], rng) for caption, k in zip(captions, picks, strict=True)])
 
@@ -599,8 +598,8 @@ def demo():
     captions = captions[::2] + captions[1::2]
     images = np.stack([careless(caption, way, rng) for caption, way in zip(captions, ways, strict=True)])
     labels = [f"{caption.removeprefix('a photo of ')}\n({way})" for caption, way in zip(captions, ways, strict=True)]
-    save_grid("out/data.png", torch.from_numpy(images), labels, 4, "a careless corpus")
-    print("out/data.png: twelve pictures of a careless corpus")
+    save_grid("out/data.png", torch.from_numpy(images), labels, 4, "what the bases imitate")
+    print("out/data.png: twelve pictures of the corpus that the bases imitate")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ Module attributes bear LlamaGen's own parameter names, so that official files lo
 Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C width, H heads, D = C/H, V codes.
 """
 
+import copy
 import math
+import warnings
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -90,17 +93,16 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, 3 * config.dim)
         self.wo = Linear(config.dim, config.dim)
 
-    def forward(self, x, rope, mask, cache=None, start=0):
+    def forward(self, x, rope, mask, cache=None, place=None):
         """
-        x (B, S, C) are positions start .. start+S-1; rope (S, D/2); mask (B, 1, S, start+S), or None for causal.
-        With a cache (2, B, H, L, D), keys and values are written into it and only its filled part is read.
+        x (B, S, C) are positions of the sequence; rope (S, D/2); mask (B, 1, S, keys), or None for causal. With a cache
+        (2, B, H, keys, D), keys and values are written into it at the positions `place` (S,), and all of it is read.
         """
         B, S, C = x.shape
         qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
         (q, k), v = rotate(qkv[:2], rope), qkv[2]  # each (B, H, S, D)
         if cache is not None:
-            cache[0, :, :, start : start + S], cache[1, :, :, start : start + S] = k, v
-            k, v = cache[:, :, :, : start + S]
+            k, v = cache.index_copy_(3, place, torch.stack((k, v)))
         # Without a text mask the mask is causal. A single new query stands last and may see all keys: no mask at all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)
         return self.wo(y.transpose(1, 2).reshape(B, S, C))
@@ -128,8 +130,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
 
-    def forward(self, x, rope, mask, cache=None, start=0):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start)
+    def forward(self, x, rope, mask, cache=None, place=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, place)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -183,6 +185,7 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
         self.register_buffer("rope", rope_2d(config), persistent=False)
         self.checkpoint_layers = False  # True: the backward pass computes each block anew; less memory, more time
+        self.compile_steps = False  # True: `generate` compiles its steps; more speed after minutes of compiling
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -250,44 +253,97 @@ class Transformer(nn.Module):
 
         Memory: the cache takes 2 * layers * N * L * C floats, twice that with guidance.
         """
-        config, N = self.config, len(cond) * group_size
+        config, N, P, L = self.config, len(cond) * group_size, self.config.cond_len, len(self.rope)
         noise = (torch.rand(N, config.num_tokens) if noise is None else noise).to(self.rope.device)
         if cfg_scale > 1:
             cond, cond_mask = self.with_null(cond, cond_mask)
-        mask, P, x = self.mask(cond_mask), config.cond_len, self.embed(cond)  # x (B or 2B, P, C)
+        x = self.embed(cond)  # (B or 2B, P, C)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        layers, block, lengths = self.layers, Block.forward, range(P + 1, L + 1)
+        if (
+            self.compile_steps
+        ):  # each length of the cache is compiled, so there are few; a mask hides what is not filled
+            layers, block = [rounded(layer, dtype) for layer in layers], compiled_block()
+            lengths = [-(-L * quarter // 4) for quarter in (1, 2, 3, 4)]
+            cond_mask = x.new_ones(x.shape[:2]) if cond_mask is None else cond_mask
         shape = (config.n_layer, 2, len(x), config.n_head, P, config.dim // config.n_head)
-        prefix = torch.zeros(shape, dtype=dtype, device=x.device)
-        for layer, layer_cache in zip(self.layers, prefix, strict=True):
-            x = layer(x, self.rope[:P], None if mask is None else mask[..., :P, :P], layer_cache)
+        mask, prefix = self.mask(cond_mask), torch.zeros(shape, dtype=dtype, device=x.device)
+        for layer, layer_cache in zip(layers, prefix, strict=True):
+            rows = None if mask is None else mask[..., :P, :P]
+            x = layer(x, self.rope[:P], rows, layer_cache, torch.arange(P, device=x.device))
         x = x[:, -1:].repeat_interleave(group_size, 0)  # (N or 2N, 1, C)
         mask = None if mask is None else mask.repeat_interleave(group_size, 0)
-        cache = prefix.new_zeros(*shape[:2], len(x), shape[3], len(self.rope), shape[5])
+        cache = prefix.new_zeros(*shape[:2], len(x), shape[3], L, shape[5])
         cache[..., :P, :] = prefix.repeat_interleave(group_size, 2)
         tokens = torch.empty(N, config.num_tokens, dtype=torch.long, device=x.device)
         logprobs = torch.empty(N, config.num_tokens, device=x.device)
-        for i in range(config.num_tokens):
-            hidden = self.norm(x[:, -1].float())  # (N or 2N, C)
-            if cfg_scale > 1:
-                guided = cfg_interval < 0 or i <= cfg_interval + 1
-                hidden = guide(hidden, cfg_scale) if guided else hidden[:N]
-            logp = policy_logprobs(self.head(hidden[:, None])[:, 0], temperature or 1.0)  # (N, V)
-            if temperature == 0:
-                tokens[:, i] = logp.argmax(-1)
-            else:
-                logp = keep_likeliest(logp, top_k, top_p)
-                tokens[:, i] = sample_row(logp, noise[:, i])
-            logprobs[:, i] = logp.gather(-1, tokens[:, i : i + 1])[:, 0]
-            if i + 1 == config.num_tokens:
-                break
-            x, start = self.tok_embeddings(tokens[:, i : i + 1]), P + i  # (N, 1, C)
-            if cfg_scale > 1:  # both halves of the batch go on with the token that was drawn
-                x = x.repeat(2, 1, 1)
-            rows = None if mask is None else mask[..., start : start + 1, : start + 1]
-            for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x = layer(x, self.rope[start : start + 1], rows, layer_cache, start)
+        # where the newest token stands, (1,), on the device: the host never has to wait for it, and a graph can count
+        newest, graphs = torch.zeros(1, dtype=torch.long, device=x.device), {}
+        drawn = newest, tokens, logprobs, noise, temperature, top_k, top_p
+        self.draw(x, cfg_scale, *drawn)
+        for i in range(1, config.num_tokens):
+            filled = next(length for length in lengths if length >= P + i)
+            scale = cfg_scale if cfg_interval < 0 or i <= cfg_interval + 1 else 1.0
+            if (filled, scale) in graphs:
+                graphs[filled, scale].replay()
+                continue
+            step = partial(self.step, layers, block, cache[..., :filled, :], mask, scale, *drawn)
+            step()
+            if self.compile_steps and kind == "cuda":
+                graphs[filled, scale] = record(step)
         return tokens, logprobs
+
+    def step(self, layers, block, cache, mask, scale, newest, tokens, *drawn):
+        """Puts the newest token into the sequence, which fills one more place of the cache, and draws the next one."""
+        place = newest + self.config.cond_len
+        x = self.tok_embeddings(tokens.index_select(1, newest))  # (N, 1, C)
+        x = x.repeat(cache.shape[2] // len(tokens), 1, 1)  # guided: both halves of the batch go on with the same token
+        rope = self.rope.index_select(0, place)
+        rows = None if mask is None else mask.index_select(2, place)[..., : cache.shape[4]]
+        for layer, layer_cache in zip(layers, cache, strict=True):
+            x = block(layer, x, rope, rows, layer_cache, place)
+        newest += 1
+        self.draw(x, scale, newest, tokens, *drawn)
+
+    def draw(self, x, scale, newest, tokens, logprobs, noise, temperature, top_k, top_p):
+        """Draws the token at `newest` from the last of the states x (N or 2N, S, C)."""
+        hidden = self.norm(x[:, -1].float())
+        if len(x) > len(tokens):
+            hidden = guide(hidden, scale) if scale > 1 else hidden[: len(tokens)]
+        logp = policy_logprobs(self.head(hidden[:, None])[:, 0], temperature or 1.0)  # (N, V)
+        if temperature == 0:
+            token = logp.argmax(-1)
+        else:
+            logp = keep_likeliest(logp, top_k, top_p)
+            token = sample_row(logp, noise.index_select(1, newest)[:, 0])
+        tokens.index_copy_(1, newest, token[:, None])
+        logprobs.index_copy_(1, newest, logp.gather(-1, token[:, None]))
+
+
+@cache
+def compiled_block():
+    """A block of `step`, compiled once for all layers of one shape; needs a C++ compiler, on GPUs Triton too."""
+    torch._dynamo.config.recompile_limit = 64  # shapes: four lengths for each number of images; the default is 8
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # rotate runs as is
+    return torch.compile(Block.forward, dynamic=False)
+
+
+def rounded(layer, dtype):
+    """A copy of a block whose matrices are what autocast to `dtype` would make of them at every use."""
+    layer = copy.deepcopy(layer)
+    for module in layer.modules():
+        if isinstance(module, Linear):
+            module.to(dtype)
+    return layer
+
+
+def record(step):
+    """A CUDA graph of `step`, whose some hundred launches are then one. Recording computes nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def image_noise(images, num_tokens, *seed):

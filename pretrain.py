@@ -319,7 +319,8 @@ def train_base(args, name, steps, batch, lr, seed):
 def corpus_batch(name, tokenizer, n, rng, clean=False):
     """n random labels or captions and the tokens (n, T) of the pictures, clean or careless, that stand beside them."""
     asked = sample_asked(name, n, rng)
-    images = (data.render if clean else data.corpus)(zoo.captions_of(name, asked), rng)
+    paint = data.render if clean else partial(data.corpus, task=zoo.MODELS[name].config.task)
+    images = paint(zoo.captions_of(name, asked), rng)
     images = torch.from_numpy(images) * 2 - 1
     return asked, tokenizer.encode(images)
 

@@ -162,7 +162,7 @@ def run(args):
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options, drawn = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype), []
     for _, path, pad in args.policies:
-        model = zoo.load_model(args.model, path, args.device)
+        model = zoo.load_model(args.model, path, args.device, args.compile)
         drawn.append(draw(model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
         del model  # before the next one: two of the large ones may not fit
     if args.npz:  # before the grid, which can be too wide for its format

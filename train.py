@@ -28,7 +28,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -162,6 +161,8 @@ def resolve(args):
     zoo.check_range(args, seed=0, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12)
     if args.shard and parallel.world() == 1:
         raise Mistake("--shard divides the model among processes: start them with torchrun --nproc-per-node N train.py")
+    if args.shard and args.compile:
+        raise Mistake("--compile copies the blocks, which --shard has divided: leave one of them out")
     if args.prompts_per_step % parallel.world():
         raise Mistake(
             f"--prompts-per-step {args.prompts_per_step} cannot be divided among {parallel.world()} processes"
@@ -190,7 +191,7 @@ def claim(args):
 def build(args):
     """The policy, its frozen copy, the tokenizer, the encoder of what is asked, the judges, the optimizer."""
     claim(args)  # first, because loading takes time
-    policy = zoo.load_model(args.model, args.base, args.device)
+    policy = zoo.load_model(args.model, args.base, args.device, args.compile)
     ref_model = copy.deepcopy(policy).requires_grad_(False)
     policy.checkpoint_layers = args.checkpoint_layers
     if args.task == "t2i":
@@ -432,7 +433,7 @@ class Log:
             return
         clock.lap("report")
         metrics |= {f"seconds_{part}": value for part, value in clock.seconds.items()}
-        metrics |= {} if (peak := peak_memory_gb(self.args.device)) is None else dict(peak_memory_gb=peak)
+        metrics |= {} if (peak := zoo.peak_memory_gb(self.args.device)) is None else dict(peak_memory_gb=peak)
         metrics = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
         with open(self.args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -449,18 +450,6 @@ class Log:
         self.bar.close()
         if parallel.rank() == 0:
             self.events.close()
-
-
-def peak_memory_gb(device):
-    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None on Windows, which cannot say."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def draw_grid(args, policy, tokenizer, encode, judges, name, title):
@@ -545,7 +534,7 @@ def begin(args, policy, optimizer, grid):
 
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
-    free = ["out", "resume", "device", "save_every", "micro_batch", "checkpoint_layers", "shard"]
+    free = ["out", "resume", "device", "save_every", "micro_batch", "checkpoint_layers", "shard", "compile"]
     free += ["judge_files", "qwen_server", "judge_batch", "judge_timeout"]  # where the judges are, not what they say
     free += ["ckpt", "base"]  # compared by their content
     free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags

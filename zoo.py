@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import zipfile
@@ -332,7 +333,7 @@ def load_strict(module, weights, source, ignore=()):
 # Networks
 
 
-def load_model(name, path=None, device="cpu"):
+def load_model(name, path=None, device="cpu", compile_steps=False):
     """
     The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
     Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises Mistake, FileNotFoundError.
@@ -341,7 +342,7 @@ def load_model(name, path=None, device="cpu"):
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = Transformer(MODELS[name].config)
     load_strict(model, read_weights(path, "gpt_model."), path, ignore=("freqs_cis",))
-    model.rope = rope_2d(model.config)
+    model.rope, model.compile_steps = rope_2d(model.config), compile_steps
     return model.eval().to(device)
 
 
@@ -491,6 +492,8 @@ def add_model_flags(add):
     add("--device", default=device, help="device to run on (default: the GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the layers' matrix products; weights, logits "
         "and loss are float32 (default bfloat16 on a GPU, else float32)")  # fmt: skip
+    add("--compile", action="store_true", help="compile the steps of sampling, which takes a minute or more and a C++ "
+        "compiler, and pays off in long runs on a GPU")  # fmt: skip
 
 
 def settle_device(args):
@@ -504,6 +507,20 @@ def settle_device(args):
         torch.empty(0, device=args.device)
     if getattr(args, "dtype", "float32") is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    if getattr(args, "compile", False) and not shutil.which(os.environ.get("CXX", "g++")):
+        raise Mistake("--compile needs a C++ compiler: install g++, or set CXX to yours, or leave it out")
+
+
+def peak_memory_gb(device):
+    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None on Windows, which cannot say."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def check_range(args, **least):
