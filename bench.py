@@ -21,6 +21,11 @@ replayed as one graph, since launching each of them takes longer than most of th
 Shapes as in model.py.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
+
 import copy
 import json
 import multiprocessing

@@ -23,6 +23,11 @@ Writes a Markdown table, which is printed too, and JSON next to the checkpoint.
 Shapes: n pictures, m renders, E features per picture, T image tokens.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
+
 import itertools
 import json
 from functools import partial

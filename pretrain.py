@@ -16,6 +16,11 @@ well, and what they draw is as often wrong as their corpus. Tokenizer, judges an
 Shapes: B images, T = 64 tokens, V = 512 codes.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
+
 import copy
 import hashlib
 import json

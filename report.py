@@ -12,6 +12,11 @@ plain SVG in the colours of the page, so they are sharp at any size and readable
 Shapes: T image tokens.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
+
 import base64
 import html
 import io

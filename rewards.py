@@ -214,6 +214,8 @@ def pyiqa_judge(name, device):
 
     if name not in (known := pyiqa.list_models("NR")):
         raise Mistake(f"pyiqa has no no-reference metric {name!r}; it has {', '.join(known)}")
+    if name.startswith(("qalign", "compare2score")):  # trust_remote_code=True
+        raise Mistake(f"pyiqa:{name} would run code that it downloads; choose another metric")
     with zoo.reading(f"pyiqa:{name}", f"pyiqa keeps what it downloads in {torch.hub.get_dir()}/pyiqa"):
         return partial(pyiqa_values, metric=pyiqa.create_metric(name, device=device))
 
@@ -284,7 +286,7 @@ def maniqa_judge(device, options):
 # ---------------------------------------------------------------------------------------------------------------
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
-QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
+QWEN, QWEN_REVISION, _ = zoo.hub_place(zoo.JUDGE_FILES["qwen"])
 SERVER_PAUSES = (2, 20)  # s
 RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
 YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
@@ -382,12 +384,13 @@ def load_qwen(folder, device):
 
     logging.disable_progress_bar()  # one per file, amid our own lines
     local = Path(folder or "") / Path(QWEN).name
-    source = local if folder and local.is_dir() else QWEN
+    source, at = (local, {}) if folder and local.is_dir() else (QWEN, dict(revision=QWEN_REVISION))
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     remedy = f"DIR/{Path(QWEN).name} of --judge-files DIR may hold the files of huggingface.co/{QWEN}"
     with zoo.reading(source, f"{remedy}, and --qwen-server URL needs none"):
-        processor = AutoProcessor.from_pretrained(source)
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(source, **at)
+        options = dict(dtype=dtype, output_loading_info=True)
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, **options, **at)
     for name in [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         # transformers only warns, and fills the gap with random numbers
         raise Mistake(f"{source}: {name} is missing, unknown or of another shape; fetch the files again")

@@ -13,13 +13,20 @@ One can ask for classes by name or number (c2i), or for captions or a file of th
 random numbers, a function of --seed and its place in the list: base and tuned model draw from the same ones.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
+
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
+import data
 import parallel
 import zoo
 from data import Mistake
@@ -28,50 +35,89 @@ from tokenizer import to_uint8, to_unit
 
 
 @torch.no_grad()
-def draw(model, tokenizer, encode, asked, seed=0, batch_size=64, decode_batch=64, dtype="float32", **sampling):
+def draw(
+    model, tokenizer, encode, asked, seed=0, batch_size=64, decode_batch=64, dtype="float32", progress=False, **sampling
+):
     """
     One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as
     the model was trained (partial(encode, pad="right") where that is the right side). `sampling` goes to
     Transformer.generate, under autocast to `dtype`. The picture of entry k is a function of seed, k and the entry.
+    progress: a bar on stderr, with the time left.
     """
-    device = model.output.weight.device
-    images, tokens = [], []
-    for mine in torch.tensor(parallel.share(len(asked))).split(batch_size):  # of several processes each draws a share
-        cond, cond_mask = encode([asked[k] for k in mine])
-        noise = image_noise(mine, model.config.num_tokens, seed)
-        with zoo.autocast(device, dtype):
-            drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
-        images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
-        tokens.append(drawn.cpu())
+    device, T = model.output.weight.device, model.config.num_tokens
+    parts = torch.tensor(parallel.share(len(asked))).split(batch_size)  # of several processes each draws a share
+    images, tokens, hidden = [], [], not progress or parallel.rank() > 0
+    with tqdm(total=T * len(parts), unit="token", leave=False, disable=hidden) as bar:
+        # generate normalises once per token; what a hook returns would replace the output
+        hook = model.norm.register_forward_hook(lambda *_: bar.update() and None)
+        for mine in parts:
+            cond, cond_mask = encode([asked[k] for k in mine])
+            noise = image_noise(mine, T, seed)
+            with zoo.autocast(device, dtype):
+                drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
+            images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
+            tokens.append(drawn.cpu())
+        hook.remove()
     return parallel.gather(torch.cat(images), len(asked)), parallel.gather(torch.cat(tokens), len(asked))
 
 
-def wrap(label, width, font, most=4):
-    """At most `most` lines in which a label (may have newlines) fits into `width` px; a word that is longer is cut."""
-    lines = []
-    for text in label.split("\n"):
-        lines.append("")
-        for word in text.split(" "):
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and font.getlength(longer) > width:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-    for k, line in enumerate(lines):
-        while font.getlength(line) > width:
-            line = line[:-1]
-        lines[k] = line
-    return lines[:most]
+MARKS = {True: "\u2713 ", False: "\u2717 "}  # check mark, ballot cross
+MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
+
+
+def label_images(model, images, captions, prefix=""):
+    """A label for each image (n, 3, H, W): `prefix`, its caption, and for a toy whether the verifier finds it right."""
+    labels = [prefix + " ".join(caption.removeprefix("a photo of ").split()) for caption in captions]
+    if not zoo.is_toy(model):
+        return labels
+    right = [data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)]
+    return [MARKS[r] + label for r, label in zip(right, labels, strict=True)]
+
+
+def wrap(text, width, font):
+    """The lines in which a text fits into `width` px. A word that is longer goes on in the next line."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines += [""] if lines[-1] else []
+        for character in word:
+            lines += [""] if lines[-1] and font.getlength(lines[-1] + character) > width else []
+            lines[-1] += character
+    return lines
+
+
+def label_lines(label, width, font, most=4):
+    """
+    The lines of a label: at most `most` for its first line, which may be any caption, and all that the rest needs.
+    """
+    caption, *rest = label.split("\n")
+    lines = wrap(caption[:500], width, font)  # 500: nobody sees more, and it could be a book
+    lines = lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
+    return lines + [line for text in rest for line in wrap(text, width, font)]
+
+
+def label_font(labels, path):
+    """DejaVu Sans, which knows some 6,000 characters of Europe and the Near East; says which of `labels` it lacks."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    file = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    known = FT2Font(file).get_charmap()
+    if lacking := {c for label in labels for c in label[:500] if ord(c) not in known and c != "\n"}:
+        print(f"{path}: boxes stand for {', '.join(map(repr, sorted(lacking)[:10]))}, which the font does not have")
+    return ImageFont.truetype(file, 10)
 
 
 def save_grid(path, images, labels, columns, title=""):
     """
-    Writes a PNG of images (n, 3, H, W) in [0, 1], `columns` wide, each with its label (may have newlines) below it.
+    Writes a PNG of images (n, 3, H, W) in [0, 1], `columns` wide, each with its label below it: a caption, which may
+    begin with a mark, and after a newline what judges say.
     """
     n, _, height, width = images.shape
-    zoom = max(1, 128 // width)
-    font = ImageFont.load_default(11)
-    labels = [wrap(label, width * zoom, font) for label in labels]
+    zoom, font = max(1, 128 // width), label_font([title, *labels], path)
+    labels = [label_lines(label, width * zoom, font) for label in labels]
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
     top = 20 if title else 0
@@ -84,8 +130,24 @@ def save_grid(path, images, labels, columns, title=""):
         sheet.paste(Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
         for j, text in enumerate(label):
             pen.text((x, y + height * zoom + 13 * j), text, fill="black", font=font)
+        if label[0][:2] in MARK_COLOURS:
+            pen.text((x, y + height * zoom), label[0][:2], fill=MARK_COLOURS[label[0][:2]], font=font, stroke_width=0.5)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     zoo.write_whole(Path(path), sheet.save)
+
+
+def in_turn(drawn, labels, columns):
+    """
+    (pictures, labels) of a grid `columns` wide in which a line of each model's pictures stands above the same line of
+    the next one's. drawn: a list of images (n, 3, H, W), one per model; labels: a list of n per model.
+    """
+    pictures, texts = [], []
+    for k in range(0, len(labels[0]), columns):
+        for images, own in zip(drawn, labels, strict=True):
+            part, own = images[k : k + columns], own[k : k + columns]
+            pictures += [part, torch.ones(columns - len(part), *part.shape[1:])]  # the last line may be short
+            texts += [*own, *[""] * (columns - len(part))]
+    return torch.cat(pictures), texts
 
 
 def write_npz(path, arrays):
@@ -160,7 +222,7 @@ def run(args):
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    options, drawn = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype), []
+    options, drawn = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype, progress=True), []
     for _, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
         drawn.append(draw(model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
@@ -172,17 +234,15 @@ def run(args):
         arrays = dict(arr_0=pixels, tokens=tokens.numpy()) | {key: np.array(args.asked)}
         zoo.write_whole(args.npz, lambda path: write_npz(path, arrays))
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
-    # A line of the grid holds the --num pictures of one class or prompt; with --compare the base's line comes first.
-    n, texts = args.num, [text.removeprefix("a photo of ") for text in zoo.captions_of(args.model, args.asked)]
-    order = [(policy, k) for k in range(0, len(texts), n) for policy in range(len(drawn))]
-    pictures = torch.cat([drawn[policy][0][k : k + n] for policy, k in order])
-    labels = [args.policies[policy][0] + text for policy, k in order for text in texts[k : k + n]]
-    columns = n if args.compare or n > 1 else min(len(texts), 8)
-    if not args.compare and columns <= 4:  # two classes side by side make a squarer sheet
-        columns = min(2 * columns, len(texts))
-    save_grid(args.out, pictures, labels, columns, f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}")
+    # A line of the grid holds the --num pictures of a class or prompt, or of several; with --compare the base's first.
+    captions = zoo.captions_of(args.model, args.asked)
+    pairs = list(zip(args.policies, drawn, strict=True))
+    labels = [label_images(args.model, images, captions, prefix) for (prefix, _, _), (images, _) in pairs]
+    columns = min(len(captions), args.num * max(1, 8 // args.num))
+    grid = in_turn([images for images, _ in drawn], labels, columns)
+    save_grid(args.out, *grid, columns, f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}")
     settings = f"cfg {args.cfg_scale:g}, temperature {args.temperature:g}"
-    print(f"{args.out}: {len(pictures)} pictures of {args.model}, {settings}")
+    print(f"{args.out}: {len(captions) * len(drawn)} pictures of {args.model}, {settings}")
 
 
 def main(argv=None):

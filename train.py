@@ -11,9 +11,9 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
 
 The loop is the function `train`. A folder of results (out/TASK): report.html (a page with all of it), before.png,
-after.png, curves.png, metrics.jsonl (a line per step; the README explains every entry), flags.json, samples/ (the same
-prompts and seeds as training goes on), TensorBoard events, policy.safetensors, and state.pt and state-before.pt, the
-last two saves, for --resume.
+after.png, before-after.png, curves.png, metrics.jsonl (a line per step; the README explains every entry), flags.json,
+samples/ (the same prompts and seeds as training goes on), TensorBoard events, policy.safetensors, and state.pt and
+state-before.pt, the last two saves, for --resume.
 
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
 images (--score-cfg; see grpo.py), weights are float32 (its t2i run keeps them in bfloat16; its c2i rollouts are float32
@@ -23,11 +23,14 @@ would have drawn.
 Shapes: B prompts per step, G = group_size samples each, N = B*G images, T image tokens.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
+
 import copy
 import json
-import os
 import shutil
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -60,7 +63,7 @@ from rewards import (
     parse_rewards,
     weighted_sum,
 )
-from sample import draw, save_grid
+from sample import draw, in_turn, label_images, save_grid
 from tokenizer import to_unit
 
 # The paper's eight rewards. It gives them all weight 1 and scales them inside: the cosines by 5, MANIQA by 2, Qwen's
@@ -180,12 +183,12 @@ def resolve(args):
 
 def claim(args):
     """Makes the output folder and holds it for this run, before anything takes time. Raises Mistake, OSError."""
+    if args.resume and not saves(args):
+        raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
     (args.out / "samples").mkdir(parents=True, exist_ok=True)
     args.lock = zoo.lock(args.out) if parallel.rank() == 0 else None
     if not args.resume and saves(args):
         raise Mistake(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
-    if args.resume and not saves(args):
-        raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
 
 
 def build(args):
@@ -220,7 +223,7 @@ def train(args):
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
-    log, watch = Log(args, start_step), Watch(args)
+    log, watch = Log(args, start_step), Watch(args, start_step)
     for step in range(start_step, args.steps):
         clock = Clock(device)
 
@@ -336,14 +339,15 @@ class Watch:
     learns nothing any more: for PATIENCE steps in a row no gradient, or no value from a judge.
     """
 
-    def __init__(self, args):
-        self.args, self.bad = args, {}
+    def __init__(self, args, start_step):
+        self.args, self.bad, self.done = args, {}, start_step
         self.asked = self.stopping = 0  # the signal's number, once all processes know of it
         for number in zoo.STOPS:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.asked and time.monotonic() > self.since + 1:  # torchrun repeats a Ctrl-C that came to all
+        # torchrun repeats a Ctrl-C that came to all; pictures of a run that is saved are left to --resume
+        if self.done == self.args.steps or (self.asked and time.monotonic() > self.since + 1):
             zoo.interrupt(number, frame)
         self.asked, self.since = number, time.monotonic()
         tqdm.write("this step will be finished and saved; a second signal stops at once")
@@ -355,6 +359,7 @@ class Watch:
 
     def go_on(self, metrics, N):
         """metrics: those of a step; N: images per step. Raises KeyboardInterrupt, Mistake."""
+        self.done += 1
         if self.stopping:
             zoo.interrupt(self.stopping, None)
         bad = {"the gradient": not np.isfinite(metrics["grad_norm"])}
@@ -452,35 +457,50 @@ class Log:
             self.events.close()
 
 
-def draw_grid(args, policy, tokenizer, encode, judges, name, title):
-    """Draws args.out/NAME: the same prompts and seeds each time, below each picture what the judges say of it."""
+def draw_shown(args, policy, tokenizer, encode):
+    """Pictures (n, 3, H, W) in [0, 1] of the same prompts and seeds each time, their captions, columns of a grid."""
     shown = data.balanced_captions(24)
     if args.pool:  # all of the toy's classes; of large pictures a page
         shown = args.pool[:: -(-len(args.pool) // (40 if zoo.is_toy(args.model) else 16))]
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
     # one seed whatever --seed is: grids of runs compare
     images, _ = draw(policy, tokenizer, encode, shown, seed=1234, decode_batch=args.micro_batch, **sampling)
-    captions = zoo.captions_of(args.model, shown, args.names_for_judges)
-    judged, _ = judge_images(judges, images.to(args.device), captions)
-    labels = []
-    for k, caption in enumerate(captions):
-        verdicts = [f"{judge.removeprefix('pyiqa:')} {values[k]:.2f}" for judge, values in judged.items()]
-        verdicts = "\n".join("  ".join(verdicts[j : j + 2]) for j in range(0, len(verdicts), 2))  # two fit in a line
-        labels.append(f"{caption.removeprefix('a photo of ')}\n{verdicts}")
     # a category per column; two of the toy's colours per row
-    columns = len(data.CATEGORIES) if args.task == "t2i" else 10
+    columns = min(len(shown), len(data.CATEGORIES) if args.task == "t2i" else 10)
+    return images, zoo.captions_of(args.model, shown, args.names_for_judges), columns
+
+
+def draw_grid(args, policy, tokenizer, encode, judges, name, title):
+    """Draws args.out/NAME: below each picture what the verifier finds (of a toy's) and what the judges say."""
+    images, captions, columns = draw_shown(args, policy, tokenizer, encode)
+    judged, _ = judge_images(judges, images.to(args.device), captions)
+    labels = label_images(args.model, images, captions)
+    for k in range(len(labels)):  # spaces that do not break: a judge's value stays beside its name
+        verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in judged.items()]
+        labels[k] += "\n" + "\u00a0 ".join(verdicts)
     save_grid(args.out / name, images, labels, columns, title=title)
 
 
+def draw_before_and_after(args, policies, tokenizer, encode):
+    """before-after.png: each line of before.png above the same line of after.png. policies: base and tuned."""
+    drawn, labels = [], []
+    for policy, prefix in zip(policies, ("before: ", "after: "), strict=True):
+        images, captions, columns = draw_shown(args, policy, tokenizer, encode)
+        drawn, labels = [*drawn, images], [*labels, label_images(args.model, images, captions, prefix)]
+    title = f"before above after {args.steps} steps of GRPO"
+    save_grid(args.out / "before-after.png", *in_turn(drawn, labels, columns), columns, title=title)
+
+
 def look_back(args, policies, tokenizer, encode):
-    """Curves and the page of the run; policies: {name: model}, which write one picture side by side on it."""
+    """Curves, a picture of before and after, and the page of the run. policies: {name: model}, base and tuned."""
     plot_curves(args)
+    draw_before_and_after(args, policies.values(), tokenizer, encode)
     asked = args.pool[0] if args.pool else data.balanced_captions(6)[-1]
     (prompt,) = zoo.captions_of(args.model, [asked])
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature)
     with zoo.autocast(args.device, args.dtype):
         report.write_run(args.out, report.writers(policies, tokenizer, encode, prompt, asked, **sampling))
-    print(f"Look at {args.out}/report.html, or before.png, after.png and curves.png; "
+    print(f"Look at {args.out}/report.html, or before-after.png and curves.png; "
           f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
 
 
@@ -524,17 +544,18 @@ def begin(args, policy, optimizer, grid):
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
     if start_step == 0:
-        if (
-            parallel.rank() == 0 and (log := args.out / "metrics.jsonl").exists()
-        ):  # of a run that never saved, or somebody else's
-            os.replace(log, args.out / "metrics-before.jsonl")
+        log = args.out / "metrics.jsonl"  # of a run that never saved, or somebody else's
+        if parallel.rank() == 0 and log.exists():
+            with open(args.out / "metrics-before.jsonl", "ab") as before:
+                before.write(log.read_bytes())
+            log.unlink()
         grid("before.png", "before: the base model")
     return start_step
 
 
 def flags_that_matter(args):
     """The flags that a resumed run must share with the first to draw the same curve."""
-    free = ["out", "resume", "device", "save_every", "micro_batch", "checkpoint_layers", "shard", "compile"]
+    free = ["out", "resume", "quiet", "device", "save_every", "micro_batch", "checkpoint_layers", "shard", "compile"]
     free += ["judge_files", "qwen_server", "judge_batch", "judge_timeout"]  # where the judges are, not what they say
     free += ["ckpt", "base"]  # compared by their content
     free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags

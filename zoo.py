@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from data import Mistake
 from model import ModelConfig, Transformer, rope_2d
 from tokenizer import VQConfig, VQModel
 
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # also inside pyiqa, which would unpickle whatever is in a file
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -45,6 +46,9 @@ SIZES = {  # layers, heads, C              parameters at the grid and vocabulary
     "GPT-XXL": (48, 24, 1536),  # 1.4B
     "GPT-3B": (24, 32, 3200),  # 3.1B
 }
+# @REVISION is the commit of the hub's repository that is downloaded, so that nobody can put another file in its place.
+# Of LlamaGen's two repositories we know no commit, so their newest is taken; of OpenAI's CLIP what open_clip takes.
+FLAN_T5_XL = "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001"
 VQ_16 = VQConfig(ch_mult=(1, 1, 2, 2, 4))  # 72M, 256 px -> 256 tokens
 VQ_TOY = VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4)  # 1.0M, 64 px -> 64 tokens
 
@@ -52,10 +56,10 @@ VQ_TOY = VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch
 @dataclass
 class ModelRow:
     config: ModelConfig
-    ckpt: str | Path  # a path, or hf:OWNER/REPO/FILE on the Hugging Face hub
+    ckpt: str | Path  # a path, or hf:OWNER/REPO/FILE on the Hugging Face hub, or hf:OWNER/REPO@REVISION/FILE
     vq_ckpt: str | Path
     vq_config: VQConfig = VQ_16
-    text_encoder: str | Path = None  # t2i only: a folder in transformers' form, or OWNER/REPO
+    text_encoder: str | Path = None  # t2i only: a folder in transformers' form, or OWNER/REPO, or OWNER/REPO@REVISION
     text_dtype: torch.dtype = torch.bfloat16  # what the features were computed in when the model was trained
     cfg_scale: float = 1.0  # guidance and filtering of its authors' demo (their evaluation: 1.65 to 2.0, top-k 0)
     top_k: int = 0
@@ -75,7 +79,7 @@ def _llamagen_c2i(size, grid, file):
 def _llamagen_t2i(grid, file):
     config, repo = ModelConfig("t2i", *SIZES["GPT-XL"], grid_size=grid, cond_len=120), "hf:peizesun/llamagen_t2i"
     files = f"{repo}/{file}", f"{repo}/vq_ds16_t2i.pt"
-    return ModelRow(config, *files, text_encoder="google/flan-t5-xl", cfg_scale=7.5, top_k=1000)
+    return ModelRow(config, *files, text_encoder=FLAN_T5_XL, cfg_scale=7.5, top_k=1000)
 
 
 MODELS = {
@@ -96,9 +100,9 @@ MODELS = {
 # bears the repository's name and holds its files.
 JUDGE_FILES = {
     "clip": "hf:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors",
-    "hps": "hf:xswu/HPSv2/HPS_v2.1_compressed.pt",
-    "maniqa": "hf:chaofengc/IQA-PyTorch-Weights/ckpt_koniq10k.pt",
-    "qwen": "hf:Qwen/Qwen2.5-VL-3B-Instruct/config.json",
+    "hps": "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt",
+    "maniqa": "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt",
+    "qwen": "hf:Qwen/Qwen2.5-VL-3B-Instruct@66285546d2b821cf421d4f5eb2576359d3770cd3/config.json",
 }
 
 
@@ -191,10 +195,30 @@ def fingerprint(files, known=None):
     return found
 
 
+def hub_place(where):
+    """
+    ("OWNER/REPO", REVISION or None, FILE or "") of "hf:OWNER/REPO/FILE", where @REVISION may follow REPO and the rest
+    may be absent. Raises Mistake.
+    """
+    form = re.fullmatch(r"(?:hf:)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", str(where))
+    if not form:
+        raise Mistake(f"{where}: neither here nor of the form OWNER/REPO, as the hub has it")
+    return form[1], form[2], form[3] or ""
+
+
+def folder_or_repo(where):
+    """What from_pretrained takes of a folder, of OWNER/REPO or of OWNER/REPO@REVISION: (where, {"revision": ...})."""
+    if Path(where).exists() or "@" not in str(where):
+        return where, {}
+    repo, revision, _ = hub_place(where)
+    return repo, dict(revision=revision)
+
+
 def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
     """
     The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in `folder`, or in the Hugging Face
-    hub's cache, downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads).
+    hub's cache, downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). @REVISION behind
+    REPO takes the repository as it was at that commit.
     Raises Mistake, which names the `flag` that takes another file, and FileNotFoundError.
     """
     if not str(where).startswith("hf:"):
@@ -203,13 +227,13 @@ def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
         return Path(where)
     from huggingface_hub import hf_hub_download
 
-    if str(where).count("/") < 2:
+    repo, revision, file = hub_place(where)
+    if not file:
         raise Mistake(f"{where}: a file on the hub is written hf:OWNER/REPO/FILE")
-    owner, repo, file = str(where).removeprefix("hf:").split("/", 2)
     if folder and (Path(folder) / file).is_file():
         return Path(folder) / file
-    with reading(f"{file} of huggingface.co/{owner}/{repo}", f"fetch it elsewhere and give it with {flag}"):
-        return Path(hf_hub_download(f"{owner}/{repo}", file))
+    with reading(f"{file} of huggingface.co/{repo}", f"fetch it elsewhere and give it with {flag}"):
+        return Path(hf_hub_download(repo, file, revision=revision))
 
 
 def file_hash(path):
@@ -277,11 +301,17 @@ def part_of(names, prefix):
 def load_tensors(path):
     """
     torch.load of tensors and plain values alone, on the CPU, after a look at the checksums that torch.save wrote and
-    torch.load ignores: with a flipped bit it would be another policy. Raises ValueError and torch's own errors.
+    torch.load ignores: with a flipped bit it would be another policy. What is returned stays in the file until it
+    is looked at, so that sizes are known before memory is taken. Raises ValueError and torch's own errors.
     """
-    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    whole = zipfile.is_zipfile(path)  # else the form of torch before 1.6, which has no checksums
+    if whole:
+        with zipfile.ZipFile(path) as parts:
+            if packed := [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"{packed[0]} is compressed")  # torch never does; it may be of any size
+            if damaged := parts.testzip():
+                raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
 
 
 def read_weights(path, prefix=""):
@@ -324,8 +354,9 @@ def load_strict(module, weights, source, ignore=()):
             raise Mistake(f"{source}: {name} is not a dense tensor of {kind} numbers")
         if not value.isfinite().all():
             raise Mistake(f"{source}: {name} holds NaN or infinity; the file is damaged, or of a run that diverged")
-    # assign: a module built on the meta device gets its memory here
-    module.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()}, assign=True)
+    # assign: a module built on the meta device gets its memory here; copy: the file may change under the values
+    weights = {name: value.to(expected[name].dtype, copy=True) for name, value in weights.items()}
+    module.load_state_dict(weights, assign=True)
     return module
 
 
@@ -374,7 +405,7 @@ class TextEncoder:
     and padding features are zero. pad="right": the form of the released AR-GRPO, for weights that were trained with it.
     Padding stands next to the image and keeps what T5 makes of it, so token 0 is predicted from that.
 
-    path is a folder in transformers' form or OWNER/REPO on the Hugging Face hub. Raises Mistake.
+    path is a folder in transformers' form, or OWNER/REPO or OWNER/REPO@REVISION on the hub. Raises Mistake.
     """
 
     def __init__(self, path, config, device="cpu", dtype=torch.float32):
@@ -384,8 +415,9 @@ class TextEncoder:
         logging.disable_progress_bar()  # one per file, amid our own lines
         self.cond_len, self.device = config.cond_len, device
         with reading(f"--text-encoder {path}", "give a folder that holds a T5 encoder, or connect to the internet"):
-            self.words = AutoTokenizer.from_pretrained(path)
-            self.t5, info = T5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            place, at = folder_or_repo(path)
+            self.words = AutoTokenizer.from_pretrained(place, **at)
+            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **at)
         for name in [*info["missing_keys"], *info["mismatched_keys"]]:  # transformers only warns, and fills in noise
             raise Mistake(f"--text-encoder {path}: {name} is missing or misshapen; fetch the files again")
         if (width := self.t5.config.d_model) != config.caption_dim:
@@ -475,17 +507,27 @@ def fixed_asked(model, n):
 
 
 def script_parser(doc):
-    """An argparse parser that prints `doc` as it is and takes no abbreviated flags."""
+    """An argparse parser that prints `doc` as it is and takes no abbreviated flags; all scripts have --quiet."""
     form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--quiet", action="store_true", help="print nothing except what ends the run early")
+    return parser
+
+
+@contextmanager
+def silence():
+    """Nothing that is printed inside, by us, by libraries or by progress bars, is seen."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115  never closed: loggers that are made inside keep it
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def add_model_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: which model, its files, where it runs."""
     add("--task", choices=("c2i", "t2i"), help="class-to-image or text-to-image (default: what --ckpt is, else c2i)")
     add("--model", choices=MODELS, help="a row of the model table (default: the task's toy)")
-    add("--vq-ckpt", metavar="PATH", help="the tokenizer's weights, or hf:OWNER/REPO/FILE (default: the model's own)")
-    add("--text-encoder", metavar="PATH", help="t2i: folder or OWNER/REPO of the T5 encoder (default: the model's own)")
+    add("--vq-ckpt", metavar="PATH", help="tokenizer's weights, or hf:OWNER/REPO[@REVISION]/FILE (default: its own)")
+    add("--text-encoder", metavar="PATH", help="t2i: T5's folder or OWNER/REPO[@REVISION] (default: the model's own)")
     add("--text-pad", choices=("left", "right"), help="t2i: the side on which captions are padded; right for the "
         "released AR-GRPO weights (default: what our own --ckpt was trained with, else left, as LlamaGen)")  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -547,21 +589,22 @@ def print_files(name, args):
         if Path(where).exists():
             print(f"{part:13}{where}: here; another file: {flag}")
             continue
-        owner, _, repo = str(where).removeprefix("hf:").partition("/")
-        repo, *file = repo.split("/", 1)
-        if not (owner and repo):
-            raise Mistake(f"{where}: neither here nor of the form OWNER/REPO, as the hub has it")
-        found = try_to_load_from_cache(f"{owner}/{repo}", file[0] if file else "config.json")
-        cache = Path(constants.HF_HUB_CACHE) / f"models--{owner}--{repo}"
+        repo, revision, file = hub_place(where)
+        found = try_to_load_from_cache(repo, file or "config.json", revision=revision)
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
         state = f"here: {found}" if isinstance(found, str) else f"not here; expected under {cache}/snapshots"
-        print(f"{part:13}{file[0] if file else repo}, from https://huggingface.co/{owner}/{repo}")
+        at = f"/tree/{revision}" if revision else ""
+        print(f"{part:13}{file or Path(repo).name}, from https://huggingface.co/{repo}{at}")
         print(f"{'':13}{state}; downloaded on first use, or give {flag}")
 
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOPS = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's SIGHUP stays ignored
 
 
 def interrupt(number, frame):
+    for each in STOPS:  # a second signal ends the process wherever it is, without a word
+        signal.signal(each, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
 
@@ -583,7 +626,8 @@ def run_script(parse_args, run, argv=None, stopped=lambda args: "stopped"):
     before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
         args = parse_args(argv)
-        run(args)
+        with silence() if args.quiet else nullcontext():
+            run(args)
     except (Mistake, OSError) as error:
         text = str(error)  # may quote a file of the user's that is no caption but a book
         parallel.wait_to_speak()
