@@ -486,7 +486,7 @@ def is_prompt_file(prompt):
 def json_line(line, number):
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Mistake(f"line {number}: {error}") from None
 
 
@@ -512,7 +512,7 @@ def read_prompts(path):
             raise Mistake("a prompt file ends in .txt, .json or .jsonl")
         if not isinstance(entries, list):
             raise Mistake("the file must hold a list of prompts")
-    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError; a thousand brackets
         raise Mistake(f"{path}: {error}") from None
     prompts = []
     for k, entry in enumerate(entries, 1):

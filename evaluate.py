@@ -219,7 +219,7 @@ def resolve(args):
     args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
     if not args.out.name:
         raise Mistake(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    zoo.make_folder(args.out.parent)
     return args
 
 
@@ -240,9 +240,8 @@ def run(args):
         model, padded = zoo.load_model(args.model, path, args.device), partial(encode, pad=pad)
         options = dict(batch_size=args.batch_size, dtype=args.dtype)
         for cfg in args.cfg_scale:
-            images, tokens = draw(
-                model, tokenizer, padded, args.asked, args.seed, cfg_scale=cfg, temperature=args.temperature, **options
-            )
+            sampling = dict(cfg_scale=cfg, temperature=args.temperature, progress=True)
+            images, tokens = draw(model, tokenizer, padded, args.asked, args.seed, **options, **sampling)
             entropy = mean_entropy(model, padded, args.asked, tokens, **options)
             columns[cfg, f"{which}, cfg {cfg:g}"] = measure(images) | dict(entropy=entropy)
             table = write_results(args, columns)  # each time, because a column of a large model takes hours

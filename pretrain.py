@@ -85,7 +85,8 @@ def load_part(args, name, rng, history, modules):
     path = args.out / f"{name}.part"
     if not (args.resume and path.exists()):
         return 0
-    part = torch.load(path, weights_only=True)
+    with zoo.reading(path, "delete it, and its stage begins anew"):
+        part = zoo.load_tensors(path)
     rng.bit_generator.state = json.loads(part["rng"])
     history |= part["history"]
     for module, state in zip(modules, part["modules"], strict=True):
@@ -557,7 +558,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    args.out.mkdir(parents=True, exist_ok=True)
+    zoo.make_folder(args.out)
     stages = list(args.stages)
     while args.resume and stages and (args.out / f"toy-{stages[0]}.json").exists():
         print(f"{args.out}/toy-{stages.pop(0)}.json is there: this stage is done")

@@ -440,7 +440,8 @@ def ask_server(pixels, texts, worths, url, model, answer, timeout):
     pool, ask = ThreadPoolExecutor(32), partial(ask_server_once, url=url, model=model, answer=answer, timeout=timeout)
     try:
         asked = [pool.submit(ask, *one) for one in zip(pixels.cpu(), texts, worths, strict=True)]
-        done, _ = wait(asked, timeout, FIRST_EXCEPTION)
+        with zoo.at_the_first_signal():
+            done, _ = wait(asked, timeout, FIRST_EXCEPTION)
         return [one.result() if one in done else math.nan for one in asked]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after one failure the rest need not be sent
@@ -477,7 +478,7 @@ def parse_rewards(text):
     """ "clip=1,realism=0.5" -> {"clip": 1.0, "realism": 0.5}; a name alone weighs 1. Raises Mistake."""
     weights, known = {}, [*JUDGES, *STEPS, *QUESTIONS]
     for part in text.split(","):
-        name, weight = (word.strip() for word in f"{part}=".split("=")[:2])
+        name, weight = (word.strip() for word in part.partition("=")[::2])
         if name in weights:
             raise Mistake(f"--rewards: {name} is named twice")
         try:

@@ -207,12 +207,12 @@ def resolve(args):
     args.asked = [entry for entry in asked for _ in range(args.num)]
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise Mistake(f"--out {args.out}: the grid's name ends in .png, .jpg or .webp")
-    if args.npz == args.out:
+    if args.npz and args.npz.resolve() == args.out.resolve():
         raise Mistake(f"--out and --npz are both {args.out}")
     for file in filter(None, (args.out, args.npz)):  # now, not after the drawing
         if file.is_dir():
             raise Mistake(f"{file} is a folder; --out and --npz name files")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        zoo.make_folder(file.parent)
     return args
 
 

@@ -23,6 +23,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -1222,9 +1223,9 @@ def fork(function, said=os.devnull):
     return process
 
 
-def in_child(function):
-    """The exit status of function() in a forked process."""
-    return os.waitstatus_to_exitcode(os.waitpid(fork(function), 0)[1])
+def in_child(function, said=os.devnull):
+    """The exit status of function() in a forked process; what it says goes to a file."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(function, said), 0)[1])
 
 
 def in_children(said, *functions):
@@ -1430,19 +1431,204 @@ def test_a_save_that_is_damaged_gives_way_to_the_one_before(tmp_path, capsys, mo
         train.main([*flags, "--resume"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_ends_the_process_as_itself(number, tmp_path):
+# What goes wrong amid a run of two steps, each of which is saved: a signal at a moment, or a fault. A moment is the
+# k-th event of that name (with_events).
+FAULT_RUN = ["--steps", "2", "--save-every", "1", "--prompts-per-step", "1", "--group-size", "2", *TWO["c2i"]]
+MOMENTS = {
+    "at the start": ("flags.json", 1),
+    "amid the first picture": ("before.tmp.png", 1),
+    "in a step": ("lap", 5),
+    "amid a save": ("state.tmp.pt", 1),
+    "after the last save": ("policy.safetensors", 2),
+}
+DIE_OF = zoo.die_of
+
+
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def begin_faulty(flags, event, k, act, judge=bright):
+    """In a child: train.main(flags) with act() at the k-th event of a name, judged by `judge`; draws what it must."""
+    seen = []
+
+    def happen(file):
+        seen.append(Path(file).name if file else "lap")
+        if seen[-1] == event and seen.count(event) == k:
+            act()
+
+    zoo.die_of, rewards.JUDGES["bright"] = DIE_OF, lambda device, options: judge
+    train.look_back = lambda *_: None
+    if event != "before.tmp.png":
+        train.draw_grid = lambda *_: None
+    with_events(happen, lambda: train.main([*flags, "--rewards", "bright"]))
+
+
+def last_line(said):
+    """The last line in the file `said` that is no progress bar."""
+    lines = re.split(r"[\r\n]|step/s\]|s/step\]", said.read_text())
+    return [line for line in lines if line.strip() and "%|" not in line][-1]
+
+
+def finish(out):
+    """The exit status of the command that begins the run in `out`, or goes on with it; nothing goes wrong."""
+    flags = [*FAULT_RUN, "--out", str(out), *["--resume"] * any((out / name).exists() for name in train.STATES)]
+    return in_child(partial(begin_faulty, flags, None, 0, None))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What FAULT_RUN leaves when nothing goes wrong: (the policy's bytes, metrics)."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:  # in this process, so that all children have imported everything
+        patch.setitem(rewards.JUDGES, "bright", lambda device, options: bright)
+        patch.setattr(train, "look_back", lambda *_: None)
+        train.main([*FAULT_RUN, "--rewards", "bright", "--device", "cpu", "--out", str(out)])
+    return (out / "policy.safetensors").read_bytes(), read_metrics(out)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_ends_the_step_saves_and_ends_the_process_as_itself(moment, number, tmp_path, unbroken):
     """A shell loop around the script goes on if Ctrl-C ends in an exit status; a scheduler's TERM once lost the steps."""
-    command = [sys.executable, HERE / "train.py", *TINY_RUN, *TWO["c2i"], "--device", "cpu", "--save-every", "99"]
-    process = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
-        time.sleep(0.02)
-    other = subprocess.run([*command, "--out", tmp_path, "--resume"], capture_output=True, text=True)
-    process.send_signal(number)
-    _, said = process.communicate()
-    assert process.returncode == -number and "--resume" in said and "Traceback" not in said
-    assert torch.load(tmp_path / "state.pt")["step"] == len(read_metrics(tmp_path)) >= 1
-    assert other.returncode == 1 and "another run is writing to" in other.stderr
+    out, said = tmp_path / "run", tmp_path / "said"
+    run = partial(begin_faulty, [*FAULT_RUN, "--out", str(out)], *MOMENTS[moment], lambda: os.kill(os.getpid(), number))
+    assert in_child(run, said) == -number and "Traceback" not in said.read_text()
+    begun = moment not in ("at the start", "amid the first picture")
+    assert last_line(said).endswith("with --resume" if begun else "nothing was saved")
+    assert (out / "state.pt").exists() == begun
+    if begun:
+        steps = 1 if moment == "in a step" else 2
+        assert torch.load(out / "state.pt")["step"] == len(read_metrics(out)) == steps
+
+
+def wait_for_nobody(images, prompts):
+    """A judge that asks a server which never answers, and Ctrl-C half a second later; the second time it is asked."""
+    if not hasattr(wait_for_nobody, "asked"):
+        wait_for_nobody.asked = socket.create_server(("127.0.0.1", 0))
+        return bright(images, prompts)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    url, n = f"http://127.0.0.1:{wait_for_nobody.asked.getsockname()[1]}", len(images)
+    return torch.tensor(
+        rewards.ask_server((images * 255).byte(), ["?"] * n, [rewards.YES_NO] * n, url, "m", "json", 99)
+    )
+
+
+def interrupted_twice():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.1)  # torchrun repeats a signal within a second
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def no_room(*_):
+    raise OSError(28, "No space left on device")
+
+
+def fill_events():
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    RecordWriter.write = no_room
+
+
+def fill_disk(name):
+    """What makes the disk full as soon as `name` is written in the folder of the run."""
+    return lambda out: (out.mkdir(exist_ok=True), (out / name).symlink_to("/dev/full"))
+
+
+def stuff_policy(_):
+    zoo.save_file = no_room  # it replaces a link
+
+
+def hold(out):
+    out.mkdir()
+    hold.file = zoo.lock(out)
+
+
+def forbid(out):
+    """A folder in which nobody may write; root may everywhere, so the process becomes another user's."""
+    out.mkdir()
+    out.chmod(0o555)
+    if os.geteuid() == 0:
+        os.chmod(out.parent, 0o755)
+        os.seteuid(65534)
+
+
+FAULTS = {  # name: (what lies in the folder, event, what happens then, judge, exit status, a part of the last line)
+    "full disk, flags": (fill_disk("flags.tmp.json"), None, None, bright, 1, "flags.json could not be written"),
+    "full disk, picture": (
+        fill_disk("before.tmp.png"),
+        ("before.tmp.png", 9),
+        None,
+        bright,
+        1,
+        "before.png could not be",
+    ),
+    "full disk, metrics": (
+        None,
+        ("lap", 1),
+        fill_disk("metrics.jsonl"),
+        bright,
+        1,
+        "metrics.jsonl could not be written",
+    ),
+    "full disk, events": (None, ("lap", 1), lambda _: fill_events(), bright, 1, "events* could not be written"),
+    "full disk, first save": (fill_disk("state.tmp.pt"), None, None, bright, 1, "state.pt could not be written"),
+    "full disk, second save": (
+        None,
+        ("lap", 15),
+        fill_disk("state.tmp.pt"),
+        bright,
+        1,
+        "state.pt could not be written",
+    ),
+    "full disk, policy": (stuff_policy, None, None, bright, 1, "policy.safetensors could not be written"),
+    "read-only": (forbid, None, None, bright, 1, "could not be written"),
+    "a file": (lambda out: out.touch(), None, None, bright, 1, "File exists"),
+    "locked": (hold, None, None, bright, 1, "another run is writing to"),
+    "vanishes": (None, ("lap", 15), shutil.rmtree, bright, 1, "metrics.jsonl could not be written"),
+    "judge, too few": (None, None, None, lambda images, _: [1.0], 1, "what the judge 'bright' returned"),
+    "judge, words": (None, None, None, lambda *_: ["good", "bad"], 1, "what the judge 'bright' returned"),
+    "judge, nothing": (None, None, None, lambda *_: None, 1, "what the judge 'bright' returned"),
+    "judge, hangs": (None, None, None, wait_for_nobody, -signal.SIGINT, "goes on from the last save"),
+    "second signal": (None, ("lap", 17), lambda _: interrupted_twice(), bright, -signal.SIGINT, "the last save"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not Path("/dev/full").exists(), reason="needs fork and /dev/full")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_in_one_sentence_and_loses_nothing(fault, unbroken):
+    """Errors without a file's name, tracebacks of libraries, and runs that can neither be resumed nor begun anew."""
+    before, event, act, judge, status, sentence = FAULTS[fault]
+    with tempfile.TemporaryDirectory() as folder:  # of all users, as pytest's are not
+        out, said = Path(folder) / "run", Path(folder) / "said"
+
+        def child():
+            if before:
+                before(out)
+            begin_faulty([*FAULT_RUN, "--out", str(out)], *(event or (None, 0)), lambda: act(out), judge)
+
+        assert in_child(child, said) == status
+        assert sentence in last_line(said) and "Traceback" not in said.read_text()
+        if out.is_dir():
+            out.chmod(0o755)
+            for link in filter(Path.is_symlink, out.iterdir()):  # the disk has room again
+                link.unlink()
+            saved = torch.load(out / "state.pt")["step"] if (out / "state.pt").exists() else 0
+            assert saved == (fault in ("full disk, second save", "judge, hangs", "second signal", "full disk, policy"))
+        else:
+            out.unlink(missing_ok=True)
+        assert finish(out) == 0
+        assert ((out / "policy.safetensors").read_bytes(), read_metrics(out)) == unbroken
+
+
+def test_ctrl_c_amid_the_imports_says_nothing():
+    """A traceback out of torch's files, twenty lines long, for somebody who mistyped a command."""
+    command = [sys.executable, "-X", "importtime", HERE / "sample.py"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if line.endswith(" numpy\n"))
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
 
 
 def test_a_lost_line_of_metrics_is_said_and_the_run_goes_on(tmp_path, capsys, monkeypatch):

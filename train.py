@@ -185,7 +185,8 @@ def claim(args):
     """Makes the output folder and holds it for this run, before anything takes time. Raises Mistake, OSError."""
     if args.resume and not saves(args):
         raise FileNotFoundError(f"{args.out}: nothing to resume; leave out --resume to start a run in it")
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    zoo.make_folder(args.out)
+    zoo.make_folder(args.out / "samples")
     args.lock = zoo.lock(args.out) if parallel.rank() == 0 else None
     if not args.resume and saves(args):
         raise Mistake(f"{args.out} holds a run: continue it with --resume, or choose another --out, or delete it")
@@ -241,7 +242,11 @@ def train(args):
         # 2. judge
         images = decode(tokenizer, tokens, args.micro_batch)  # (N, 3, H, W) in [0, 1]
         clock.lap("decode")
-        judged, judge_seconds = judge_images(judges, images, prompts)  # {name: (N,)}
+        try:
+            judged, judge_seconds = judge_images(judges, images, prompts)  # {name: (N,)}
+        except KeyboardInterrupt:  # a server that hangs was left; the policy is still that of the step before
+            save(args, policy, optimizer, step)
+            raise
 
         # 3. compare inside each group, all N images on every process
         judged = {name: parallel.gather(values) for name, values in judged.items()}
@@ -360,7 +365,7 @@ class Watch:
     def go_on(self, metrics, N):
         """metrics: those of a step; N: images per step. Raises KeyboardInterrupt, Mistake."""
         self.done += 1
-        if self.stopping:
+        if self.stopping or (self.done == self.args.steps and self.stops()):  # a signal may come amid the last save
             zoo.interrupt(self.stopping, None)
         bad = {"the gradient": not np.isfinite(metrics["grad_norm"])}
         bad |= {f"every value of {name}": metrics[f"{name}_not_finite"] == N for name in self.args.judge_weights}
@@ -440,10 +445,12 @@ class Log:
         metrics |= {f"seconds_{part}": value for part, value in clock.seconds.items()}
         metrics |= {} if (peak := zoo.peak_memory_gb(self.args.device)) is None else dict(peak_memory_gb=peak)
         metrics = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
-        with open(self.args.out / "metrics.jsonl", "a") as file:
+        log = self.args.out / "metrics.jsonl"
+        with zoo.writing(log), open(log, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            self.events.add_scalar(name, value, metrics["step"])
+        with zoo.writing(f"{self.args.out}/events*"):
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, metrics["step"])
         seconds = sum(clock.seconds.values())
         self.bar.write(step_line(metrics, seconds, shutil.get_terminal_size((120, 24)).columns))
         if metrics["step"] == self.start_step + 1:  # the first step pays for warming up
@@ -606,7 +613,8 @@ def read_state(args):
         try:
             with zoo.reading(path, f"start again in another --out, or from the last policy with --ckpt {args.out}"):
                 state = zoo.load_tensors(path)  # on the CPU, where AdamW wants its step counters
-                return {key: state[key] for key in ("step", "flags", "files", "policy", "optimizer")}
+                parts = {key: dict(state[key]) for key in ("flags", "files", "policy", "optimizer")}
+                return parts | dict(step=int(state["step"]))
         except Mistake as error:
             if path == paths[-1]:
                 raise
@@ -626,7 +634,8 @@ def resume(args, policy, optimizer):
         raise Mistake(f"{', '.join(changed)}: changed since the run in {args.out} began; start again in another --out")
     if step > args.steps:
         raise Mistake(f"the run in {args.out} has done {step} steps already; --steps counts them all")
-    parallel.load(state, policy, optimizer)
+    with zoo.reading(f"a state in {args.out}", "it is of another model; start again in another --out"):
+        parallel.load(state, policy, optimizer)
     save_policy(args, state["policy"], step)  # a run that was killed between its two files has an older one
     keep_metrics(args.out / "metrics.jsonl", step)
     return step

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -127,6 +128,22 @@ def reading(what, remedy):
         raise Mistake(f"{what} cannot be read ({reason}); {remedy}") from None
 
 
+@contextmanager
+def writing(path):
+    """What libraries make of a full disk, which rarely says of which file, becomes an OSError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from None
+
+
+def make_folder(folder):
+    """Makes `folder` if need be, and tries to write in it: now, not after hours of work. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write_whole(path, write, keep=None):
     """
     write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new. The old
@@ -136,15 +153,14 @@ def write_whole(path, write, keep=None):
         return
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # the suffix stays: PIL reads the format from it
     try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
+        with writing(path):
+            write(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # a full disk need not stay full
 
@@ -257,7 +273,7 @@ def find_policy(ckpt=None, model=None, task=None):
     disagree, FileNotFoundError.
     """
     path, found = None, {}
-    if ckpt is not None:  # "", an unset variable of the shell, is a mistake and not the base
+    if ckpt is not None:
         folder = Path(ckpt)
         path = find_file(folder / "policy.safetensors" if folder.is_dir() else ckpt)
         if path.suffix == ".safetensors":
@@ -276,13 +292,14 @@ def find_policy(ckpt=None, model=None, task=None):
     if found and found.get("tokenizer", tokenizer_hash(name)) != tokenizer_hash(name):
         raise Mistake(f"{path} is of another toy world: its tokens belong to another tokenizer than {row.vq_ckpt}; "
                       "train it again")  # fmt: skip
-    header = dict(
-        step=int(found.get("step", 0)),
-        text_pad=found.get("text_pad", "left"),
-        cfg_scale=float(found.get("cfg_scale", row.cfg_scale)),
-        temperature=float(found.get("temperature", 1)),
-        base=found["base"] if Path(found.get("base", "")).is_file() else None,
-    )
+    with reading(path, "its header is damaged: fetch it again"):
+        header = dict(
+            step=int(found.get("step", 0)),
+            text_pad=found.get("text_pad", "left"),
+            cfg_scale=float(found.get("cfg_scale", row.cfg_scale)),
+            temperature=float(found.get("temperature", 1)),
+            base=found["base"] if Path(found.get("base", "")).is_file() else None,
+        )
     return name, path or row.ckpt, header
 
 
@@ -330,9 +347,22 @@ def read_weights(path, prefix=""):
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not named or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise Mistake(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
     return {ours: found[name] for name, ours in part_of(found, prefix).items()}
+
+
+def check_tensor(value, like, what):
+    """Raises Mistake unless `value` is a plain tensor of the shape and the kind of `like`, and finite."""
+    if value.shape != like.shape:
+        sizes = f"{list(value.shape)}, not {list(like.shape)}"
+        raise Mistake(f"{what} is {sizes}; this is a file of another model or size")
+    if value.is_floating_point() != like.is_floating_point() or value.layout != torch.strided:
+        kind = "floating-point" if like.is_floating_point() else "whole"
+        raise Mistake(f"{what} is not a dense tensor of {kind} numbers")
+    if not value.isfinite().all():
+        raise Mistake(f"{what} holds NaN or infinity; the file is damaged, or of a run that diverged")
 
 
 def load_strict(module, weights, source, ignore=()):
@@ -346,14 +376,8 @@ def load_strict(module, weights, source, ignore=()):
         if name not in weights or name not in expected:
             kind = "missing" if name in expected else "unknown"
             raise Mistake(f"{source}: {name} is {kind}; this is a file of another model")
-        if weights[name].shape != expected[name].shape:
-            ours, theirs = list(expected[name].shape), list(weights[name].shape)
-            raise Mistake(f"{source}: {name} is {theirs}, not {ours}; this is a file of another model or size")
-        value, kind = weights[name], "floating-point" if expected[name].is_floating_point() else "whole"
-        if value.is_floating_point() != expected[name].is_floating_point() or value.layout != torch.strided:
-            raise Mistake(f"{source}: {name} is not a dense tensor of {kind} numbers")
-        if not value.isfinite().all():
-            raise Mistake(f"{source}: {name} holds NaN or infinity; the file is damaged, or of a run that diverged")
+        with reading(f"{source}: {name}", "it is no plain tensor"):  # what nested or empty ones raise, or 8-bit floats
+            check_tensor(weights[name], expected[name], f"{source}: {name}")
     # assign: a module built on the meta device gets its memory here; copy: the file may change under the values
     weights = {name: value.to(expected[name].dtype, copy=True) for name, value in weights.items()}
     module.load_state_dict(weights, assign=True)
@@ -506,10 +530,20 @@ def fixed_asked(model, n):
 # The command line, as far as the scripts share it
 
 
+class Parser(argparse.ArgumentParser):
+    def parse_args(self, argv=None):
+        for text in sys.argv[1:] if argv is None else argv:
+            if not text or (text.startswith("--") and text.endswith("=")):  # it would stand for the default
+                self.error("an argument is empty; is a variable of the shell not set?")
+        return super().parse_args(argv)
+
+
 def script_parser(doc):
-    """An argparse parser that prints `doc` as it is and takes no abbreviated flags; all scripts have --quiet."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    """
+    An argparse parser that prints `doc` as it is and takes neither abbreviated flags nor empty arguments; all scripts
+    have --quiet.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quiet", action="store_true", help="print nothing except what ends the run early")
     return parser
 
@@ -600,6 +634,15 @@ def print_files(name, args):
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STOPS = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's SIGHUP stays ignored
+
+
+@contextmanager
+def at_the_first_signal():
+    """Inside, where the main thread waits for what may never come, the first signal ends the script already."""
+    before = {number: signal.signal(number, interrupt) for number in STOPS}
+    yield
+    for number, handler in before.items():  # not after a signal: a second one then ends the process at once
+        signal.signal(number, handler)
 
 
 def interrupt(number, frame):
