@@ -438,6 +438,12 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
     report(args, "toy-clip", path, figures, seed, time.time() - start)
 
 
+def read_tokens(path):
+    """Tokens (drawn, T), int64, of an .npz: the samples that realism tells from real pictures. Raises Mistake."""
+    with zoo.reading(path, "--stages c2i t2i write it; run those first"), np.load(path) as file:
+        return file["tokens"].astype(np.int64)
+
+
 def train_realism(args, steps=1000, batch=48, lr=1e-3, seed=5):
     """
     The judge of looks learns to tell round trips of clean renders, "real", from badly made pictures of the corpus and
@@ -446,11 +452,8 @@ def train_realism(args, steps=1000, batch=48, lr=1e-3, seed=5):
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
     tokenizer, network = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors"), realism_network()
-    files = [args.out / f"{name}-fakes.npz" for name in ("toy-c2i", "toy-t2i")]
-    for file in files:
-        if not file.exists():
-            raise Mistake(f"{file}: the samples to tell from real ones come from --stages c2i t2i; run those first")
-    fakes = torch.from_numpy(np.concatenate([np.load(file)["tokens"].astype(np.int64) for file in files]))  # (drawn, T)
+    fakes = [read_tokens(args.out / f"{name}-fakes.npz") for name in ("toy-c2i", "toy-t2i")]
+    fakes = torch.from_numpy(np.concatenate(fakes))  # (drawn, T)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
     hits = []
     for step in (bar := trange(steps, desc="realism")):

@@ -61,7 +61,7 @@ def draw(
     return parallel.gather(torch.cat(images), len(asked)), parallel.gather(torch.cat(tokens), len(asked))
 
 
-MARKS = {True: "\u2713 ", False: "\u2717 "}  # check mark, ballot cross
+MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
 MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
 
 

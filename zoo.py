@@ -216,7 +216,7 @@ def hub_place(where):
     ("OWNER/REPO", REVISION or None, FILE or "") of "hf:OWNER/REPO/FILE", where @REVISION may follow REPO and the rest
     may be absent. Raises Mistake.
     """
-    form = re.fullmatch(r"(?:hf:)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", str(where))
+    form = re.fullmatch(r"(?:hf:)?([^/@]+/[^/@]+)(?:@([^/@]+))?(?:/(.+))?", str(where))
     if not form:
         raise Mistake(f"{where}: neither here nor of the form OWNER/REPO, as the hub has it")
     return form[1], form[2], form[3] or ""
