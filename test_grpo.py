@@ -1190,6 +1190,7 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch, capfd):
         "samples/*.png",
     ):
         assert list(run.glob(file)), file
+    assert len({file.stat().st_mode for file in run.iterdir() if file.is_file()}) == 1  # safetensors' are for the owner
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
     first, second = read_metrics(run)
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
@@ -1499,7 +1500,7 @@ MOMENTS = {
     "amid the first picture": ("before.tmp.png", 1),
     "in a step": ("lap", 5),
     "amid a save": ("state.tmp.pt", 1),
-    "after the last save": ("policy.safetensors", 2),
+    "amid the last save": ("state.tmp.pt", 3),  # twice for each: amid and after its writing
 }
 DIE_OF = zoo.die_of
 
@@ -1593,7 +1594,7 @@ def fill_events():
 
 def fill_disk(name):
     """What makes the disk full as soon as `name` is written in the folder of the run."""
-    return lambda out: (out.mkdir(exist_ok=True), (out / name).symlink_to("/dev/full"))
+    return lambda out: (out.mkdir(exist_ok=True), (out / name).symlink_to("/dev/full"))[1]
 
 
 def stuff_policy(_):
@@ -1614,7 +1615,8 @@ def forbid(out):
         os.seteuid(65534)
 
 
-FAULTS = {  # name: (what lies in the folder, event, what happens then, judge, exit status, a part of the last line)
+# name: (what is there before, and may return flags; event; what happens then; judge; exit status; a part of the last line)
+FAULTS = {
     "full disk, flags": (fill_disk("flags.tmp.json"), None, None, bright, 1, "flags.json could not be written"),
     "full disk, picture": (
         fill_disk("before.tmp.png"),
@@ -1648,9 +1650,14 @@ FAULTS = {  # name: (what lies in the folder, event, what happens then, judge, e
     "locked": (hold, None, None, bright, 1, "another run is writing to"),
     "vanishes": (None, ("lap", 15), shutil.rmtree, bright, 1, "metrics.jsonl could not be written"),
     "judge, too few": (None, None, None, lambda images, _: [1.0], 1, "what the judge 'bright' returned"),
-    "judge, words": (None, None, None, lambda *_: ["good", "bad"], 1, "what the judge 'bright' returned"),
-    "judge, nothing": (None, None, None, lambda *_: None, 1, "what the judge 'bright' returned"),
-    "judge, hangs": (None, None, None, wait_for_nobody, -signal.SIGINT, "goes on from the last save"),
+    "judge, hangs": (
+        lambda _: ["--save-every", "9"],
+        None,
+        None,
+        wait_for_nobody,
+        -signal.SIGINT,
+        "goes on from the last save",
+    ),
     "second signal": (None, ("lap", 17), lambda _: interrupted_twice(), bright, -signal.SIGINT, "the last save"),
 }
 
@@ -1664,9 +1671,8 @@ def test_a_fault_ends_in_one_sentence_and_loses_nothing(fault, unbroken):
         out, said = Path(folder) / "run", Path(folder) / "said"
 
         def child():
-            if before:
-                before(out)
-            begin_faulty([*FAULT_RUN, "--out", str(out)], *(event or (None, 0)), lambda: act(out), judge)
+            more = before(out) or [] if before else []
+            begin_faulty([*FAULT_RUN, "--out", str(out), *more], *(event or (None, 0)), lambda: act(out), judge)
 
         assert in_child(child, said) == status
         assert sentence in last_line(said) and "Traceback" not in said.read_text()
@@ -1678,6 +1684,8 @@ def test_a_fault_ends_in_one_sentence_and_loses_nothing(fault, unbroken):
             assert saved == (fault in ("full disk, second save", "judge, hangs", "second signal", "full disk, policy"))
         else:
             out.unlink(missing_ok=True)
+        if not (out / "metrics.jsonl").exists():
+            return  # nothing had begun
         assert finish(out) == 0
         assert ((out / "policy.safetensors").read_bytes(), read_metrics(out)) == unbroken
 
@@ -1704,17 +1712,18 @@ def test_a_lost_line_of_metrics_is_said_and_the_run_goes_on(tmp_path, capsys, mo
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["list", "array", "column", "double", "whole", "short", "vandal"])
+@pytest.mark.parametrize("name", ["list", "array", "column", "double", "whole", "vandal", "short", "words", "none"])
 def test_a_judge_of_ones_own_returns_what_can_be_meant(name):
     """(N, 1) would broadcast to (N, N) in the weighted sum; a judge that edits its pictures would edit everyone's."""
     forms = dict(
         list=lambda v: v.tolist(), array=lambda v: v.numpy(), column=lambda v: v[:, None], double=lambda v: v.double()
     )
     forms |= dict(whole=lambda v: (v * 0).int(), short=lambda v: v[:-1], vandal=lambda v: v)
+    forms |= dict(words=lambda v: ["good"] * len(v), none=lambda v: None)
     images = torch.rand(4, 3, 8, 8)
     kept = images.clone()
     mean = lambda images, prompts: (forms[name](images.mean((1, 2, 3))), images.zero_())[0]  # noqa: E731
-    if name == "short":
+    if name in ("short", "words", "none"):
         with pytest.raises(Mistake, match="judge 'mine'"):
             rewards.judge_images({"mine": mean}, images, [""] * 4)
         return

@@ -242,11 +242,7 @@ def train(args):
         # 2. judge
         images = decode(tokenizer, tokens, args.micro_batch)  # (N, 3, H, W) in [0, 1]
         clock.lap("decode")
-        try:
-            judged, judge_seconds = judge_images(judges, images, prompts)  # {name: (N,)}
-        except KeyboardInterrupt:  # a server that hangs was left; the policy is still that of the step before
-            save(args, policy, optimizer, step)
-            raise
+        judged, judge_seconds = judge(judges, images, prompts, partial(save, args, policy, optimizer, step))
 
         # 3. compare inside each group, all N images on every process
         judged = {name: parallel.gather(values) for name, values in judged.items()}
@@ -316,6 +312,18 @@ def pick_prompts(args, step):
 def decode(tokenizer, tokens, micro_batch):
     """Tokens (N, T) -> images (N, 3, H, W) in [0, 1], `micro_batch` at a time."""
     return to_unit(torch.cat([tokenizer.decode(part) for part in tokens.split(micro_batch)]))
+
+
+def judge(judges, images, prompts, save):
+    """
+    judge_images: {name: (N,)}, {name: seconds}. A server that hangs is left at the first Ctrl-C: the policy is still
+    that of the step before, and is saved.
+    """
+    try:
+        return judge_images(judges, images, prompts)
+    except KeyboardInterrupt:
+        save()
+        raise
 
 
 def set_lr(args, optimizer, step):
