@@ -432,13 +432,18 @@ def satisfies(image, caption):
     return False
 
 
+def kind_of(caption, task):
+    """How shares are broken down: by a class's shape (c2i) or a caption's category (t2i). Raises as `parse`."""
+    return parse(caption)[0][0][2] if task == "c2i" else category_of(caption)
+
+
 def share_right(images, captions, task):
     """
     {"all": share of pictures that show what was asked, and by shape (c2i) or category (t2i)}; for t2i "all" is the mean
     over categories.
     """
     right = np.array([satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
-    kinds = np.array([parse(c)[0][0][2] if task == "c2i" else category_of(c) for c in captions])
+    kinds = np.array([kind_of(caption, task) for caption in captions])
     order = SHAPES if task == "c2i" else CATEGORIES
     parts = {kind: float(right[kinds == kind].mean()) for kind in order if (kinds == kind).any()}
     return {"all": float(right.mean() if task == "c2i" else np.mean(list(parts.values())))} | parts

@@ -266,11 +266,14 @@ def evaluation(folder):
     tables = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
     if not tables:
         return ""
-    columns = json.loads(tables[-1].read_text())["columns"]
+    found = json.loads(tables[-1].read_text())
+    columns, errors = found["columns"], found.get("standard_errors", {})
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = ""
     for metric in dict.fromkeys(metric for figures in columns.values() for metric in figures):
         cells = [f"{figures[metric]:.3f}" if metric in figures else "" for figures in columns.values()]
+        spreads = [errors.get(name, {}).get(metric) for name in columns]
+        cells = [c if e is None else f"{c} ± {e:.3f}" for c, e in zip(cells, spreads, strict=True)]
         body += f"<tr><th>{html.escape(metric)}</th><td>{'</td><td>'.join(cells)}</td></tr>"
     return f'<h2>Evaluation</h2><div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
 

@@ -36,13 +36,14 @@ from tokenizer import to_uint8, to_unit
 
 @torch.no_grad()
 def draw(
-    model, tokenizer, encode, asked, seed=0, batch_size=64, decode_batch=64, dtype="float32", progress=False, **sampling
-):
+    model, tokenizer, encode, asked, seed=0, first=0, batch_size=64, decode_batch=64, dtype="float32", progress=False,
+    **sampling,
+):  # fmt: skip
     """
     One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as
     the model was trained (partial(encode, pad="right") where that is the right side). `sampling` goes to
-    Transformer.generate, under autocast to `dtype`. The picture of entry k is a function of seed, k and the entry.
-    progress: a bar on stderr, with the time left.
+    Transformer.generate, under autocast to `dtype`. Picture k is a function of seed, first + k and the entry,
+    so a long list can be drawn in pieces. progress: a bar on stderr, with the time left.
     """
     device, T = model.output.weight.device, model.config.num_tokens
     parts = torch.tensor(parallel.share(len(asked))).split(batch_size)  # of several processes each draws a share
@@ -52,7 +53,7 @@ def draw(
         hook = model.norm.register_forward_hook(lambda *_: bar.update() and None)
         for mine in parts:
             cond, cond_mask = encode([asked[k] for k in mine])
-            noise = image_noise(mine, T, seed)
+            noise = image_noise(first + mine, T, seed)
             with zoo.autocast(device, dtype):
                 drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
             images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]

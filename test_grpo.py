@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import grpo
+import metrics
 import parallel
 import pretrain
 import report
@@ -555,49 +556,283 @@ def test_three_steps_of_the_loop_are_the_algorithm(case, tmp_path, monkeypatch):
 # the measures of evaluate.py -----------------------------------------------------------------------------------------
 
 
-def test_frechet_distance_is_the_closed_form():
+def two_clouds(seed, n=300, m=200, width=5):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, width)) @ rng.standard_normal((width, width)), rng.standard_normal((m, width)) + 1
+
+
+def test_the_frechet_distance_is_that_of_others():
     """A root taken entry by entry, or of the sum, agrees where covariances are equal and nowhere else."""
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((300, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((200, 5)) + 1
-    cov_a, cov_b = ((x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1) for x in (a, b))
-    # tr (C_a C_b)^1/2 is the sum of the roots of the eigenvalues, which are real and not negative
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real).sum()
-    expected = np.linalg.norm(a.mean(0) - b.mean(0)) ** 2 + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-    assert evaluate.frechet_distance(a, b) == pytest.approx(expected)
+    from scipy.linalg import sqrtm
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = two_clouds(0)
+    found = metrics.frechet_distance(a, *metrics.gaussian(b)).value
+    stats = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    assert found == pytest.approx(fid_statistics_to_metric(*stats, False)["frechet_inception_distance"], rel=1e-6)
+    (mu_a, cov_a), (mu_b, cov_b) = metrics.gaussian(a), metrics.gaussian(b)
+    expected = ((mu_a - mu_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert found == pytest.approx(expected, rel=1e-6)
+    # Gaussians whose axes agree have a closed form: the squared difference of means and of spreads
+    spread, mu, cov = np.array([1, 2, 3.0]), np.array([1, 0, -1.0]), np.diag([4, 4, 4.0])
+    points = np.random.default_rng(0).standard_normal((1000, 3))
+    points = (points - points.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(points, rowvar=False))).T * spread
+    assert metrics.frechet_distance(points, mu, cov).value == pytest.approx(2 + ((spread - 2) ** 2).sum())
+
+
+def test_kid_and_inception_score_are_those_of_others():
+    """A kernel of another degree, a picture compared with itself, a last short chunk that weighs by its length."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = (torch.from_numpy(x) for x in two_clouds(1, 200, 200, 40))
+    theirs = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=200, verbose=False)
+    assert metrics.kernel_distance(a, b).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    logits = torch.randn(50, 7, generator=seeded(0)).double() * 3
+    whole = isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(logits).value == pytest.approx(whole)
+    scores = []
+    for part in (logits[:20], logits[20:40], logits[40:]):  # the formula, as ADM cuts the pictures
+        p = part.softmax(1).numpy()
+        scores.append(
+            math.exp(np.mean([sum(x * math.log(x / q) for x, q in zip(row, p.mean(0), strict=True)) for row in p]))
+        )
+    assert metrics.inception_score(logits, 20).value == pytest.approx(np.mean(scores))
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_what_brute_force_counts(k):
-    """A neighbour that counts itself, an open ball in place of a closed one, or the two sets exchanged."""
+    """A neighbour that counts itself, an open ball in place of a closed one, the two sets exchanged, a block's end."""
     rng = np.random.default_rng(k)  # on a coarse grid, so that many distances are equal
-    samples, renders = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
+    samples, references = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
 
     def share(points, members):
         balls = [(m, sorted(math.dist(m, other) for other in members)[k]) for m in members]  # [0] is its own distance
         return np.mean([any(math.dist(p, m) <= r for m, r in balls) for p in points])
 
-    found = evaluate.precision_recall(samples, renders, k)
-    assert found == pytest.approx((share(samples, renders), share(renders, samples)))
+    for rows in (512, 7):
+        found = [figure.value for figure in metrics.precision_recall(samples, references, k, rows)]
+        assert found == [share(samples, references), share(references, samples)]
     assert 0.2 < found[0] < 0.9 and found[0] != found[1]
+    wide = [rng.standard_normal((40, 2048), np.float32) * scale for scale in (1, 1.02)]  # as Inception's, in float32
+    expected = [share(*wide), share(*wide[::-1])]
+    assert [figure.value for figure in metrics.precision_recall(*wide, k)] == expected and 0 < expected[0] < 1
 
 
-def test_the_mean_entropy_is_over_pictures_and_without_guidance():
-    """A mean of batches' means weighs the last, short batch too much."""
+def test_standard_errors_are_those_of_a_bootstrap():
+    """An error of the wrong size makes noise a finding, or a finding noise; a pairing that is off, too."""
+    rng, references = np.random.default_rng(0), two_clouds(2)[1]
+    a = two_clouds(2, 400)[0]
+    b = a + 0.3 * rng.standard_normal(a.shape) + 0.2  # the same pictures, a little changed
+    mu, cov = metrics.gaussian(references)
+    measures = {
+        "mean": lambda x: metrics.mean_of(x[:, 0]),
+        "Frechet": lambda x: metrics.frechet_distance(x, mu, cov),
+        "KID": lambda x: metrics.kernel_distance(x, references),
+        "IS": lambda x: metrics.inception_score(torch.from_numpy(x), 100),
+    }
+    picks = rng.integers(len(a), size=(200, len(a)))
+    for name, measure in measures.items():
+        drawn = np.array([[measure(x[pick]).value for x in (a, b)] for pick in picks])
+        assert measure(a).error == pytest.approx(drawn[:, 0].std(), rel=0.25), name
+        change, error = metrics.compare([{name: measure(b)}], {name: measure(a)})[name]
+        assert change == pytest.approx(measure(b).value - measure(a).value), name
+        assert error == pytest.approx((drawn[:, 1] - drawn[:, 0]).std(), rel=0.25), name
+        unpaired = metrics.compare([{name: measure(b)}], {name: measure(a)}, paired=False)[name]
+        assert unpaired[1] > 1.5 * error, name
+    groups = np.repeat(["x", "y"], [10, 40])  # a mean over categories: binomial errors, each of half the weight
+    right = (np.arange(50) % 5 < 2).astype(float)
+    figure = metrics.mean_of_figures({g: metrics.mean_of(right[groups == g]) for g in "xy"}, groups)
+    assert (figure.value, figure.error) == pytest.approx((0.4, (0.24 / 10 + 0.24 / 40) ** 0.5 / 2), rel=0.02)
+
+
+def test_the_distance_in_class_is_over_pairs_of_one_class():
+    """A class of many pictures that weighs more, a picture paired with itself, labels that do not stand in order."""
+    points = np.array([[0, 0], [9, 9], [0, 2], [5, 5], [3, 4.0], [8, 9]])
+    found = metrics.class_distance(points, ["a", "b", "a", "alone", "a", "b"])
+    pairs = [2, 5, math.dist((0, 2), (3, 4))]
+    assert found.value == pytest.approx((np.mean(pairs) + 1) / 2) and len(found.influence) == 2
+    assert metrics.class_distance(points[:2], ["a", "b"]) is None
+
+
+def test_the_entropy_of_a_picture_is_without_guidance():
     model, labels = load_model("toy-c2i"), torch.tensor([0, 7, 39])
     tokens, _ = model.generate(labels, noise=image_noise(range(3), 64, 0))
     p = model(labels, tokens).detach().double().softmax(-1)
-    found = evaluate.mean_entropy(model, load_encoder("toy-c2i"), labels.tolist(), tokens, batch_size=2)
-    assert found == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)
+    found = evaluate.entropies(model, load_encoder("toy-c2i"), labels.tolist(), tokens)
+    assert found == pytest.approx(-(p * p.log()).sum(-1).mean(1).numpy(), rel=1e-5)
 
 
-def test_judges_means_are_over_all_pictures_that_they_judged():
-    """A mean of batches' means, or a missing judgement that counts as 0."""
-    judges = dict(bright=lambda x, _: x.mean((1, 2, 3)), read=lambda _, said: torch.tensor([*map(float, said)]))
-    images = torch.rand(5, 3, 8, 8)
-    found = evaluate.mean_rewards(images, ["1", "nan", "3", "inf", "8"], judges, "cpu", 2)
-    assert found == pytest.approx({"reward: bright": images.mean().item(), "reward: read": 4, "missing: read": 0.4})
-    judges.pop("bright")  # and no mean where nothing was judged: 0 would be read as the worst verdict
-    assert evaluate.mean_rewards(images, ["nan"] * 5, judges) == {"missing: read": 1}
+def test_judges_means_leave_out_what_is_missing():
+    """A missing judgement that counts as 0, or a mean where nothing was judged: it would be read as the worst verdict."""
+    found = {"reward: read": np.array([1, NAN, 3, INF, 8]), "reward: silent": np.full(5, NAN)}
+    figures = evaluate.figures_of(found, {}, [0] * 5, [""] * 5, "c2i")
+    assert {name: figure.value for name, figure in figures.items()} == pytest.approx(
+        {"reward: read": 4, "missing: read": 0.4, "missing: silent": 1}
+    )
+    assert figures["reward: read"].error == pytest.approx(np.std([1, 3, 8], ddof=1) / 3**0.5, rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """PATH#SHA256 of a file in the official one's form: Inception with random weights, scaled so that signals survive."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):  # whose constructor reads a file and leaves the weights as they are
+        def load_state_dict(self, *_):
+            pass
+
+    nothing, path = io.BytesIO(), tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    network = Untrained("random", ["2048"], nothing)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    assert len(network.state_dict()) == 566  # as the official file has
+    torch.save(network.state_dict(), path)
+    return f"{path}#{zoo.file_hash(path)}"
+
+
+def test_inceptions_features_are_adms(inception):
+    """Channels first in place of last, another branch, before the ReLU, logits with their bias: plausible, all wrong."""
+    network, kept = evaluate.load_inception(Path(inception.split("#")[0])), {}
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=seeded(0))
+    network.Mixed_6d.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
+    network.AvgPool.register_forward_hook(lambda module, args, output: kept.update(pool=output.flatten(1)))
+    found = evaluate.inception_features(pixels, network)
+    assert {name: x.shape for name, x in found.items()} == dict(pool=(2, 2048), logits=(2, 1008), spatial=(2, 2023))
+    branch = network.Mixed_6d.branch1x1
+    with torch.no_grad():
+        out = branch.bn(branch.conv(kept["x"])).numpy()  # (2, 192, 17, 17)
+    naive = [[max(out[n, c, y, x], 0) for y in range(17) for x in range(17) for c in range(7)] for n in range(2)]
+    assert np.allclose(found["spatial"], naive, atol=1e-5) and np.ptp(naive) > 0.1
+    assert np.array_equal(found["pool"], kept["pool"].numpy())
+    assert np.allclose(found["logits"], kept["pool"].numpy() @ network.fc.weight.numpy().T, atol=1e-4)
+    assert not network.Mixed_6d.branch1x1._forward_hooks  # else the second batch's would be added to the first one's
+
+
+def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
+    """Compressed, labels unnamed: what other programs write. Pictures that come in another order, or in part."""
+    monkeypatch.setattr(metrics, "FEWEST", 6)
+    rng = np.random.default_rng(0)
+    theirs, references = (rng.integers(0, 256, shape, np.uint8) for shape in ((6, 8, 8, 3), (7, 8, 8, 3)))
+    theirs[3:, :, :, 0] = 0
+    np.savez_compressed(tmp_path / "a.npz", theirs, np.repeat([1, 2], 3))
+    pictures = evaluate.Pictures(tmp_path / "a.npz")
+    parts = [pictures.part(k, min(k + 4, 6))[0] for k in (0, 4)]
+    assert np.array_equal((torch.cat(parts) * 255).round().permute(0, 2, 3, 1).numpy(), theirs)
+    given = dict(mu_s=rng.random(2023), sigma_s=np.eye(2023), mu=rng.random(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "ref.npz", arr_0=references, **given)
+    flags = ["--reference", str(tmp_path / "ref.npz"), "--inception", inception, "--out", str(tmp_path / "result")]
+    evaluate.main(["--samples", str(tmp_path / "a.npz"), *flags, "--npz", str(tmp_path / "copies")])
+    copy = np.load(tmp_path / "copies/a.npz")
+    assert np.array_equal(copy["arr_0"], theirs) and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
+    found, text = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "result.md").read_text()
+    figures, network = found["columns"]["a"], evaluate.load_inception(Path(inception.split("#")[0]))
+    a, b = (
+        evaluate.inception_features(torch.from_numpy(x).permute(0, 3, 1, 2), network)["pool"].numpy()
+        for x in (theirs, references)
+    )
+    pair = [figure.value for figure in metrics.precision_recall(a, b)]
+    assert [figures["precision"], figures["recall"]] == pytest.approx(pair, abs=0.03)
+    assert figures["KID"] == pytest.approx(metrics.kernel_distance(a, b).value, rel=1e-3)
+    assert figures["distance in class"] == pytest.approx(metrics.class_distance(a, [1, 1, 1, 2, 2, 2]).value, rel=1e-3)
+    # too few for the rest, and the table says so
+    assert set(found["blank"]["a"]) == {"FID", "sFID", "IS"} and "there are 6 pictures" in found["blank"]["a"]["FID"]
+    assert "| FID |  |" in text and "Blank: FID of a: 2,049 are needed" in text
+    assert found["sha256"]["inception"] == inception.split("#")[1]
+
+
+def test_larger_pictures_are_resized_as_pil_does_it():
+    pixels = torch.randint(0, 256, (1, 3, 384, 384), dtype=torch.uint8, generator=seeded(0))
+    expected = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((256, 256), Image.BICUBIC)
+    assert np.array_equal(evaluate.shrunk(pixels)[0].permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert evaluate.shrunk(pixels[..., :256, :256]).shape[-1] == 256
+
+
+def test_an_evaluation_that_was_stopped_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    """A batch that is drawn from other random numbers, or counted twice: nobody would see it."""
+    metadata = [dict(tag="colors", prompt=prompt) for prompt in ("a red circle", "two circles", "a blue square")]
+    (tmp_path / "geneval.jsonl").write_text("\n".join(map(json.dumps, metadata)))
+    monkeypatch.chdir(tmp_path)
+
+    def files():
+        return {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+    flags = ["--task", "t2i", "--geneval", "geneval.jsonl", "--cfg-scale", "1", "--rewards", "clip"]
+    flags += ["--batch-size", "5", "--npz", "out/npz", "--out", "out/table"]
+    evaluate.main(flags)
+    whole, replace = files(), os.replace
+    assert not list(Path("out").rglob("*.parts"))
+    for stop in (2, 8, 15, 22):  # renames: settings, parts, pictures, npz, the table
+        shutil.rmtree("out")
+        left = iter([None] * stop)
+
+        def cut(*paths, left=left):
+            if next(left, "stop") == "stop":
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", cut)
+        with pytest.raises(SystemExit, match="goes on from here"):
+            evaluate.main(flags)
+        monkeypatch.setattr(os, "replace", replace)
+        assert list(Path("out").glob("*.parts"))
+        evaluate.main(flags)
+        assert files() == whole, stop
+
+
+def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, monkeypatch):
+    """Parts of another seed in the table, or a finished table of hours that is written over."""
+    flags = ["--task", "t2i", "--num", "4", "--cfg-scale", "1", "--rewards", "clip"]
+    args = evaluate.parse_args([*flags, "--out", str(tmp_path)])
+    evaluate.open_parts(args, evaluate.settings_of(args)).close()
+    other = [*flags, "--seed", "1", "--out"]
+    with pytest.raises(SystemExit, match="unfinished evaluation with other settings"):
+        evaluate.main([*other, str(tmp_path / "evaluation")])
+    evaluate.main([*other, str(tmp_path)])
+    evaluate.main([*flags, "--out", str(tmp_path)])  # goes on with the first
+    seeds = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["seed"] for name in ("evaluation", "evaluation-2")
+    }
+    assert seeds == {"evaluation": 0, "evaluation-2": 1}
+    evaluate.main([*flags, "--out", str(tmp_path)])
+    assert (tmp_path / "evaluation-3.json").exists()
+
+
+def test_benchmarks_folders_are_what_their_scorers_read(tmp_path, monkeypatch, capsys):
+    """A line of GenEval's in another folder, or a quarter of a sheet in another place, scores another picture."""
+    monkeypatch.chdir(tmp_path)
+    prompts = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
+    lines = [json.dumps(dict(tag="colors", include=[dict(count=1)], prompt=prompt)) for prompt in prompts]
+    Path("lines.jsonl").write_text("\n".join(lines) + "\n")
+    Path("dpg").mkdir()
+    for item, prompt in zip(("a1", "b2", "c3"), prompts, strict=True):
+        Path(f"dpg/{item}.txt").write_text(prompt + "\n")
+    model, encode = load_model("toy-t2i"), load_encoder("toy-t2i")
+    asked = [prompt for prompt in prompts for _ in range(4)]
+    images, _ = sample.draw(model, load_tokenizer("toy-t2i"), encode, asked)
+    pixels = to_uint8(images * 2 - 1).permute(0, 2, 3, 1).numpy().astype(int)
+    few = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5"]
+    ours = ["--ckpt", str(MODELS["toy-t2i"].ckpt)]
+    evaluate.main([*few, *ours, "--geneval", "lines.jsonl", "--out", "g"])
+    assert "evaluate_images.py g-pictures/COLUMN" in capsys.readouterr().out
+    evaluate.main([*few, "--dpg", "dpg", "--out", "d"])
+    assert "--resolution 64 --pic-num 4" in capsys.readouterr().out
+    for n, line in enumerate(lines):
+        for column in ("base-cfg-1", "tuned-cfg-1"):  # the same weights: so the same random numbers
+            folder = Path(f"g-pictures/{column}/{n:05d}")
+            assert json.loads((folder / "metadata.jsonl").read_text()) == json.loads(line)
+            four = [np.asarray(Image.open(folder / f"samples/{k:04d}.png")) for k in range(4)]
+            assert abs(np.stack(four) - pixels[4 * n : 4 * n + 4]).max() <= 1
+        sheet = Image.open(f"d-pictures/base-cfg-1/{('a1', 'b2', 'c3')[n]}.png")
+        crops = [(0, 0, 64, 64), (64, 0, 128, 64), (0, 64, 64, 128), (64, 64, 128, 128)]  # as its scorer cuts it
+        assert abs(np.stack([np.asarray(sheet.crop(box)) for box in crops]) - pixels[4 * n : 4 * n + 4]).max() <= 1
+    found = json.loads(Path("g.json").read_text())
+    changes = found["differences"]["tuned, cfg 1"]
+    assert changes["reward: clip"] == [0, 0] and found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
@@ -1903,6 +2138,9 @@ def test_each_file_imports_only_from_the_floors_below_it():
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
     assert all(floors[name] == set() for name in ground) and floors["grpo"] == {"model"}
+    assert floors["metrics"] == set() and all(
+        "metrics" not in floors[name] for name in {*OURS} - {"evaluate", "test_grpo"}
+    )
     assert floors["zoo"] <= ground and floors["rewards"] | floors["sample"] <= ground | {"zoo"}
     scripts = {"train", "evaluate", "pretrain", "bench"}
     assert all(scripts.isdisjoint(found) for name, found in floors.items() if name != "test_grpo")
@@ -1953,6 +2191,16 @@ def wrong_files(tmp_path_factory):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"PK\x03\x04 not whole")
     torch.save({"w": torch.zeros(2)}, folder / "judges/ckpt_koniq10k.pt")
+    for name, array in dict(objects=np.array([1, "a"], object), float=np.zeros((2, 8, 8, 3), np.float32),
+                            first=np.zeros((2, 3, 8, 8), np.uint8), good=np.zeros((2, 8, 8, 3), np.uint8)).items():  # fmt: skip
+        np.savez(folder / f"{name}.npz", array)
+    np.savez(folder / "other.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    whole = (folder / "good.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[:300])
+    with zipfile.ZipFile(folder / "short.npz", "w") as file:  # whole as a zip, but the array in it is not
+        file.writestr("arr_0.npy", zipfile.ZipFile(folder / "good.npz").read("arr_0.npy")[:-9])
+    (folder / "dots").mkdir()
+    (folder / "dots/a.b.txt").write_text("a red circle")
     return folder
 
 
@@ -2087,6 +2335,20 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
     (sample, ["--temperature", "nan"], "--temperature must be finite"),
     (train, ["--stepz", "3"], "unrecognized"),
+    # what is evaluated
+    (evaluate, ["--samples", "{}/objects.npz"], "is object (2,), not uint8 (n, H, W, 3)"),
+    (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3), not uint8"),
+    (evaluate, ["--samples", "{}/first.npz"], "is uint8 (2, 3, 8, 8), not uint8 (n, H, W, 3)"),
+    (evaluate, ["--samples", "{}/other.npz"], "an array arr_0 is needed"),
+    (evaluate, ["--samples", "{}/cut.npz"], "it is not a whole npz file"),
+    (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
+    (evaluate, ["--samples", "{}/short.npz"], "arr_0 is not whole"),
+    (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
+    (evaluate, ["--samples", "{}/good.npz", "--ckpt", "{}/ours.safetensors"], "--ckpt has no say"),
+    (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz#0123"], "not 0123: fetch it again"),
+    (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz"], "weights-inception-2015-12-05-6726825d.pth"),
+    (evaluate, ["--task", "t2i", "--dpg", "{}/dots"], "an item's name has no dot"),
+    (evaluate, ["--task", "t2i", "--geneval", "{}/dots/a.b.txt"], "evaluation_metadata.jsonl is needed"),
 ]  # fmt: skip
 
 

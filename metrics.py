@@ -1,0 +1,280 @@
+"""
+How good are pictures? Pure functions of features: arrays in, figures with standard errors out.
+
+    frechet_distance     FID, sFID: distance of two Gaussians fitted to features (arXiv 1706.08500, 2103.03841)
+    precision_recall     how many samples look like references, and the reverse (arXiv 1904.06991)
+    kernel_distance      KID (arXiv 1801.01401)
+    inception_score      IS (arXiv 1606.03498)
+    class_distance       variety inside a class
+    compare              policies with their base, paired by picture
+
+    python metrics.py    # two clouds of features
+
+evaluate.py says which features of which pictures they are taken of. Shapes: n pictures, m references, E features each.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Figure(NamedTuple):
+    """
+    A figure with its influence function (K,): how much each of K units, mostly pictures, moves it, times K, to first
+    order. The spread of this gives the standard error, and the spread of the difference between two policies' pictures
+    of the same random numbers that of the difference: as a bootstrap does it, without drawing anything again.
+    """
+
+    value: float
+    influence: np.ndarray
+
+    @property
+    def error(self):
+        """Standard error; NaN for a single unit."""
+        K = len(self.influence)
+        return float(self.influence.std(ddof=1) / K**0.5) if K > 1 else np.nan
+
+
+def mean_of(values):
+    """The mean of values (K,); those that are not finite are left out."""
+    finite = np.isfinite(values)
+    mean = values[finite].mean()
+    return Figure(float(mean), np.where(finite, values - mean, 0) * len(values) / finite.sum())
+
+
+def mean_of_figures(figures, groups):
+    """The mean of {group: figure of its pictures}, each group weighing the same; groups (n,) says which is whose."""
+    influence = np.empty(len(groups))
+    for group, figure in figures.items():
+        own = groups == group
+        influence[own] = figure.influence * len(groups) / (len(figures) * own.sum())
+    return Figure(float(np.mean([figure.value for figure in figures.values()])), influence)
+
+
+def compare(runs, base=None, paired=True):
+    """
+    {metric: (mean over runs, standard error or None)} of runs, a list of {metric: Figure or reason}, less that of
+    `base` where it is given; of the metrics that all of them have. The error of several runs also holds their spread.
+    Paired: unit k of all had the same prompt and the same random numbers, so what is common to them cancels.
+    """
+    found = {}
+    for metric in runs[0]:
+        figures = [one.get(metric) for one in (*runs, *([base] if base else []))]
+        if not all(isinstance(figure, Figure) for figure in figures):
+            continue
+        own = figures[: len(runs)]
+        value, influence = np.mean([f.value for f in own]), np.mean([f.influence for f in own], axis=0)
+        variance = np.var([f.value for f in own], ddof=1) / len(own) if len(own) > 1 else 0.0
+        if base:
+            value -= figures[-1].value
+        if base and paired:
+            influence = influence - figures[-1].influence
+        elif base:
+            variance += figures[-1].error ** 2
+        error = float((Figure(0, influence).error ** 2 + variance) ** 0.5)
+        found[metric] = float(value), error if np.isfinite(error) else None
+    return found
+
+
+def gaussian(features):
+    """Mean (E,) and covariance (E, E) of features (n, E), float64."""
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(features, mu, cov):
+    """
+    |m - mu|^2 + tr(C + cov - 2 (cov^1/2 C cov^1/2)^1/2): the distance from the Gaussian fitted to features (n, E) to
+    the one of mean mu (E,) and covariance cov (E, E), in float64 (arXiv 1706.08500). n and the pictures behind cov must
+    be more than E. It is biased upwards by what few pictures there are, which the standard error does not hold.
+    """
+    mean = features.mean(0, dtype=np.float64)
+    centred = features - mean  # (n, E) float64, the largest thing here: 0.8 GB for 50,000 x 2,048
+    own = centred.T @ centred / (len(features) - 1)
+    values, vectors = np.linalg.eigh(cov)
+    root = (vectors * values.clip(0) ** 0.5) @ vectors.T
+    values, vectors = np.linalg.eigh(root @ own @ root)
+    values = values.clip(0)  # below 0 is rounding
+    distance = ((mean - mu) ** 2).sum() + np.trace(own) + np.trace(cov) - 2 * (values**0.5).sum()
+    # d distance / d C = 1 - cov^1/2 (cov^1/2 C cov^1/2)^-1/2 cov^1/2
+    side = root @ vectors
+    inverse = np.where(values > 1e-12 * values[-1], values, np.inf) ** -0.5
+    slope = np.eye(len(mu)) - (side * inverse) @ side.T
+    influence = 2 * centred @ (mean - mu) + np.einsum("ne,ne->n", centred @ slope, centred)
+    return Figure(float(distance), influence - influence.mean())
+
+
+def squared_distances(a, b):
+    """|a_i - b_j|^2 of a (n, E) and b (m, E) -> (n, m), in their own precision."""
+    a2, b2 = (torch.einsum("ne,ne->n", x, x) for x in (a, b))
+    return torch.addmm(b2[None], a, b.T, alpha=-2).add_(a2[:, None])
+
+
+def precision_recall(samples, references, k=3, rows=512):
+    """
+    Improved precision and recall (arXiv 1904.06991, eq. 1-2) of features samples (n, E) and references (m, E).
+
+    Around each reference lies a ball that reaches to its k-th nearest other reference. Precision is the share of
+    samples that lie in at least one of these balls. Recall is the same with the roles exchanged: the share of
+    references that lie in a ball around a sample. Its units, for the standard error, are the references.
+
+    Blocks of `rows` rows bound the memory. The time is that of n^2 + m^2 + nm products of E.
+    """
+    samples, references = torch.as_tensor(samples), torch.as_tensor(references)
+    reach, reach_of_references = (
+        torch.cat([squared_distances(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(rows)])
+        for x in (samples, references)  # k + 1: the nearest is itself
+    )
+    precise, recalled = [], torch.zeros(len(references), dtype=torch.bool)
+    for part, radius in zip(samples.split(rows), reach.split(rows), strict=True):
+        across = squared_distances(part, references)  # (rows, m)
+        precise.append((across <= reach_of_references[None]).any(1))
+        recalled |= (across <= radius[:, None]).any(0)
+    return mean_of(torch.cat(precise).double().numpy()), mean_of(recalled.double().numpy())
+
+
+def kernel_sums(a, b, rows=512):
+    """The sum over j of (a_i . b_j / E + 1)^3, of a (n, E) and b (m, E) -> (n,) float64."""
+    return torch.cat([((part @ b.T).double() / a.shape[1]).add_(1).pow_(3).sum(1) for part in a.split(rows)]).numpy()
+
+
+def kernel_distance(samples, references):
+    """
+    KID (arXiv 1801.01401): the unbiased squared maximum mean discrepancy of features samples (n, E) and references
+    (m, E) under a cubic kernel. Over all pairs; averaging over random subsets, as others do, estimates the same number.
+    """
+    samples, references = torch.as_tensor(samples), torch.as_tensor(references)
+    within = []
+    for x in (samples, references):
+        itself = ((x.double() ** 2).mean(1) + 1).pow(3).numpy()
+        within.append((kernel_sums(x, x) - itself) / (len(x) - 1))
+    across = kernel_sums(samples, references) / len(references)
+    influence = 2 * (within[0] - across)
+    return Figure(float(within[0].mean() + within[1].mean() - 2 * across.mean()), influence - influence.mean())
+
+
+def inception_score(logits, chunk=5000):
+    """
+    exp of the mean over pictures of KL(p(class | picture) to its mean over pictures), of logits (n, classes), then the
+    mean over chunks of pictures in their order (arXiv 1606.03498). ADM: 1,008 logits without bias, chunks of 5,000.
+    """
+    scores, influence = [], []
+    for part in torch.as_tensor(logits).split(chunk):
+        logp = part.double().log_softmax(1)
+        kl = (logp.exp() * (logp - logp.exp().mean(0).log())).sum(1).numpy()
+        scores.append(np.exp(kl.mean()))
+        influence.append(scores[-1] * (kl - kl.mean()) / len(part))
+    return Figure(float(np.mean(scores)), np.concatenate(influence) * len(logits) / len(scores))
+
+
+def class_distance(features, asked):
+    """
+    Mean distance between the features (n, E) of two pictures of one class or prompt, then over the classes of which
+    there are two pictures or more: how much variety is left. asked: n labels or captions. None if there is no such
+    class. Its units, for the standard error, are the classes.
+    """
+    labels = np.unique(np.asarray(asked), return_inverse=True)[1]
+    order = np.argsort(labels, kind="stable")
+    classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    means = [torch.pdist(torch.as_tensor(features[k])).double().mean().item() for k in classes if len(k) > 1]
+    return mean_of(np.array(means)) if means else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which figures, and when there are too few pictures for one: a text in its place says why.
+
+FEWEST = 48  # pictures, below which precision, recall and KID mean nothing
+
+
+class Reference(NamedTuple):
+    features: np.ndarray  # (m, E)
+    gaussian: tuple  # mean (E,) and covariance (E, E), or None where there are too few pictures for it
+
+
+def reference_of(features, known=None):
+    """`known`: mean and covariance, where they are of more pictures than `features` are."""
+    if known:
+        return Reference(features, tuple(np.asarray(x, np.float64) for x in known))
+    return Reference(features, gaussian(features) if len(features) > features.shape[1] else None)
+
+
+def too_few(n, m, least, why=""):
+    """None, or why a figure that takes `least` pictures and references is blank with n and m of them."""
+    have = f"{n:,} pictures" if n < least else f"{m:,} references"
+    return f"{least:,} are needed{why}, there are {have}" if min(n, m) < least else None
+
+
+def frechet(features, reference):
+    """The Frechet distance of features (n, E), or why there is none: a covariance needs more pictures than features."""
+    (n, width), m = features.shape, len(reference.features) if reference.gaussian is None else np.inf
+    few = too_few(n, m, width + 1, f", one more than features ({width:,})")
+    return few or frechet_distance(features, *reference.gaussian)
+
+
+def neighbours(features, reference):
+    """(precision, recall) of features (n, E), or twice why there are none."""
+    few = too_few(len(features), len(reference.features), FEWEST)
+    return (few, few) if few else precision_recall(features, reference.features)
+
+
+def feature_figures(found, references, asked):
+    """
+    {name of metric: figure or reason} of the features that a stream has found: for a toy in those of CLIP and of the
+    tokenizer's encoder; in Inception's as ADM does (arXiv 2105.05233), with KID and the distance in class beside.
+    """
+    figures, alone = {}, "no class or prompt has two pictures"
+    for name in [name for name in ("CLIP", "latents") if name in found]:
+        figures[f"Frechet, {name}"] = frechet(found[name], references[name])
+        figures[f"precision, {name}"], figures[f"recall, {name}"] = neighbours(found[name], references[name])
+        figures[f"distance in class, {name}"] = class_distance(found[name], asked) or alone
+    if "pool" in found:
+        pool = found["pool"]
+        if "pool" in references:
+            figures["FID"] = frechet(pool, references["pool"])
+            figures["sFID"] = frechet(found["spatial"], references["spatial"])
+        figures["IS"] = too_few(len(pool), np.inf, 5000, ", one chunk") or inception_score(found["logits"])
+        if "pool" in references:
+            reference = references["pool"]
+            figures["precision"], figures["recall"] = neighbours(pool, reference)
+            few = too_few(len(pool), len(reference.features), FEWEST)
+            figures["KID"] = few or kernel_distance(pool, reference.features)
+        figures["distance in class"] = class_distance(pool, asked) or alone
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A table of them
+
+
+def as_cells(figures, sign=""):
+    """{metric: text} of {metric: (value, standard error)}, with two digits of the error and as many of the value."""
+    cells = {}
+    for metric, (value, error) in figures.items():
+        percent = metric.startswith(("right", "missing"))
+        digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 6)) if error else 3
+        cells[metric] = f"{value:{sign}.1%}" if percent else f"{value:{sign}.{digits}f}"
+        if error is not None:
+            cells[metric] += f" ± {100 * error:.1f}" if percent else f" ± {error:.{digits}f}"
+    return cells
+
+
+def as_table(columns):
+    """A Markdown table of {column: {metric: text}}; a metric that a column lacks is left blank."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for metric in dict.fromkeys(metric for cells in columns.values() for metric in cells):
+        lines.append(f"| {metric} | " + " | ".join(cells.get(metric, "") for cells in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    references, samples = rng.standard_normal((2000, 8)), 0.7 * rng.standard_normal((1000, 8)) + 0.2
+    precision, recall = precision_recall(samples, references)
+    distance = frechet_distance(samples, *gaussian(references))
+    print(
+        "1,000 samples, narrower than 2,000 references and a little beside them: 8 features, standard errors behind ±"
+    )
+    for name, figure in dict(distance=distance, precision=precision, recall=recall).items():
+        print(f"{name:10} {figure.value:.3f} ± {figure.error:.3f}")
+    print(f"{8 * (0.2**2 + (1 - 0.7) ** 2):.3f} is the distance of the Gaussians that both were drawn from")
