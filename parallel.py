@@ -1,9 +1,11 @@
 """
 Several processes as one. torchrun starts them, on one machine or several:
 
-    torchrun --nproc-per-node 8 train.py --model llamagen-xl-384
-    torchrun --nproc-per-node 8 train.py --model llamagen-3b-384 --shard
-    torchrun --nproc-per-node 8 evaluate.py --ckpt out/llamagen-xl-384
+    torchrun --nproc-per-node 8 -- train.py --model llamagen-xl-384
+    torchrun --nproc-per-node 8 -- train.py --model llamagen-3b-384 --shard
+    torchrun --nproc-per-node 8 -- evaluate.py --ckpt out/llamagen-xl-384 --num 50000
+
+The lone -- is needed, because torchrun takes --num for a flag of its own.
 
 Plain `python` is a world of one, in which every function here returns what it was given. Otherwise each process draws,
 judges and learns from its own prompts, whole groups of them. Judgements are gathered, so that every process compares
