@@ -7,6 +7,7 @@ The invariants, one per test. Each names the bug that it keeps out. No network, 
 import ast
 import base64
 import contextlib
+import copy
 import hashlib
 import html
 import http.server
@@ -53,7 +54,7 @@ import train
 import zoo
 from data import Mistake
 from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, sampler_gap, token_logprobs
-from model import ModelConfig, Transformer, image_noise, keep_likeliest, sample_row
+from model import ModelConfig, Transformer, adapters, image_noise, keep_likeliest, merged, sample_row
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
 from zoo import MODELS, load_encoder, load_model, load_tokenizer
 
@@ -1996,6 +1997,57 @@ def test_a_judge_of_ones_own_returns_what_can_be_meant(name):
     values = rewards.judge_images({"mine": mean}, images, [""] * 4)[0]["mine"]
     assert values.shape == (4,) and values.dtype == torch.float32 and torch.equal(images, kept)
     assert torch.allclose(values, kept.mean((1, 2, 3)) * (name != "whole"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@BOTH
+def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
+    """A reference that moves with its policy has KL 0 for ever; adapters that are lost on saving save the base."""
+    policy, (cond, mask), tokens = tiny(config), tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1))
+    reference = copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
+
+    @torch.no_grad()
+    def logits(model):
+        with zoo.autocast("cpu", dtype):  # for each call, because it remembers what it has rounded
+            return model(cond, tokens, mask)
+
+    before = logits(policy)
+    adapters(policy, 2, seeded(2))
+    assert torch.equal(logits(policy), before)
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            assert name.startswith("layers.") and name.endswith((".up", ".down"))
+            parameter.data += torch.randn(parameter.shape, generator=seeded(3)) / 4
+    after, alone = logits(policy), tiny(config)
+    alone.load_state_dict(merged(policy.state_dict()))
+    moved, rounding = (after - before).abs().max(), 1e-5 if dtype == "float32" else 0.05
+    assert moved > 0.1 and (logits(alone) - after).abs().max() < rounding * moved.clamp(min=1)
+    assert torch.equal(logits(reference), before)
+    assert reference.layers[0].attention.wqkv.weight is policy.layers[0].attention.wqkv.weight
+
+
+def test_a_run_with_adapters_goes_on_from_its_save_and_saves_plain_weights(tmp_path, monkeypatch):
+    """Adapters that a resumed run begins anew, or a policy that no other script can read."""
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train, "look_back", lambda *_: None)
+    flags = ["--steps", "2", "--lora-rank", "2", "--lr", "3e-3", *TINY_RUN, *TWO["c2i"]]
+    train.main([*flags, "--out", str(tmp_path / "a")])
+    monkeypatch.setattr(train.Watch, "stops", lambda watch: True)
+    monkeypatch.setattr(train.Watch, "go_on", lambda *_: sys.exit("stopped"))
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--out", str(tmp_path / "b")])
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train, "look_back", lambda *_: None)
+    train.main([*flags, "--out", str(tmp_path / "b"), "--resume"])
+    first, second = ((tmp_path / run / "policy.safetensors").read_bytes() for run in "ab")
+    assert first == second
+    tuned, base = (
+        load_model("toy-c2i", tmp_path / "a/policy.safetensors").state_dict(),
+        load_model("toy-c2i").state_dict(),
+    )
+    moved = {name for name in base if not torch.equal(tuned[name], base[name])}
+    assert moved and all(re.fullmatch(r"layers\.\d\.\w+\.w\w+\.weight", name) for name in moved)
 
 
 def test_a_run_is_not_resumed_with_other_files_or_flags(tmp_path, monkeypatch):

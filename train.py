@@ -53,7 +53,7 @@ from grpo import (
     score_tokens,
     token_logprobs,
 )
-from model import image_noise
+from model import adapters, image_noise, merged
 from rewards import (
     add_judge_flags,
     files_of_judges,
@@ -129,6 +129,8 @@ def parse_args(argv=None):
     add("--kl-coef", type=float, help="the paper's beta (default: toys 0.04; the release's 0.1 for c2i, 1.0 for t2i)")
     add("--clip-eps", type=float, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
+    add("--lora-rank", type=int, default=0, metavar="R", help="learn a change of rank R beside each matrix of the "
+        "blocks, which policy and reference then share; wants 10 times the --lr (default 0: learn all)")  # fmt: skip
     add("--checkpoint-layers", action="store_true", help="keep only what enters each block and compute the rest again "
         "in the backward pass: a third of the memory, a fifth more time")  # fmt: skip
     add("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments among the processes")
@@ -162,8 +164,11 @@ def resolve(args):
         raise Mistake(f"--score-cfg is 'same' or a number, not {args.score_cfg!r}") from None
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
     zoo.check_range(args, seed=0, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12)
+    zoo.check_range(args, lora_rank=0)
     if args.shard and parallel.world() == 1:
         raise Mistake("--shard divides the model among processes: start them with torchrun --nproc-per-node N train.py")
+    if args.shard and args.lora_rank:
+        raise Mistake("--lora-rank shares weights between policy and reference, which --shard divides: leave one out")
     if args.shard and args.compile:
         raise Mistake("--compile copies the blocks, which --shard has divided: leave one of them out")
     if args.prompts_per_step % parallel.world():
@@ -196,7 +201,11 @@ def build(args):
     """The policy, its frozen copy, the tokenizer, the encoder of what is asked, the judges, the optimizer."""
     claim(args)  # first, because loading takes time
     policy = zoo.load_model(args.model, args.base, args.device, args.compile)
-    ref_model = copy.deepcopy(policy).requires_grad_(False)
+    # beside adapters the weights never change, so policy and reference share them
+    shared = {id(p): p for p in policy.parameters()} if args.lora_rank else {}
+    ref_model = copy.deepcopy(policy, shared).requires_grad_(False)
+    if args.lora_rank:
+        adapters(policy, args.lora_rank, torch.Generator().manual_seed(args.seed))
     policy.checkpoint_layers = args.checkpoint_layers
     if args.task == "t2i":
         # LlamaGen's "no text" is random and was never trained; training it under guidance changed nothing (RESULTS.md)
@@ -209,7 +218,8 @@ def build(args):
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
     # no weight decay: the KL says already where the weights should stay
     betas = (0.9, args.adam_beta2)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=betas, weight_decay=0)
+    learned = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=betas, weight_decay=0)
     return policy, ref_model, tokenizer, partial(encode, pad=args.text_pad), judges, optimizer
 
 
@@ -603,7 +613,7 @@ def save(args, policy, optimizer, step):
 
 def save_policy(args, weights, step):
     """policy.safetensors; its header says which model this is, what it began from, how it was asked and its world."""
-    weights = {name: value.detach().contiguous() for name, value in weights.items()}
+    weights = {name: value.detach().contiguous() for name, value in merged(weights).items()}
     header = dict(format="pt", model=args.model, step=str(step), base=str(Path(zoo.find_file(args.base)).resolve()))
     header |= {name: str(getattr(args, name)) for name in ("text_pad", "cfg_scale", "temperature")}
     header |= dict(tokenizer=zoo.tokenizer_hash(args.model))
