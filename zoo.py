@@ -289,7 +289,7 @@ def find_policy(ckpt=None, model=None, task=None):
     if task not in (None, row.config.task):
         raise Mistake(f"--model {name} is a {row.config.task} model, but --task is {task}")
     found = found if written_by else {}
-    if found and found.get("tokenizer", tokenizer_hash(name)) != tokenizer_hash(name):
+    if found and found.get("tokenizer", "") != tokenizer_hash(name):
         raise Mistake(f"{path} is of another toy world: its tokens belong to another tokenizer than {row.vq_ckpt}; "
                       "train it again")  # fmt: skip
     with reading(path, "its header is damaged: fetch it again"):
