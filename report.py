@@ -51,7 +51,8 @@ NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band o
 STYLE = """
 :root { color-scheme: light dark; --line: #2563eb; --soft: #94a3b855; --good: #16a34a22 }
 @media (prefers-color-scheme: dark) { :root { --line: #60a5fa; --good: #22c55e2a } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 0 16px 48px }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 0 16px 48px;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)) }
 figure { margin: 0; border: 1px solid var(--soft); border-radius: 8px; padding: 8px } figcaption { font-size: .85rem }

@@ -465,7 +465,8 @@ def test_a_small_kl_keeps_its_digits():
 
 def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, most=1.0):
     """Three steps of AR-GRPO with B = 2, G = 3, T = 64: the policy, and the metrics of each step."""
-    name, judges, weights = f"toy-{task}", ["clip", "realism"][: 1 + (task == "c2i")], [1.0, 0.25]
+    name, judges, weights = f"toy-{task}", ["clip", "realism"], [1.0, 0.25]
+    rate, beta = (2e-4, 0.04) if task == "c2i" else (3e-4, 0.03)
     policy, ref_model, tokenizer, encode = load_model(name), load_model(name), load_tokenizer(name), load_encoder(name)
     judges, found = [rewards.load_judges([judge])[judge] for judge in judges], []
     trained = [p for n, p in policy.named_parameters() if n != "cls_embedding.uncond_embedding"]
@@ -494,11 +495,11 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
             ref, old = logprobs_of(ref_model, slice(6)), old if cfg == score_cfg else logprobs_of(policy, slice(6))
             images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)
             judged = [judge(images, captions) for judge in judges]
-        reward = sum(w * values for w, values in zip(weights, judged, strict=False))
+        reward = sum(w * values for w, values in zip(weights, judged, strict=True))
         A = compared(reward)
         if each:
             A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
-        optimizer.param_groups[0]["lr"] = lr = 2e-4 * (3 - step) / 3 if falls else 2e-4
+        optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if falls else rate
         sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
         for _ in range(updates):
             gradient = [torch.zeros_like(p) for p in trained]
@@ -506,7 +507,7 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
                 new, a = logprobs_of(policy, rows), A[rows, None]
                 rho, d = (new - old[rows]).exp(), ref[rows] - new
                 gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a
-                loss = (0.04 * (d.exp() - d - 1) - gain).sum() / (6 * 64)
+                loss = (beta * (d.exp() - d - 1) - gain).sum() / (6 * 64)
                 parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
                 cut = ((a > 0) & (rho > 1 + eps)) | ((a < 0) & (rho < 1 - eps))
@@ -546,10 +547,10 @@ def test_three_steps_of_the_loop_are_the_algorithm(case, tmp_path, monkeypatch):
     models = ours, theirs, load_model(f"toy-{task}")
     ours, theirs, base = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     gap, moved = (ours - theirs).abs(), (ours - base).abs()
-    # AdamW divides a gradient by its size: one weight in 100,000 has a gradient that is little more than rounding, and
-    # ten of them with guidance, where we mix states and this mixes logits.
-    few = 2e-4 if "guided" in case else 1e-4
-    assert (gap > 1e-6).double().mean() < few and gap.max() < 1e-4 and moved.mean() > 2e-4
+    # AdamW divides a gradient by its size: a few weights in 100,000 have a gradient that is little more than rounding,
+    # and ten times as many with guidance, where we mix states and this mixes logits. None moves further than the rate.
+    few = 1e-3 if "guided" in case else 1e-4
+    assert (gap > 1e-6).double().mean() < few and gap.max() < steps[0]["lr"] and moved.mean() > 2e-4
     assert case != "c2i-guided" or all(row["grad_norm"] > 0.2 for row in steps)  # the gradient's norm was cut
     assert case != "c2i-twice" or steps[0]["clip_frac"] > 0  # and the ratio
 
@@ -1619,9 +1620,10 @@ def test_a_run_that_is_killed_anywhere_continues_as_if_it_had_never_stopped(tmp_
 
 
 def assert_same_weights(one, two):
-    """To 1e-5, except the few in a million whose gradient is little more than rounding: AdamW divides by its size."""
+    """To 1e-5, except the few in 100,000 whose gradient is little more than rounding: AdamW divides by its size, so that
+    these may go one way here and the other there, by the rate (2e-4) in each of the three steps."""
     gap = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
-    assert (gap > 1e-5).double().mean() < 1e-5 and gap.max() < 1e-4
+    assert (gap > 1e-5).double().mean() < 1e-4 and gap.max() < 2 * 3 * 2e-4
 
 
 def train_and_hash(flags, folder):
@@ -2163,8 +2165,10 @@ def test_shipped_weights_are_what_their_reports_describe():
     for name, found in reports.items():  # T5 and CLIP are folders, in their libraries' own form
         (path,) = [*(HERE / "weights").glob(f"{name}.safetensors"), *(HERE / "weights").glob(f"{name}/*.safetensors")]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == found["sha256"] and found["seed"] is not None
-    right = reports["toy-t2i"]["figures"]["right, cfg 1"]  # room for GRPO, and right samples in most of its groups
-    assert 0.5 <= right["all"] <= 0.7 and min(right.values()) >= 0.2
+    for name in ("toy-c2i", "toy-t2i"):  # room for GRPO, and right samples in most of its groups
+        right = reports[name]["figures"]["right, cfg 1"]
+        assert 0.4 <= right["all"] <= 0.6 and min(right.values()) >= 0.25
+    assert reports["toy-vq"]["figures"]["psnr_db"] >= 29 and reports["toy-vq"]["figures"]["codes_used"] >= 500
     assert sum(p.stat().st_size for p in (HERE / "weights").rglob("*") if p.is_file()) < 20e6
 
 
@@ -2232,12 +2236,12 @@ def wrong_files(tmp_path_factory):
             packed.writestr(name, plain.read(name))
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "book.txt").write_text("a red banana " * 100_000)
-    ours = dict(format="pt", model="toy-c2i", step="1")
+    ours = dict(format="pt", model="toy-c2i", step="1", tokenizer=zoo.tokenizer_hash("toy-c2i"))
     (folder / "foreign").mkdir()
     torch.save(dict(step=1, flags=1, files={}, policy=state, optimizer={}), folder / "foreign/state.pt")
     save_file(state, folder / "header.safetensors", metadata=ours | dict(step="one"))
     save_file(state, folder / "old.safetensors", metadata=ours | dict(tokenizer="another"))
-    save_file(state, folder / "ours.safetensors", metadata=ours | dict(tokenizer=zoo.tokenizer_hash("toy-c2i")))
+    save_file(state, folder / "ours.safetensors", metadata=ours)
     save_tiny_t5(folder / "narrow", dim=32)
     some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
     some.pop("encoder.final_layer_norm.weight")

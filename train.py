@@ -76,7 +76,7 @@ EIGHT = "clip=5,clip-step=1,hps=5,hps-step=1,maniqa=2,qwen-match=0.25,qwen-real=
 COLUMNS = ("toy-c2i", "toy-t2i", "llamagen-c2i", "llamagen-t2i", "paper-c2i", "paper-t2i")
 KNOBS = {
     "model": (None, None, None, None, "llamagen-xl-384", "llamagen-t2i-xl-256"),  # the paper's main models
-    "steps": (200, 300, 400, 600, 400, 600),  # script
+    "steps": (170, 220, 400, 600, 400, 600),  # script
     "prompts_per_step": (8, 8, 4, 8, 4, 8),  # script: 4 GPUs x 8 images = 4 classes x 8; 4 x 16 = 8 captions x 8
     "group_size": (8, 8, 8, 8, 8, 8),  # paper and script
     "micro_batch": (64, 64, 8, 8, 8, 8),  # ours: memory, not the result
@@ -90,7 +90,7 @@ KNOBS = {
     "qwen_answer": ("probability", "probability", "probability", "probability", "json", "json"),  # script
     "lr": (2e-4, 3e-4, 1e-5, 1e-5, 1e-5, 1e-5),  # script
     "lr_schedule": ("linear", "linear", "linear", "linear", "constant", "constant"),  # script: in effect constant
-    # script: AdamW's default. The toys' 300 steps would not fill an average over 1,000.
+    # script: AdamW's default. The toys' 200 steps would not fill an average over 1,000.
     "adam_beta2": (0.95, 0.95, 0.999, 0.999, 0.999, 0.999),
     "kl_coef": (0.04, 0.03, 0.1, 1.0, 0.1, 1.0),  # script: the paper's beta
     "clip_eps": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2),  # script: the paper's epsilon
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--ckpt", metavar="PATH", help="start from these weights, also the KL's reference (default: the model's base)")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these classes, names or numbers (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (the toy has its own)")
-    add("--steps", type=int, help="batches sampled and learned from (default: toys 200 and 300, LlamaGen 400 and 600)")
+    add("--steps", type=int, help="batches sampled and learned from (default: toys 170 and 220, LlamaGen 400 and 600)")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts-per-step", type=int, help="B, prompts per step (default 8; LlamaGen c2i 4, as the release)")
     add("--group-size", type=int, help="G, samples per prompt (default 8, the paper's)")
