@@ -217,7 +217,7 @@ def grpo_step(args, model, reference, tokenizer, optimizer, cond, cond_mask):
         tokenizer.decode(part)
     laps.append(lap(args.device))
     with zoo.autocast(args.device, args.dtype):
-        ref = score_tokens(reference, cond, tokens, mask, at_once, args.cfg_scale)
+        ref, _ = score_tokens(reference, cond, tokens, mask, at_once, args.cfg_scale)
     laps.append(lap(args.device))
     advantages = group_advantages(torch.randn(N, device=args.device), G)
     optimizer.zero_grad()

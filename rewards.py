@@ -203,9 +203,10 @@ def realism_judge(device, options):
 def pyiqa_values(images, prompts, metric):
     """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,)."""
     sign, what = -1 if metric.lower_better else 1, f"pyiqa:{metric.metric_name}: a picture of {images.shape[-1]} px"
+    measure = metric.net if torch.is_grad_enabled() else metric  # pyiqa's outer layer switches gradients off
     with zoo.reading(what, "leave it out of --rewards"):  # some want larger pictures, or captions, or a folder
         # one at a time, because not every metric of pyiqa takes several
-        return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
+        return sign * torch.cat([measure(image[None]).reshape(1) for image in images])
 
 
 def pyiqa_judge(name, device):
@@ -575,6 +576,60 @@ def fill_missing(values, group_size):
 def weighted_sum(judged, weights, group_size):
     """Rewards (N,): the sum over judges of weight x value, where a missing value has no say."""
     return sum(weights[name] * fill_missing(values, group_size) for name, values in judged.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a judge would have said of another code: --credit-coef
+
+
+def code_gradient(judges, slopes, tokenizer, tokens, prompts, micro_batch):
+    """
+    d/dz of the sum over judges of slope x value, at z, the code vectors that tokens (N, T) stand for: (N, T, D).
+
+    slopes   {name: (N,)}, of grpo.advantage_slopes; what judges return beside these names has no say
+    `micro_batch` images pass decoder and judges at a time, and one judge after the other, so that at most one judge's
+    activations are held. No weight gets a gradient. Where a judge's gradient is not finite, it has no say.
+    """
+    found = []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(micro_batch):
+        codes = tokenizer.quantize.vectors()[tokens[rows]].requires_grad_()  # (n, T, D)
+        decoded = to_unit(tokenizer.from_codes(codes))
+        images, some = decoded.detach().requires_grad_(), [prompts[k] for k in rows.tolist()]
+        push = torch.zeros_like(images)
+        for name, judge in judges.items():
+            values = judge(images.clone(), some)
+            values = values if isinstance(values, dict) else {name: values}
+            values = {each: as_values(each, value, images) for each, value in values.items() if each in slopes}
+            total = sum(torch.where(v.isfinite(), slopes[each][rows] * v, 0).sum() for each, v in values.items())
+            push += torch.autograd.grad(total, images)[0].nan_to_num(0, 0, 0)
+        found.append(torch.autograd.grad(decoded, codes, push)[0])
+    return torch.cat(found)
+
+
+def with_gradient(judges, weights, tokenizer, num_tokens, prompt):
+    """
+    ({name: judge}, [name, ...]): the judges that autograd can differentiate, and the names of their values that have a
+    weight and a gradient. Each is asked about one picture of `prompt` [caption]: a step function's gradient is 0
+    everywhere. Raises Mistake if there is none.
+    """
+    kept, names = {}, []
+    tokens = torch.arange(num_tokens, device=tokenizer.quantize.embedding.weight.device)[None]  # (1, T), all different
+    for name, judge in judges.items():
+        images = to_unit(tokenizer.decode(tokens)).requires_grad_()
+        try:
+            values = judge(images.clone(), prompt)
+        except (RuntimeError, Mistake):  # numpy, for one, refuses tensors that want a gradient
+            continue
+        values = values if isinstance(values, dict) else {name: values}
+        for each, value in values.items():
+            if weights[each] and getattr(value, "requires_grad", False):
+                (slope,) = torch.autograd.grad(value.sum(), images, retain_graph=True, allow_unused=True)
+                if slope is not None and slope.isfinite().all() and slope.any():
+                    kept[name] = judge
+                    names.append(each)
+    if not names:
+        raise Mistake(f"--credit-coef needs a judge with a gradient, and of {', '.join(weights)} none has one")
+    return kept, names
 
 
 def demo():

@@ -353,7 +353,7 @@ def test_sampler_and_scorer_are_one_policy(config, cfg_scale, temperature):
     new, entropy = token_logprobs(model, many, tokens, many_mask, **how)
     assert tokens.shape == old.shape == new.shape == entropy.shape == (6, 9)
     assert ((new - old).exp() - 1).abs().max() < 1e-4 and new.requires_grad and not entropy.requires_grad
-    scored = grpo.score_tokens(model, many, tokens, many_mask, 4, **how)  # 4 and 2 images
+    scored, _ = grpo.score_tokens(model, many, tokens, many_mask, 4, **how)  # 4 and 2 images
     assert torch.allclose(scored, new, atol=1e-5) and not scored.requires_grad
     unguided, _ = token_logprobs(model, many, tokens, many_mask, 1.0, temperature)
     assert cfg_scale == 1 or ((unguided - old).exp() - 1).abs().mean() > 0.05

@@ -45,23 +45,28 @@ import report
 import zoo
 from data import Mistake
 from grpo import (
+    advantage_slopes,
     decoupled_advantages,
+    exact_kl,
     group_advantages,
     grpo_loss,
     sample_groups,
     sampler_gap,
     score_tokens,
+    token_credit,
     token_logprobs,
 )
 from model import adapters, image_noise, merged
 from rewards import (
     add_judge_flags,
+    code_gradient,
     files_of_judges,
     judge_images,
     judge_options,
     load_judges,
     parse_rewards,
     weighted_sum,
+    with_gradient,
 )
 from sample import draw, in_turn, label_images, save_grid
 from tokenizer import to_unit
@@ -127,6 +132,10 @@ def parse_args(argv=None):
     add("--lr-schedule", choices=("linear", "constant"), help="linear (default): the rate falls to 0 over --steps, "
         "which takes the noise out again; constant: the release's")  # fmt: skip
     add("--kl-coef", type=float, help="the paper's beta (default: c2i 0.1, t2i 1, the release's; toys 0.04 and 0.03)")
+    add("--kl", choices=("k3", "exact"), default="k3", help="k3 (default): the KL is estimated from the tokens drawn, "
+        "as in GRPO; exact: it is summed over the vocabulary, without noise")  # fmt: skip
+    add("--credit-coef", type=float, default=0.0, metavar="C", help="C times credit per token, by the gradient of the "
+        "judges that have one; --clip-eps does not hold it, the KL does (default 0: none, as in GRPO)")  # fmt: skip
     add("--clip-eps", type=float, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
     add("--lora-rank", type=int, default=0, metavar="R", help="learn a change of rank R beside each matrix of the "
@@ -164,7 +173,7 @@ def resolve(args):
         raise Mistake(f"--score-cfg is 'same' or a number, not {args.score_cfg!r}") from None
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
     zoo.check_range(args, seed=0, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12)
-    zoo.check_range(args, lora_rank=0)
+    zoo.check_range(args, lora_rank=0, credit_coef=0)
     if args.shard and parallel.world() == 1:
         raise Mistake("--shard divides the model among processes: start them with torchrun --nproc-per-node N train.py")
     if args.shard and args.lora_rank:
@@ -216,6 +225,9 @@ def build(args):
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
+    if args.credit_coef:
+        asked = zoo.captions_of(args.model, pick_prompts(args, 0)[:1], args.names_for_judges)
+        args.credited = with_gradient(judges, args.judge_weights, tokenizer, policy.config.num_tokens, asked)
     # no weight decay: the KL says already where the weights should stay
     betas = (0.9, args.adam_beta2)
     learned = [p for p in policy.parameters() if p.requires_grad]
@@ -228,8 +240,9 @@ def train(args):
     policy, ref_model, tokenizer, encode, judges, optimizer = build(args)
     grid = partial(draw_grid, args, policy, tokenizer, encode, judges)
     start_step = begin(args, policy, optimizer, grid)
-    B, G, device = args.prompts_per_step, args.group_size, args.device
-    mine = [p * G + k for p in parallel.share(B) for k in range(G)]  # which of a step's N images this process makes
+    G, device, each = args.group_size, args.device, args.reward_norm == "each"
+    # which of a step's N images this process makes
+    mine = [p * G + k for p in parallel.share(args.prompts_per_step) for k in range(G)]
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
@@ -257,26 +270,27 @@ def train(args):
         # 3. compare inside each group, all N images on every process
         judged = {name: parallel.gather(values) for name, values in judged.items()}
         rewards = weighted_sum(judged, args.judge_weights, G)  # (N,)
-        advantages = group_advantages(rewards, G)  # (N,)
-        if args.reward_norm == "each":
-            advantages = decoupled_advantages(judged, args.judge_weights, G)
+        advantages = decoupled_advantages(judged, args.judge_weights, G) if each else group_advantages(rewards, G)
         clock.lap("judge")
 
         # 4. learn: --updates-per-batch AdamW steps on this batch, each accumulated over micro-batches
         with zoo.autocast(device, args.dtype):
             drawn = cond, tokens, cond_mask, args.micro_batch
-            ref_logprobs = score_tokens(ref_model, *drawn, **scoring)  # (N, T)
-            old_logprobs = score_tokens(policy, *drawn, **scoring) if sampler_differs else sampled_logprobs
+            ref_logprobs, ref_states = score_tokens(ref_model, *drawn, **scoring)  # (N, T), (N, T, C)
+            old_logprobs = score_tokens(policy, *drawn, **scoring)[0] if sampler_differs else sampled_logprobs
+        # beyond the paper, empty without --kl exact and --credit-coef: {"kl" or "credit": (function, (N, T, ...))}
+        further = further_terms(args, judged, rewards, mine, prompts, tokenizer, tokens, ref_model, ref_states)
         clock.lap("reference")
         lr, history = set_lr(args, optimizer, step), []
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
             for rows in torch.arange(len(mine), device=device).split(args.micro_batch):
-                mask = None if cond_mask is None else cond_mask[rows]
+                part = cond[rows], tokens[rows], None if cond_mask is None else cond_mask[rows]
+                sums = [(function, x[rows]) for function, x in further.values()]  # none in plain GRPO
                 with zoo.autocast(device, args.dtype):
-                    logprobs, entropy = token_logprobs(policy, cond[rows], tokens[rows], mask, **scoring)  # (n, T) each
-                batch = old_logprobs[rows], ref_logprobs[rows], advantages[mine][rows]
-                loss, stats = grpo_loss(logprobs, *batch, args.clip_eps, args.kl_coef)
+                    logprobs, entropy, *sums = token_logprobs(policy, *part, **scoring, sums=sums)  # (n, T) each
+                batch = old_logprobs[rows], ref_logprobs[rows], advantages[mine][rows], args.clip_eps, args.kl_coef
+                loss, stats = grpo_loss(logprobs, *batch, **dict(zip(further, sums, strict=True)))
                 (loss * (len(rows) / len(mine))).backward()  # the last micro-batch may be a short one
                 gap = sampler_gap(logprobs, sampled_logprobs[rows])
                 history.append((update, len(rows), stats | dict(entropy=entropy.mean(), sampler_gap=gap)))
@@ -334,6 +348,23 @@ def judge(judges, images, prompts, save):
     except KeyboardInterrupt:
         save()
         raise
+
+
+def further_terms(args, judged, rewards, mine, prompts, tokenizer, tokens, ref_model, ref_states):
+    """
+    What --kl exact and --credit-coef add to the loss of a batch: {"kl" or "credit": (function, x (N, T, ...))}, which
+    are `sums` of token_logprobs. judged, rewards: of the images of all processes, of which `mine` are this one's.
+    """
+    terms = {}
+    if args.kl == "exact":
+        terms["kl"] = partial(exact_kl, ref_model=ref_model, temperature=args.temperature), ref_states
+    if args.credit_coef:
+        of_sum = None if args.reward_norm == "each" else rewards
+        slopes = advantage_slopes(judged, args.judge_weights, args.group_size, of_sum)
+        slopes = {name: args.credit_coef * slopes[name][mine] for name in args.credited[1]}
+        gradient = code_gradient(args.credited[0], slopes, tokenizer, tokens, prompts, args.micro_batch)  # (N, T, D)
+        terms["credit"] = partial(token_credit, codebook=tokenizer.quantize.vectors()), gradient
+    return terms
 
 
 def set_lr(args, optimizer, step):
@@ -568,6 +599,9 @@ def begin(args, policy, optimizer, grid):
     )
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
+    if args.credit_coef:
+        others = ", ".join(name for name in args.judge_weights if name not in args.credited[1]) or "no other judge"
+        print(f"credit per token from {', '.join(args.credited[1])}; {others} in the group's advantage alone")
     if start_step == 0:
         log = args.out / "metrics.jsonl"  # of a run that never saved, or somebody else's
         if parallel.rank() == 0 and log.exists():
@@ -583,7 +617,8 @@ def flags_that_matter(args):
     free = ["out", "resume", "quiet", "device", "save_every", "micro_batch", "checkpoint_layers", "shard", "compile"]
     free += ["judge_files", "qwen_server", "judge_batch", "judge_timeout"]  # where the judges are, not what they say
     free += ["ckpt", "base"]  # compared by their content
-    free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges"]  # follow from other flags
+    # these follow from other flags
+    free += ["lock", "files", "pool", "judge_weights", "judge_options", "names_for_judges", "credited"]
     free += ["steps"] if args.lr_schedule == "constant" else []  # with "linear" it sets every step's learning rate
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
