@@ -460,10 +460,152 @@ def test_a_small_kl_keeps_its_digits():
     assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
 
 
+# one step beyond the paper: --kl exact, --credit-coef ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg_scale, temperature", [(1.0, 1.0), (2.5, 0.7)])
+def test_the_exact_kl_is_the_sum_over_the_vocabulary(cfg_scale, temperature, monkeypatch):
+    """Turned round, or of a reference at another position, guidance or temperature: still positive, still 0 at first."""
+    policy, ref_model, (cond, _) = tiny(C2I), tiny(C2I, 1), tiny_cond(C2I)
+    tokens, logp = torch.randint(24, (4, 9), generator=seeded(0)), []
+    for model in (policy, ref_model):
+        logits, without = (model(c, tokens) for c in (cond, torch.full_like(cond, 5)))
+        logp.append(((cfg_scale * logits + (1 - cfg_scale) * without) / temperature).log_softmax(-1))
+    expected = sum(logp[0][..., v].exp() * (logp[0][..., v] - logp[1][..., v].detach()) for v in range(24))  # (4, 9)
+    learned = [p for name, p in policy.named_parameters()]
+    wanted = torch.autograd.grad(expected.mean(), learned)
+    for chunk in (2**24, 4 * 24 * 2, 1):  # all positions, two, one
+        monkeypatch.setattr(grpo, "CHUNK", chunk)
+        how = dict(cfg_scale=cfg_scale, temperature=temperature)
+        _, states = grpo.score_tokens(ref_model, cond, tokens, None, 3, **how)
+        sums = [(partial(grpo.exact_kl, ref_model=ref_model, temperature=temperature), states)]
+        logprobs, _, kl = token_logprobs(policy, cond, tokens, None, **how, sums=sums)
+        assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-5)
+        loss, stats = grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), torch.zeros(4), kl_coef=2.0, kl=kl)
+        assert stats["kl"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
+        for found, one in zip(torch.autograd.grad(loss, learned), wanted, strict=True):
+            assert torch.allclose(found, 2 * one, rtol=1e-3, atol=1e-5 * float(1 + one.abs().max()))
+
+
+class CodesAsPictures:
+    """A tokenizer whose pictures are its code vectors: (N, 9, 4) -> (N, 1, 9, 4)."""
+
+    def __init__(self):
+        book = torch.rand(24, 4, generator=seeded(3)) - 0.5
+        self.quantize = SimpleNamespace(vectors=lambda: book, embedding=SimpleNamespace(weight=book))
+
+    def from_codes(self, codes):
+        return codes[:, None]
+
+    def decode(self, tokens):
+        return self.from_codes(self.quantize.vectors()[tokens])
+
+
+def linear_judges():
+    """Two values of one model, linear in the code vectors, and what no gradient passes: steps, and numpy."""
+    one, two = torch.randn(2, 9, 4, generator=seeded(4))
+    both = lambda images, prompts: dict(one=(images * one).sum((1, 2, 3)), two=(images * two).sum((1, 2, 3)))  # noqa: E731
+    steps = lambda images, prompts: images.sum((1, 2, 3)).round()  # noqa: E731
+    return dict(both=both, steps=steps, numpy=lambda images, prompts: images.numpy()[:, 0, 0, 0])
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["sum", "each"])
+def test_credit_for_a_linear_judge_is_what_every_other_token_would_have_brought(each, monkeypatch):
+    """The std of another group, a weight that is lost, a judge that has no gradient, a value that is missing."""
+    policy, (cond, _), tokenizer, judges = tiny(C2I), tiny_cond(C2I, 6), CodesAsPictures(), linear_judges()
+    weights, tokens = dict(one=1.0, two=-0.5, steps=2.0, numpy=0.1), torch.randint(24, (6, 9), generator=seeded(0))
+    judged, _ = rewards.judge_images(judges, to_unit(tokenizer.decode(tokens)), [""] * 6)
+    judged["two"][4] = NAN
+    reward = rewards.weighted_sum(judged, weights, 3)
+    kept, names = rewards.with_gradient(judges, weights, tokenizer, 9, [""])
+    assert list(kept) == ["both"] and names == ["one", "two"]
+    total = sum(weights[name] * group_advantages(values, 3) for name, values in judged.items())
+    p = (policy(cond, tokens) / 0.7).log_softmax(-1).exp()
+    expected = torch.zeros(6, 9)
+    for i, t, v in itertools.product(range(6), range(9), range(24)):
+        group, other = slice(0, 3) if i < 3 else slice(3, 6), tokens[i].clone()
+        other[t] = v
+        was, would = (kept["both"](to_unit(tokenizer.decode(x[None])), None) for x in (tokens[i], other))
+        for name in names:
+            finite = [x for x in (judged[name] if each else reward)[group].tolist() if math.isfinite(x)]
+            spread = (statistics.stdev(finite) + 1e-4) * ((total.std() + 1e-4) if each else 1)
+            if judged[name][i].isfinite():
+                expected[i, t] += p[i, t, v].detach() * weights[name] * (would[name] - was[name])[0] / spread
+    slopes = grpo.advantage_slopes(judged, weights, 3, None if each else reward)
+    for chunk, micro_batch in ((2**24, 6), (1, 4), (6 * 24 * 2, 1)):
+        monkeypatch.setattr(grpo, "CHUNK", chunk)
+        of_names = {name: slopes[name] for name in names}
+        gradient = rewards.code_gradient(kept, of_names, tokenizer, tokens, [""] * 6, micro_batch)
+        sums = [(partial(grpo.token_credit, codebook=tokenizer.quantize.vectors()), gradient)]
+        *_, credit = token_logprobs(policy, cond, tokens, None, temperature=0.7, sums=sums)
+        assert torch.allclose(credit, expected, rtol=1e-3, atol=1e-4) and credit.requires_grad
+    equal = {name: torch.ones(6) for name in weights}  # nothing is better than its group: no push of size 1 / 1e-4
+    assert not any(s.any() for s in grpo.advantage_slopes(equal, weights, 3, None if each else torch.ones(6)).values())
+
+
+def test_credit_foresees_what_a_swapped_token_does():
+    """A gradient by the token beside, or of the pictures before they are clamped, or of a judge of looks alone."""
+    policy, tokenizer, weights = load_model("toy-c2i"), load_tokenizer("toy-c2i"), dict(clip=1.0, realism=0.25)
+    judges, asked = rewards.load_judges(weights), list(range(0, 40, 3))
+    captions = zoo.captions_of("toy-c2i", asked)
+    cond, n = torch.tensor(asked), len(asked)
+    tokens, _ = policy.generate(cond, None, noise=image_noise(range(n), 64, 0))
+    gradient = rewards.code_gradient(
+        judges, {k: torch.full((n,), w) for k, w in weights.items()}, tokenizer, tokens, captions, 5
+    )
+    with torch.no_grad():
+        logp = policy(cond, tokens).log_softmax(-1)
+
+        def reward(tokens):
+            judged, _ = rewards.judge_images(judges, to_unit(tokenizer.decode(tokens)), captions)
+            return sum(w * judged[name] for name, w in weights.items())
+
+        before, foreseen, found = reward(tokens), [], []
+        for t in range(3, 64, 10):
+            swapped = tokens.clone()
+            swapped[:, t] = sample_row(logp[:, t], image_noise(range(n), 1, 1, t)[:, 0])
+            step = (tokenizer.quantize.vectors()[swapped] - tokenizer.quantize.vectors()[tokens])[:, t]
+            foreseen.append((gradient[:, t] * step).sum(-1))
+            found.append(reward(swapped) - before)
+    foreseen, found = torch.cat(foreseen), torch.cat(found)
+    moved = found.abs() > 1e-6  # the same token may be drawn again
+    ranks = torch.stack([x[moved].argsort().argsort().double() for x in (foreseen, found)])
+    assert moved.sum() > 50 and torch.corrcoef(ranks)[0, 1] > 0.7, torch.corrcoef(ranks)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_give_the_credit_that_one_gives(tmp_path):
+    """The slopes of the first process's pictures for all, or the spread of this process's half of the batch."""
+    flags = [
+        "--steps",
+        "2",
+        "--prompts-per-step",
+        "2",
+        "--group-size",
+        "3",
+        "--micro-batch",
+        "2",
+        "--reward-norm",
+        "each",
+    ]
+    flags += ["--kl", "exact", "--credit-coef", "1", "--rewards", "clip=1,clip-step=1,realism=0.25", "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, processes in ((one, 1), (two, 2)):
+        folder.mkdir()
+        run = partial(go_on_without_a_page, [*flags, str(folder), *["--shard"] * (processes == 2)], folder)
+        assert in_children(folder, *[run] * processes) == [0] * processes, (folder / "said-0").read_text()
+    assert "credit per token from clip, realism; clip-step in the group's advantage" in (one / "said-0").read_text()
+    assert_same_weights(*(load_file(folder / "policy.safetensors") for folder in (one, two)))
+    for row, expected in zip(read_metrics(two), read_metrics(one), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=2e-5) and row["credit"] > 0
+
+
 # GRPO: the loop, next to the same algorithm written down once more ---------------------------------------------------
 
 
-def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, most=1.0):
+def by_hand(
+    task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, most=1.0, beyond=0.0
+):
     """Three steps of AR-GRPO with B = 2, G = 3, T = 64: the policy, and the metrics of each step."""
     name, judges, weights = f"toy-{task}", ["clip", "realism"], [1.0, 0.25]
     rate, beta = (2e-4, 0.04) if task == "c2i" else (3e-4, 0.03)
@@ -472,13 +614,16 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
     trained = [p for n, p in policy.named_parameters() if n != "cls_embedding.uncond_embedding"]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)
 
-    def logprobs_of(model, rows):
+    def all_of(model, rows):
         masked = None if mask is None else mask[rows]
         logits = model(cond[rows], tokens[rows], masked)
         if score_cfg > 1:
             without = model(model.cls_embedding.null(cond[rows]), tokens[rows], masked)
             logits = score_cfg * logits + (1 - score_cfg) * without
-        return (logits / heat).log_softmax(-1).gather(-1, tokens[rows][..., None])[..., 0]
+        return (logits / heat).log_softmax(-1)
+
+    def logprobs_of(model, rows):
+        return all_of(model, rows).gather(-1, tokens[rows][..., None])[..., 0]
 
     def compared(values):  # the first group and the second
         return torch.tensor(normalised(values[:3].tolist()) + normalised(values[3:].tolist()))
@@ -499,6 +644,14 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
         A = compared(reward)
         if each:
             A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
+        if beyond:  # the exact KL, and credit per token
+            book = tokenizer.quantize.vectors()
+            codes = book[tokens].requires_grad_()
+            pictures = (tokenizer.from_codes(codes) / 2 + 0.5).clamp(0, 1)
+            again = sum(w * judge(pictures, captions) for w, judge in zip(weights, judges, strict=True)).view(2, 3)
+            (slope,) = torch.autograd.grad((again / (again.std(1, keepdim=True).detach() + 1e-4)).sum(), codes)
+            worth = slope @ book.T - (slope * codes).sum(-1, keepdim=True)  # (N, T, V): of each code in a token's place
+            ref_p = all_of(ref_model, slice(6)).detach()
         optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if falls else rate
         sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
         for _ in range(updates):
@@ -507,11 +660,16 @@ def by_hand(task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, 
                 new, a = logprobs_of(policy, rows), A[rows, None]
                 rho, d = (new - old[rows]).exp(), ref[rows] - new
                 gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a
-                loss = (beta * (d.exp() - d - 1) - gain).sum() / (6 * 64)
+                kl = d.exp() - d - 1
+                if beyond:
+                    logp = all_of(policy, rows)
+                    kl = (logp.exp() * (logp - ref_p[rows])).sum(-1)
+                    gain = gain + beyond * (logp.exp() * worth[rows]).sum(-1)
+                loss = (beta * kl - gain).sum() / (6 * 64)
                 parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
                 cut = ((a > 0) & (rho > 1 + eps)) | ((a < 0) & (rho < 1 - eps))
-                for key, value in (("kl", d.exp() - d - 1), ("ratio", rho), ("clip_frac", cut)):
+                for key, value in (("kl", kl), ("ratio", rho), ("clip_frac", cut)):
                     sums[key] += value.double().sum().item() / (6 * 64 * updates)
             norm = math.sqrt(sum(g.double().square().sum() for g in gradient))
             for p, g in zip(trained, gradient, strict=True):
@@ -529,6 +687,7 @@ LOOPS = {
     "c2i-scored-without": (["--cfg-scale", "2", "--score-cfg", "1"], dict(cfg=2.0)),
     "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.01"], dict(updates=2, eps=0.01)),
     "c2i-each": (["--reward-norm", "each", "--temperature", "0.8"], dict(each=True, heat=0.8)),
+    "c2i-beyond": (["--kl", "exact", "--credit-coef", "0.7", "--temperature", "0.8"], dict(beyond=0.7, heat=0.8)),
 }
 
 
@@ -2378,6 +2537,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--rewards", "qwen-odd", "--qwen-server", "http://127.0.0.1:9"], "127.0.0.1:9"),
     # what is asked for
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
+    (train, ["--rewards", "clip-step", "--credit-coef", "1"], "needs a judge with a gradient"),
     (train, ["--rewards", "clip=1=2"], "'1=2' in 'clip=1=2' is not a number"),
     (train, ["--rewards", "pyiqa:qalign"], "would run code that it downloads"),
     (sample, ["--task", "t2i", "--prompts", "{}/deep.json"], "recursion"),
