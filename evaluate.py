@@ -5,6 +5,7 @@ field's protocols, so that figures stand beside other people's.
     python evaluate.py --ckpt out/c2i              # base and tuned side by side, at cfg 1 and 2
     python evaluate.py --ckpt out/seed0 out/seed1  # several policies of one model: their mean beside their base
     python evaluate.py --task t2i --num 512        # the base alone
+    python evaluate.py --best-of 4                 # the line to beat: the best of four by the judges, without training
     python evaluate.py --ckpt out/llamagen-b-256 --cfg-scale 2 --num 50000 --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py --samples theirs.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py --ckpt out/llamagen-t2i-xl-256 --prompts drawbench.txt --rewards clip,hps,maniqa
@@ -61,6 +62,7 @@ from data import Mistake
 from grpo import token_logprobs
 from metrics import as_cells, as_table, compare, feature_figures, mean_of, mean_of_figures, reference_of
 from rewards import (
+    BEST_BY,
     OPTIONS,
     add_judge_flags,
     clip_image_features,
@@ -70,7 +72,7 @@ from rewards import (
     load_judges,
     parse_rewards,
 )
-from sample import draw, write_npz
+from sample import draw_best, write_npz
 from tokenizer import to_uint8, to_unit
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -276,11 +278,12 @@ def entropies(model, encode, asked, tokens, dtype="float32"):
     return parallel.gather(entropy.mean(1).cpu().double(), len(asked)).numpy()
 
 
-def drawn(start, stop, args, model, tokenizer, encode, cfg, folder):
+def drawn(start, stop, args, model, tokenizer, encode, cfg, folder, judges, captions):
     """Pictures start .. stop-1 of one policy and their entropy; --geneval's and --dpg's go to `folder`."""
     asked, options = args.asked[start:stop], dict(batch_size=args.batch_size, dtype=args.dtype)
     sampling = dict(cfg_scale=cfg, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    images, tokens = draw(model, tokenizer, encode, asked, args.seed, first=start, **options, **sampling)
+    best = args.best_of, judges, args.judge_weights, captions[start:stop]
+    images, tokens = draw_best(*best, model, tokenizer, encode, asked, args.seed, first=start, **options, **sampling)
     if args.items and parallel.rank() == 0:
         write_benchmark(args, folder, to_uint8(images * 2 - 1), start)
     return images, dict(entropy=entropies(model, encode, asked, tokens, args.dtype))
@@ -486,6 +489,8 @@ def parse_args(argv=None):
         "else 1)")  # fmt: skip
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0, all, as LlamaGen's evaluation)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
+    add("--best-of", type=int, default=1, metavar="N", help="evaluate the best of N candidates for each picture, by "
+        "the weighted sum of --rewards (default 1)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
     add("--out", type=Path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the first "
@@ -496,7 +501,8 @@ def parse_args(argv=None):
     add("--reference", metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with mu, sigma, mu_s and "
         "sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be checked")  # fmt: skip
     add("--inception", metavar="PATH", help="torch-fidelity's Inception weights, likewise (default: its own download)")
-    add("--rewards", help="judges to report (default: clip,realism for the toys, else clip; --samples: none)")
+    add("--rewards", help="judges to report, and their weights for --best-of (default: clip,realism for the toys, "
+        "else clip; --best-of: clip=1,realism=0.25 for the toy of classes, else clip; --samples: none)")  # fmt: skip
     add_judge_flags(add)
     return resolve(parser.parse_args(argv))
 
@@ -505,9 +511,11 @@ def resolve(args):
     """Fills in what the command line left open. Raises Mistake, OSError."""
     args.flags = list(vars(args))  # what decides the figures: see settings_of
     zoo.settle_device(args)
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0)
+    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    if args.samples and args.best_of > 1:
+        raise Mistake("--best-of draws pictures, and --samples are drawn already: leave one out")
     if args.samples and args.ckpt:
         raise Mistake("--samples are scored in a model's place, so --ckpt has no say: leave one out")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
@@ -524,6 +532,7 @@ def resolve(args):
         name = f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
         args.policies.append((name, path, args.text_pad or own_header["text_pad"]))
     args.tuned = [path for _, path, _ in args.policies[1:]]
+    args.rewards = args.rewards or (BEST_BY.get(args.model, "clip") if args.best_of > 1 else None)
     args.rewards = args.rewards or ("clip,realism" if args.toy else "" if args.samples else "clip")
     args.judge_weights = parse_rewards(args.rewards) if args.rewards else {}
     args.judge_options = judge_options(args, args.model)
@@ -573,7 +582,7 @@ def settings_of(args):
     flags["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
     flags |= dict(tuned=args.tuned, pad=[pad for *_, pad in args.policies], sha256=hashes)
     if args.samples:
-        flags |= dict.fromkeys(("model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype"))
+        flags |= dict.fromkeys(("model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "best_of"))
     return json.loads(json.dumps(flags, default=str))
 
 
@@ -660,8 +669,15 @@ def of_policies(args, tools):
     for which, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
         for cfg in args.cfg_scale:
-            name = f"{which}, cfg {cfg:g}"
-            own = dict(model=model, tokenizer=tokenizer, encode=partial(encode, pad=pad), cfg=cfg)
+            name = f"{which}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
+            own = dict(
+                judges=tools.judges,
+                captions=captions,
+                model=model,
+                tokenizer=tokenizer,
+                encode=partial(encode, pad=pad),
+                cfg=cfg,
+            )
             source = partial(drawn, args=args, folder=args.pictures / slug(name), **own)
             found = stream(name, args.num, args, source, tools, captions, keep=bool(args.npz))
             if args.npz:

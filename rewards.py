@@ -57,7 +57,7 @@ OPTIONS = dict(clip_model=TOY_CLIP, clip_pretrained=None, judge_files=None, qwen
 
 
 def add_judge_flags(add):
-    """The flags that train.py and evaluate.py share: whose weights judge, and how."""
+    """The flags that train.py, sample.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
     add("--judge-files", metavar="DIR", help="folder that is searched for judges' weights before the hub is asked")
@@ -470,6 +470,7 @@ def qwen_judge(device, options, names):
 # ---------------------------------------------------------------------------------------------------------------
 # Putting judges together
 
+BEST_BY = {"toy-c2i": "clip=1,realism=0.25"}  # whose best of N is taken where no --rewards says so; else clip's
 # name -> factory(device, options)
 JUDGES = {"clip": clip_judge, "hps": hps_judge, "maniqa": maniqa_judge, "realism": realism_judge}
 STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine is put into steps

@@ -6,6 +6,7 @@ Draws pictures: load, encode what is asked, generate tokens, decode, save a labe
     python sample.py --classes "red circle" 7 --num 8 --cfg-scale 2
     python sample.py --task t2i --prompts "a red circle and a blue square"
     python sample.py --task t2i --prompts my_prompts.txt --npz samples.npz
+    python sample.py --best-of 4                                  # of four candidates for each picture the judges' best
     python sample.py --model llamagen-b-256 --print-files         # the official models: which files, from where
     python sample.py --model llamagen-b-256 --classes goldfish "golden retriever"
 
@@ -31,6 +32,7 @@ import parallel
 import zoo
 from data import Mistake
 from model import image_noise
+from rewards import BEST_BY, add_judge_flags, judge_images, judge_options, load_judges, parse_rewards, weighted_sum
 from tokenizer import to_uint8, to_unit
 
 
@@ -42,8 +44,8 @@ def draw(
     """
     One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as
     the model was trained (partial(encode, pad="right") where that is the right side). `sampling` goes to
-    Transformer.generate, under autocast to `dtype`. Picture k is a function of seed, first + k and the entry,
-    so a long list can be drawn in pieces. progress: a bar on stderr, with the time left.
+    Transformer.generate, under autocast to `dtype`. Picture k is a function of seed (a number or several), first + k
+    and the entry, so a long list can be drawn in pieces. progress: a bar on stderr, with the time left.
     """
     device, T = model.output.weight.device, model.config.num_tokens
     parts = torch.tensor(parallel.share(len(asked))).split(batch_size)  # of several processes each draws a share
@@ -53,13 +55,45 @@ def draw(
         hook = model.norm.register_forward_hook(lambda *_: bar.update() and None)
         for mine in parts:
             cond, cond_mask = encode([asked[k] for k in mine])
-            noise = image_noise(first + mine, T, seed)
+            noise = image_noise(first + mine, T, *np.atleast_1d(seed).tolist())
             with zoo.autocast(device, dtype):
                 drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
             images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
             tokens.append(drawn.cpu())
         hook.remove()
     return parallel.gather(torch.cat(images), len(asked)), parallel.gather(torch.cat(tokens), len(asked))
+
+
+CANDIDATE = 2**31  # follows --seed in the random numbers of a second draw; pictures of training have their step there
+
+
+@torch.no_grad()
+def draw_best(
+    best_of, judges, weights, captions, model, tokenizer, encode, asked, seed=0, first=0, batch_size=64,
+    progress=False, **options,
+):  # fmt: skip
+    """
+    As draw, and of `best_of` candidates for each entry of `asked` the one that the judges like best: the largest
+    weighted sum, where a value that is missing has no say. Candidate 0 is what draw draws; candidate j of picture k is
+    a function of seed, first + k and j. progress: a bar of candidates.
+    """
+    if best_of == 1:
+        return draw(model, tokenizer, encode, asked, seed, first, batch_size, progress=progress, **options)
+    kept, total, hidden = [], len(asked) * best_of, not progress or parallel.rank() > 0
+    with tqdm(total=total, unit="picture", desc=f"best of {best_of}", leave=False, disable=hidden) as bar:
+        for some in torch.arange(len(asked)).split(batch_size * parallel.world()):
+            mine, drawn, judged = some[parallel.share(len(some))], [], []  # of several processes each judges a share
+            for j in range(best_of):
+                entries, own = [asked[k] for k in some], (seed, CANDIDATE, j) if j else seed
+                drawn.append(draw(model, tokenizer, encode, entries, own, first + int(some[0]), batch_size, **options))
+                images = drawn[j][0][mine - some[0]].to(model.output.weight.device)
+                judged.append(judge_images(judges, images, [captions[k] for k in mine])[0])
+                bar.update(len(some))
+            values = {name: torch.stack([found[name] for found in judged], 1) for name in judged[0]}  # (n, best_of)
+            values = {name: parallel.gather(each, len(some)).flatten() for name, each in values.items()}
+            best = weighted_sum(values, weights, best_of).view(-1, best_of).argmax(1).cpu()
+            kept.append([torch.stack(x, 1)[torch.arange(len(some)), best] for x in zip(*drawn, strict=True)])
+    return tuple(torch.cat(x) for x in zip(*kept, strict=True))
 
 
 MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
@@ -176,6 +210,11 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
     add("--seed", type=int, default=0, help="seed of the random numbers that tokens are drawn with (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one that "
+        "the judges like best, by the weighted sum of --rewards (default 1)")  # fmt: skip
+    add("--rewards", help="judge=weight,... that choose for --best-of (default: the toy's clip=1,realism=0.25, else "
+        "clip)")  # fmt: skip
+    add_judge_flags(add)
     add = parser.add_argument_group("where it goes").add_argument
     add("--out", type=Path, default="out/samples.png", help="file of the grid (default out/samples.png)")
     add("--npz", type=Path, metavar="FILE", help="file that gets --ckpt's uint8 images (n, H, W, 3) as arr_0, their "
@@ -201,7 +240,9 @@ def resolve(args):
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     args.temperature = header["temperature"] if args.temperature is None else args.temperature
     args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0)
+    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
+    args.judge_weights = parse_rewards(args.rewards or BEST_BY.get(args.model, "clip")) if args.best_of > 1 else {}
+    args.judge_options = judge_options(args, args.model)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     asked = zoo.read_asked(args.model, args.classes, args.prompts)
@@ -224,9 +265,12 @@ def run(args):
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options, drawn = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype, progress=True), []
+    captions = zoo.captions_of(args.model, args.asked)
+    judges = load_judges(args.judge_weights, args.device, args.judge_options)
+    best = args.best_of, judges, args.judge_weights, captions
     for _, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        drawn.append(draw(model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
+        drawn.append(draw_best(*best, model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
         del model  # before the next one: two of the large ones may not fit
     if args.npz:  # before the grid, which can be too wide for its format
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
@@ -236,13 +280,13 @@ def run(args):
         zoo.write_whole(args.npz, lambda path: write_npz(path, arrays))
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
     # A line of the grid holds the --num pictures of a class or prompt, or of several; with --compare the base's first.
-    captions = zoo.captions_of(args.model, args.asked)
     pairs = list(zip(args.policies, drawn, strict=True))
     labels = [label_images(args.model, images, captions, prefix) for (prefix, _, _), (images, _) in pairs]
     columns = min(len(captions), args.num * max(1, 8 // args.num))
     grid = in_turn([images for images, _ in drawn], labels, columns)
-    save_grid(args.out, *grid, columns, f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}")
-    settings = f"cfg {args.cfg_scale:g}, temperature {args.temperature:g}"
+    chosen = f", best of {args.best_of}" if args.best_of > 1 else ""
+    save_grid(args.out, *grid, columns, f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}{chosen}")
+    settings = f"cfg {args.cfg_scale:g}, temperature {args.temperature:g}{chosen}"
     print(f"{args.out}: {len(captions) * len(drawn)} pictures of {args.model}, {settings}")
 
 

@@ -1552,6 +1552,63 @@ def test_drawing_shows_how_long_it_will_take(capsys):
     assert totals[:128] == [128] * 128 and not model.norm._forward_hooks
 
 
+def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was(tmp_path, monkeypatch):
+    """Candidates of the picture beside, or the same ones in every batch; a missing value that wins; the worst of N."""
+    model, tokenizer, encode = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i")
+    asked, weights = [3, 3, 7, 0], dict(bright=1.0, red=0.5)
+    red = lambda images: torch.where(images[:, 0].mean((1, 2)) > 0.3, NAN, images[:, 0].mean((1, 2)))  # noqa: E731
+    judges = dict(both=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
+    captions, model_and_more = zoo.captions_of("toy-c2i", asked), (model, tokenizer, encode)
+    plain = sample.draw(*model_and_more, asked, 5, first=2)
+    drawn = [plain, *(sample.draw(*model_and_more, asked, (5, sample.CANDIDATE, j), first=2) for j in (1, 2))]
+    for k, noise in ((0, image_noise([2], 64, 5)), (1, image_noise([2], 64, 5, sample.CANDIDATE, 1))):
+        tokens, _ = model.generate(*encode(asked[:1]), noise=noise)
+        assert torch.equal(tokens[0], drawn[k][1][0])
+    images, tokens = sample.draw_best(3, judges, weights, captions, *model_and_more, asked, 5, first=2, batch_size=3)
+    chosen = set()
+    for k in range(4):
+        candidates = [x[k] for x, _ in drawn]
+        mean = statistics.fmean([v for v in (float(red(x[None])) for x in candidates) if math.isfinite(v)] or [0])
+        worth = [float(x.mean()) + 0.5 * (v if math.isfinite(v := float(red(x[None]))) else mean) for x in candidates]
+        best = worth.index(max(worth))
+        chosen.add(best)
+        assert torch.equal(tokens[k], drawn[best][1][k]) and (images[k] - candidates[best]).abs().max() < 1e-4
+    assert len(chosen) > 1  # the toy's pictures: not always the first, or the last
+    one = sample.draw_best(1, judges, weights, captions, *model_and_more, asked, 5, first=2)
+    assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_evaluate_the_best_that_one_finds(tmp_path, monkeypatch):
+    """Each choosing by its own half of the values; a column that does not say that it is a best of N."""
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--num",
+        "6",
+        "--batch-size",
+        "2",
+        "--cfg-scale",
+        "1",
+        "--best-of",
+        "2",
+        "--npz",
+        "{}",
+        "--out",
+        "{}/table",
+    ]
+    for name, processes in (("one", 1), ("two", 2)):
+        run = partial(evaluate.main, [flag.format(name) for flag in flags])
+        assert in_children(tmp_path, *[run] * processes) == [0] * processes, (tmp_path / "said-0").read_text()
+    one, two = (np.load(f"{name}/base-cfg-1-best-of-2.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    found = json.loads(Path("one/table.json").read_text())
+    assert abs(one - two).max() <= 1 and found["best_of"] == 2 and "base, cfg 1, best of 2" in found["columns"]
+    args = ["--num", "1", "--classes", "0", "1", "2", "3", "4", "5", "--npz"]
+    sample.main([*args, "plain.npz"])
+    sample.main([*args, "best.npz", "--best-of", "2"])
+    plain, best = (np.load(name)["arr_0"].astype(int) for name in ("plain.npz", "best.npz"))
+    assert abs(best - one).max() <= 1 and abs(plain - one).max() > 1  # the same judges, weights and random numbers
+
+
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):
     """Whoever can write to a repository could otherwise put another file in the place of the one we looked at."""
     asked = []
@@ -2360,7 +2417,11 @@ def test_each_file_imports_only_from_the_floors_below_it():
     assert floors["metrics"] == set() and all(
         "metrics" not in floors[name] for name in {*OURS} - {"evaluate", "test_grpo"}
     )
-    assert floors["zoo"] <= ground and floors["rewards"] | floors["sample"] <= ground | {"zoo"}
+    assert (
+        floors["zoo"] <= ground
+        and floors["rewards"] <= ground | {"zoo"}
+        and floors["sample"] <= ground | {"zoo", "rewards"}
+    )
     scripts = {"train", "evaluate", "pretrain", "bench"}
     assert all(scripts.isdisjoint(found) for name, found in floors.items() if name != "test_grpo")
 
@@ -2564,6 +2625,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
     (evaluate, ["--samples", "{}/short.npz"], "arr_0 is not whole"),
     (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
+    (evaluate, ["--samples", "{}/good.npz", "--best-of", "2"], "are drawn already"),
     (evaluate, ["--samples", "{}/good.npz", "--ckpt", "{}/ours.safetensors"], "--ckpt has no say"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz#0123"], "not 0123: fetch it again"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz"], "weights-inception-2015-12-05-6726825d.pth"),
