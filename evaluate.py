@@ -489,6 +489,8 @@ def parse_args(argv=None):
         "else 1)")  # fmt: skip
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0, all, as LlamaGen's evaluation)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
+    add("--blend", type=float, default=1.0, metavar="A", help="evaluate base + A (tuned - base), of the weights: "
+        "nearer to the base the pictures vary more (default 1, tuned)")  # fmt: skip
     add("--best-of", type=int, default=1, metavar="N", help="evaluate the best of N candidates for each picture, by "
         "the weighted sum of --rewards (default 1)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
@@ -511,7 +513,7 @@ def resolve(args):
     """Fills in what the command line left open. Raises Mistake, OSError."""
     args.flags = list(vars(args))  # what decides the figures: see settings_of
     zoo.settle_device(args)
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
+    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1, blend=0)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     if args.samples and args.best_of > 1:
@@ -582,7 +584,9 @@ def settings_of(args):
     flags["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
     flags |= dict(tuned=args.tuned, pad=[pad for *_, pad in args.policies], sha256=hashes)
     if args.samples:
-        flags |= dict.fromkeys(("model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "best_of"))
+        flags |= dict.fromkeys(
+            ("model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "best_of", "blend")
+        )
     return json.loads(json.dumps(flags, default=str))
 
 
@@ -668,6 +672,8 @@ def of_policies(args, tools):
     summed = partial(figures_of, references=references, asked=args.asked, captions=captions, task=args.task)
     for which, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
+        if which != "base" and args.blend != 1:
+            zoo.blend(model, args.model, args.base, args.blend)
         for cfg in args.cfg_scale:
             name = f"{which}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
             own = dict(

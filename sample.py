@@ -210,6 +210,8 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
     add("--seed", type=int, default=0, help="seed of the random numbers that tokens are drawn with (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add("--blend", type=float, default=1.0, metavar="A", help="draw from base + A (--ckpt - base), of the weights: "
+        "nearer to the base the pictures vary more (default 1, --ckpt)")  # fmt: skip
     add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one that "
         "the judges like best, by the weighted sum of --rewards (default 1)")  # fmt: skip
     add("--rewards", help="judge=weight,... that choose for --best-of (default: the toy's clip=1,realism=0.25, else "
@@ -230,17 +232,19 @@ def resolve(args):
         return args
     if args.compare and not args.ckpt:
         raise Mistake("--compare sets the model of --ckpt against its base, so it needs --ckpt")
-    if args.base and not args.compare:
-        raise Mistake("--base is what --compare draws beside --ckpt; to draw from it alone, give it as --ckpt")
+    if args.base and not args.compare and args.blend == 1:
+        raise Mistake(
+            "--base is what --compare and --blend set beside --ckpt; to draw from it alone, give it as --ckpt"
+        )
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
     args.policies = [("", path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
+    _, args.base, base_header = zoo.find_policy(args.base or header["base"], args.model)
     if args.compare:  # the base's captions are padded as it was trained, whatever --text-pad says of --ckpt
-        _, base, base_header = zoo.find_policy(args.base or header["base"], args.model)
-        args.policies = [("base: ", base, base_header["text_pad"]), ("tuned: ", *args.policies[0][1:])]
+        args.policies = [("base: ", args.base, base_header["text_pad"]), ("tuned: ", *args.policies[0][1:])]
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     args.temperature = header["temperature"] if args.temperature is None else args.temperature
     args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
+    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1, blend=0)
     args.judge_weights = parse_rewards(args.rewards or BEST_BY.get(args.model, "clip")) if args.best_of > 1 else {}
     args.judge_options = judge_options(args, args.model)
     if not 0 < args.top_p <= 1:  # also refuses NaN
@@ -268,8 +272,10 @@ def run(args):
     captions = zoo.captions_of(args.model, args.asked)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
     best = args.best_of, judges, args.judge_weights, captions
-    for _, path, pad in args.policies:
+    for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
+        if args.blend != 1 and prefix != "base: ":
+            zoo.blend(model, args.model, args.base, args.blend)
         drawn.append(draw_best(*best, model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
         del model  # before the next one: two of the large ones may not fit
     if args.npz:  # before the grid, which can be too wide for its format

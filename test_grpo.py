@@ -603,6 +603,21 @@ def test_two_processes_give_the_credit_that_one_gives(tmp_path):
 # GRPO: the loop, next to the same algorithm written down once more ---------------------------------------------------
 
 
+def worth_of_codes(tokenizer, tokens, judges, weights, captions):
+    """(6, T, V): what each code in the place of each token would add to its picture's advantage, to first order."""
+    book = tokenizer.quantize.vectors()
+    codes = book[tokens].requires_grad_()
+    pictures = (tokenizer.from_codes(codes) / 2 + 0.5).clamp(0, 1)
+    found = sum(w * judge(pictures, captions) for w, judge in zip(weights, judges, strict=True)).view(2, 3)
+    (slope,) = torch.autograd.grad((found / (found.std(1, keepdim=True).detach() + 1e-4)).sum(), codes)
+    return slope @ book.T - (slope * codes).sum(-1, keepdim=True)
+
+
+def kl_and_credit(logp, ref_logp, worth):
+    """Of log-probabilities and worth (n, T, V): the sums over the vocabulary, (n, T) each."""
+    return (logp.exp() * (logp - ref_logp)).sum(-1), (logp.exp() * worth).sum(-1)
+
+
 def by_hand(
     task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, most=1.0, beyond=0.0
 ):
@@ -644,14 +659,7 @@ def by_hand(
         A = compared(reward)
         if each:
             A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
-        if beyond:  # the exact KL, and credit per token
-            book = tokenizer.quantize.vectors()
-            codes = book[tokens].requires_grad_()
-            pictures = (tokenizer.from_codes(codes) / 2 + 0.5).clamp(0, 1)
-            again = sum(w * judge(pictures, captions) for w, judge in zip(weights, judges, strict=True)).view(2, 3)
-            (slope,) = torch.autograd.grad((again / (again.std(1, keepdim=True).detach() + 1e-4)).sum(), codes)
-            worth = slope @ book.T - (slope * codes).sum(-1, keepdim=True)  # (N, T, V): of each code in a token's place
-            ref_p = all_of(ref_model, slice(6)).detach()
+        worth = worth_of_codes(tokenizer, tokens, judges, weights, captions) if beyond else None
         optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if falls else rate
         sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
         for _ in range(updates):
@@ -660,12 +668,10 @@ def by_hand(
                 new, a = logprobs_of(policy, rows), A[rows, None]
                 rho, d = (new - old[rows]).exp(), ref[rows] - new
                 gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a
-                kl = d.exp() - d - 1
+                kl, more = d.exp() - d - 1, 0
                 if beyond:
-                    logp = all_of(policy, rows)
-                    kl = (logp.exp() * (logp - ref_p[rows])).sum(-1)
-                    gain = gain + beyond * (logp.exp() * worth[rows]).sum(-1)
-                loss = (beta * kl - gain).sum() / (6 * 64)
+                    kl, more = kl_and_credit(all_of(policy, rows), all_of(ref_model, rows).detach(), worth[rows])
+                loss = (beta * kl - gain - beyond * more).sum() / (6 * 64)
                 parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
                 cut = ((a > 0) & (rho > 1 + eps)) | ((a < 0) & (rho < 1 - eps))
@@ -1607,6 +1613,16 @@ def test_two_processes_evaluate_the_best_that_one_finds(tmp_path, monkeypatch):
     sample.main([*args, "best.npz", "--best-of", "2"])
     plain, best = (np.load(name)["arr_0"].astype(int) for name in ("plain.npz", "best.npz"))
     assert abs(best - one).max() <= 1 and abs(plain - one).max() > 1  # the same judges, weights and random numbers
+
+
+def test_half_a_policy_is_half_way_from_its_base(tmp_path):
+    """The wrong end: with little of the run kept, pictures of most of it."""
+    base = load_file(MODELS["toy-c2i"].ckpt)
+    save_file({name: value * 3 for name, value in base.items()}, tmp_path / "tuned.safetensors")
+    for share, scale in ((1, 3), (0.25, 1.5), (0, 1)):
+        model = load_model("toy-c2i", tmp_path / "tuned.safetensors")
+        zoo.blend(model, "toy-c2i", MODELS["toy-c2i"].ckpt, share)
+        assert all(torch.allclose(value, base[name] * scale) for name, value in model.state_dict().items())
 
 
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):

@@ -401,6 +401,13 @@ def load_model(name, path=None, device="cpu", compile_steps=False):
     return model.eval().to(device)
 
 
+@torch.no_grad()
+def blend(model, name, base, share):
+    """Sets a model's weights to theta_ref + share (theta - theta_ref), theta_ref those at `base`: 1 keeps, 0 undoes."""
+    for own, start in zip(model.parameters(), load_model(name, base).parameters(), strict=True):
+        own.copy_(start.to(own.device).lerp(own, share))
+
+
 def load_tokenizer(name, path=None, device="cpu"):
     """The image tokenizer of the model `name`, frozen, in float32. Raises as `load_model`."""
     path = find_file(path or MODELS[name].vq_ckpt)
