@@ -584,9 +584,8 @@ def settings_of(args):
     flags["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
     flags |= dict(tuned=args.tuned, pad=[pad for *_, pad in args.policies], sha256=hashes)
     if args.samples:
-        flags |= dict.fromkeys(
-            ("model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "best_of", "blend")
-        )
+        unused = "model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "best_of", "blend"
+        flags |= dict.fromkeys(unused)
     return json.loads(json.dumps(flags, default=str))
 
 
@@ -676,14 +675,8 @@ def of_policies(args, tools):
             zoo.blend(model, args.model, args.base, args.blend)
         for cfg in args.cfg_scale:
             name = f"{which}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
-            own = dict(
-                judges=tools.judges,
-                captions=captions,
-                model=model,
-                tokenizer=tokenizer,
-                encode=partial(encode, pad=pad),
-                cfg=cfg,
-            )
+            own = dict(model=model, tokenizer=tokenizer, encode=partial(encode, pad=pad), cfg=cfg)
+            own |= dict(judges=tools.judges, captions=captions)
             source = partial(drawn, args=args, folder=args.pictures / slug(name), **own)
             found = stream(name, args.num, args, source, tools, captions, keep=bool(args.npz))
             if args.npz:

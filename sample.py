@@ -238,7 +238,8 @@ def resolve(args):
         )
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
     args.policies = [("", path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
-    _, args.base, base_header = zoo.find_policy(args.base or header["base"], args.model)
+    if args.compare or args.blend != 1:
+        _, args.base, base_header = zoo.find_policy(args.base or header["base"], args.model)
     if args.compare:  # the base's captions are padded as it was trained, whatever --text-pad says of --ckpt
         args.policies = [("base: ", args.base, base_header["text_pad"]), ("tuned: ", *args.policies[0][1:])]
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale

@@ -502,9 +502,9 @@ class CodesAsPictures:
 
 
 def linear_judges():
-    """Two values of one model, linear in the code vectors, and what no gradient passes: steps, and numpy."""
-    one, two = torch.randn(2, 9, 4, generator=seeded(4))
-    both = lambda images, prompts: dict(one=(images * one).sum((1, 2, 3)), two=(images * two).sum((1, 2, 3)))  # noqa: E731
+    """Three values of one model, linear in the code vectors, and what no gradient passes: steps, and numpy."""
+    slopes = dict(zip(("one", "two", "idle"), torch.randn(3, 9, 4, generator=seeded(4)), strict=True))
+    both = lambda images, prompts: {name: (images * slope).sum((1, 2, 3)) for name, slope in slopes.items()}  # noqa: E731
     steps = lambda images, prompts: images.sum((1, 2, 3)).round()  # noqa: E731
     return dict(both=both, steps=steps, numpy=lambda images, prompts: images.numpy()[:, 0, 0, 0])
 
@@ -513,7 +513,10 @@ def linear_judges():
 def test_credit_for_a_linear_judge_is_what_every_other_token_would_have_brought(each, monkeypatch):
     """The std of another group, a weight that is lost, a judge that has no gradient, a value that is missing."""
     policy, (cond, _), tokenizer, judges = tiny(C2I), tiny_cond(C2I, 6), CodesAsPictures(), linear_judges()
-    weights, tokens = dict(one=1.0, two=-0.5, steps=2.0, numpy=0.1), torch.randint(24, (6, 9), generator=seeded(0))
+    weights, tokens = (
+        dict(one=1.0, two=-0.5, idle=0.0, steps=2.0, numpy=0.1),
+        torch.randint(24, (6, 9), generator=seeded(0)),
+    )
     judged, _ = rewards.judge_images(judges, to_unit(tokenizer.decode(tokens)), [""] * 6)
     judged["two"][4] = NAN
     reward = rewards.weighted_sum(judged, weights, 3)
@@ -1617,7 +1620,7 @@ def test_two_processes_evaluate_the_best_that_one_finds(tmp_path, monkeypatch):
 
 def test_half_a_policy_is_half_way_from_its_base(tmp_path):
     """The wrong end: with little of the run kept, pictures of most of it."""
-    base = load_file(MODELS["toy-c2i"].ckpt)
+    base = {name: value.float() for name, value in load_file(MODELS["toy-c2i"].ckpt).items()}
     save_file({name: value * 3 for name, value in base.items()}, tmp_path / "tuned.safetensors")
     for share, scale in ((1, 3), (0.25, 1.5), (0, 1)):
         model = load_model("toy-c2i", tmp_path / "tuned.safetensors")
