@@ -204,6 +204,7 @@ class Tools(NamedTuple):
     networks: dict = {}  # {name: images (n, 3, 64, 64) in [0, 1] -> features (n, E)}, a toy's
     inception: torch.nn.Module = None
     judges: dict = {}  # as load_judges returns them
+    weights: dict = {}  # theirs, by name
     verifier: bool = False
 
 
@@ -264,7 +265,10 @@ def looked_at(images, captions, tools, keep=False, device="cpu"):
         found |= inception_features(pixels, tools.inception) if tools.inception else {}
         found |= dict(pixels=pixels.permute(0, 2, 3, 1)) if keep else {}
     judged, _ = judge_images(tools.judges, images.to(device), captions)
-    found |= {f"reward: {judge}": values.cpu().double() for judge, values in judged.items()}
+    judged = {judge: values.cpu().double() for judge, values in judged.items()}
+    found |= {f"reward: {judge}": values for judge, values in judged.items()}
+    if len(judged) > 1:
+        found["reward: weighted sum"] = sum(tools.weights[judge] * values for judge, values in judged.items())
     return {name: parallel.gather(values, n).numpy() for name, values in found.items()}
 
 
@@ -503,8 +507,8 @@ def parse_args(argv=None):
     add("--reference", metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with mu, sigma, mu_s and "
         "sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be checked")  # fmt: skip
     add("--inception", metavar="PATH", help="torch-fidelity's Inception weights, likewise (default: its own download)")
-    add("--rewards", help="judges to report, and their weights for --best-of (default: clip,realism for the toys, "
-        "else clip; --best-of: clip=1,realism=0.25 for the toy of classes, else clip; --samples: none)")  # fmt: skip
+    add("--rewards", help="judges to report, and their weights in the sum that --best-of goes by (default: "
+        "clip=1,realism=0.25 for the toys, else clip; --samples: none)")  # fmt: skip
     add_judge_flags(add)
     return resolve(parser.parse_args(argv))
 
@@ -534,8 +538,7 @@ def resolve(args):
         name = f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
         args.policies.append((name, path, args.text_pad or own_header["text_pad"]))
     args.tuned = [path for _, path, _ in args.policies[1:]]
-    args.rewards = args.rewards or (BEST_BY.get(args.model, "clip") if args.best_of > 1 else None)
-    args.rewards = args.rewards or ("clip,realism" if args.toy else "" if args.samples else "clip")
+    args.rewards = args.rewards or ("" if args.samples else BEST_BY.get(args.model, "clip"))
     args.judge_weights = parse_rewards(args.rewards) if args.rewards else {}
     args.judge_options = judge_options(args, args.model)
     args.items, args.asked = [], []
@@ -628,7 +631,7 @@ def run(args):
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
     columns = {}  # (cfg, name): {metric: Figure or reason}; cfg None: not against the base
     try:
-        tools = Tools(networks, inception, judges, args.toy)
+        tools = Tools(networks, inception, judges, args.judge_weights, args.toy)
         for key, found in (of_samples if args.samples else of_policies)(args, tools):
             columns[key] = found
             text = write_results(args, settings, columns)  # each time, because a column of a large model takes hours

@@ -3,6 +3,7 @@ A page per run, to look at: one HTML file with everything inside, which opens wi
 
     python report.py out/c2i                    # writes out/c2i/report.html; train.py does so too when it ends
     python report.py out/seed0 out/seed1 out/x  # several runs on one page, out/compare.html
+    python report.py base.json tuned.json --out frontier.png  # tables of evaluate.py: accuracy against diversity
 
 Runs whose flags are equal except for the seed are one line with a band. A run's page shows its flags, a curve for each
 metric with what is healthy, the same prompts and seeds as training goes on, one picture as it is written token by
@@ -341,16 +342,70 @@ def recall_points(folders):
     return found
 
 
+def write_frontier(paths, place):
+    """
+    What accuracy costs, as a picture: each table of evaluate.py is a line through its policies (without any, through
+    the base's columns), with standard errors. On the left the share right against recall in latents, which no reward
+    sees; on the right against the judges' weighted sum: below the line of best-of-N, which raises the reward without
+    touching a weight, the judges are being hacked. A row per task. Raises Mistake.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tables = {}
+    for path in paths:
+        with zoo.reading(path, "give a .json that evaluate.py wrote"):
+            table = json.loads(path.read_text())
+            tables.setdefault(table["task"], []).append((path.stem, points_of(table)))
+    figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
+    for row, (task, lines) in zip(rows, tables.items(), strict=True):
+        for axes, key in zip(row, ("recall, latents", "reward: weighted sum"), strict=True):
+            for label, points in lines:
+                found = [(name, figures[key], figures["right: all"]) for name, figures in points if key in figures]
+                if found:
+                    names, xs, ys = zip(*found, strict=True)
+                    (x, dx), (y, dy) = np.transpose(xs), np.transpose(ys)
+                    axes.errorbar(x, y, dy, dx, marker="o", markersize=4, linewidth=1, elinewidth=0.4, label=label)
+                    for name, *at in zip(names, x, y, strict=True):
+                        axes.annotate(name, at, fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.set(xlabel=key, ylabel=f"right, {task}")
+            axes.grid(alpha=0.3)
+        row[0].legend(fontsize=7)
+    figure.tight_layout()
+    zoo.write_whole(place, lambda path: figure.savefig(path, dpi=110, format=place.suffix[1:]))
+    plt.close(figure)
+
+
+def points_of(table):
+    """[(name, {metric: (value, standard error)})] of the policies in a table of evaluate.py (tuned if any)."""
+    folders = {f"tuned {k}": Path(path).parent.name for k, path in enumerate(table["tuned"], 1)}
+    found = []
+    for column, figures in table["columns"].items():
+        which, _, setting = column.partition(", ")
+        if which == "base" if not folders else which.startswith("tuned"):
+            errors = table["standard_errors"][column]
+            name = folders.get(which if len(folders) > 1 else "tuned 1", setting)
+            found.append((name, {key: (figures[key], errors[key]) for key in errors}))
+    return found
+
+
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py wrote")
-    parser.add_argument("--out", type=Path, help="file of the page (default: report.html in the run; several runs: "
-                        "compare.html beside the first)")  # fmt: skip
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders that train.py wrote, or .json that evaluate.py wrote"
+    )
+    parser.add_argument("--out", type=Path, help="file of the page or picture (default: report.html in the run; of "
+                        "several, compare.html beside the first; of tables, frontier.png there)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def run(args):
-    if len(args.runs) == 1:
+    if all(path.suffix == ".json" for path in args.runs):
+        path = args.out or args.runs[0].parent / "frontier.png"
+        write_frontier(args.runs, path)
+    elif len(args.runs) == 1:
         (folder,) = args.runs
         path = args.out or folder / "report.html"
         write_run(folder, write_pictures(folder), path)

@@ -470,7 +470,8 @@ def qwen_judge(device, options, names):
 # ---------------------------------------------------------------------------------------------------------------
 # Putting judges together
 
-BEST_BY = {"toy-c2i": "clip=1,realism=0.25"}  # whose best of N is taken where no --rewards says so; else clip's
+# whose best of N is taken where no --rewards says so; else clip's
+BEST_BY = dict.fromkeys(("toy-c2i", "toy-t2i"), "clip=1,realism=0.25")
 # name -> factory(device, options)
 JUDGES = {"clip": clip_judge, "hps": hps_judge, "maniqa": maniqa_judge, "realism": realism_judge}
 STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine is put into steps

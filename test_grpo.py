@@ -622,26 +622,37 @@ def kl_and_credit(logp, ref_logp, worth):
 
 
 def by_hand(
-    task, seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, most=1.0, beyond=0.0
+    task,
+    seed=0,
+    cfg=1.0,
+    score_cfg=1.0,
+    heat=1.0,
+    eps=0.2,
+    updates=1,
+    falls=True,
+    each=False,
+    most=1.0,
+    beyond=0.0,
+    ref_cfg=0,
 ):
     """Three steps of AR-GRPO with B = 2, G = 3, T = 64: the policy, and the metrics of each step."""
     name, judges, weights = f"toy-{task}", ["clip", "realism"], [1.0, 0.25]
-    rate, beta = (2e-4, 0.04) if task == "c2i" else (3e-4, 0.03)
+    rate, beta = (2e-4, 0.04) if task == "c2i" else (4.5e-4, 0.03)
     policy, ref_model, tokenizer, encode = load_model(name), load_model(name), load_tokenizer(name), load_encoder(name)
     judges, found = [rewards.load_judges([judge])[judge] for judge in judges], []
     trained = [p for n, p in policy.named_parameters() if n != "cls_embedding.uncond_embedding"]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)
 
-    def all_of(model, rows):
+    def all_of(model, rows, guidance=score_cfg):
         masked = None if mask is None else mask[rows]
         logits = model(cond[rows], tokens[rows], masked)
-        if score_cfg > 1:
+        if guidance > 1:
             without = model(model.cls_embedding.null(cond[rows]), tokens[rows], masked)
-            logits = score_cfg * logits + (1 - score_cfg) * without
+            logits = guidance * logits + (1 - guidance) * without
         return (logits / heat).log_softmax(-1)
 
-    def logprobs_of(model, rows):
-        return all_of(model, rows).gather(-1, tokens[rows][..., None])[..., 0]
+    def logprobs_of(model, rows, guidance=score_cfg):
+        return all_of(model, rows, guidance).gather(-1, tokens[rows][..., None])[..., 0]
 
     def compared(values):  # the first group and the second
         return torch.tensor(normalised(values[:3].tolist()) + normalised(values[3:].tolist()))
@@ -655,14 +666,17 @@ def by_hand(
         cond, mask = encode(asked)
         tokens, old = policy.generate(cond, mask, cfg_scale=cfg, temperature=heat, noise=torch.from_numpy(noise))
         with torch.no_grad():
-            ref, old = logprobs_of(ref_model, slice(6)), old if cfg == score_cfg else logprobs_of(policy, slice(6))
+            ref, old = logprobs_of(ref_model, slice(6), ref_cfg or score_cfg), old
+            old = old if cfg == score_cfg else logprobs_of(policy, slice(6))
             images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)
             judged = [judge(images, captions) for judge in judges]
         reward = sum(w * values for w, values in zip(weights, judged, strict=True))
         A = compared(reward)
         if each:
             A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
-        worth = worth_of_codes(tokenizer, tokens, judges, weights, captions) if beyond else None
+        if beyond:
+            worth = worth_of_codes(tokenizer, tokens, judges, weights, captions)
+            anchor = all_of(ref_model, slice(6), ref_cfg or score_cfg).detach()
         optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if falls else rate
         sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
         for _ in range(updates):
@@ -673,7 +687,7 @@ def by_hand(
                 gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a
                 kl, more = d.exp() - d - 1, 0
                 if beyond:
-                    kl, more = kl_and_credit(all_of(policy, rows), all_of(ref_model, rows).detach(), worth[rows])
+                    kl, more = kl_and_credit(all_of(policy, rows), anchor[rows], worth[rows])
                 loss = (beta * kl - gain - beyond * more).sum() / (6 * 64)
                 parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
@@ -697,6 +711,8 @@ LOOPS = {
     "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.01"], dict(updates=2, eps=0.01)),
     "c2i-each": (["--reward-norm", "each", "--temperature", "0.8"], dict(each=True, heat=0.8)),
     "c2i-beyond": (["--kl", "exact", "--credit-coef", "0.7", "--temperature", "0.8"], dict(beyond=0.7, heat=0.8)),
+    "c2i-guided-ref": (["--ref-cfg", "3"], dict(ref_cfg=3.0)),
+    "t2i-guided-ref": (["--ref-cfg", "2", "--kl", "exact", "--credit-coef", "1"], dict(ref_cfg=2.0, beyond=1.0)),
 }
 
 

@@ -93,14 +93,26 @@ KNOBS = {
     "names_for_judges": (None, None, None, None, data.wordnet_classes, None),
     "rewards": ("clip=1,realism=0.25", "clip=1,realism=0.25", EIGHT, EIGHT, EIGHT, EIGHT),  # paper
     "qwen_answer": ("probability", "probability", "probability", "probability", "json", "json"),  # script
-    "lr": (2e-4, 3e-4, 1e-5, 1e-5, 1e-5, 1e-5),  # script
+    "lr": (2e-4, 4.5e-4, 1e-5, 1e-5, 1e-5, 1e-5),  # script
     "lr_schedule": ("linear", "linear", "linear", "linear", "constant", "constant"),  # script: in effect constant
     # script: AdamW's default. The toys' 200 steps would not fill an average over 1,000.
     "adam_beta2": (0.95, 0.95, 0.999, 0.999, 0.999, 0.999),
     "kl_coef": (0.04, 0.03, 0.1, 1.0, 0.1, 1.0),  # script: the paper's beta
     "clip_eps": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2),  # script: the paper's epsilon
     "updates_per_batch": (1, 1, 1, 1, 1, 1),  # script
+    # one step beyond the paper, off: see BEST
+    "ref_cfg": ("same",) * 6,
+    "kl": ("k3",) * 6,
+    "credit_coef": (0.0,) * 6,
+    "lora_rank": (0,) * 6,
 }  # fmt: skip
+# --preset best-...: the column of KNOBS that it starts from, and what it changes (README, "One step beyond the paper")
+BEST = {
+    "best-c2i": ("toy-c2i", dict(model="toy-c2i", kl="exact", ref_cfg=3.0, kl_coef=0.3)),
+    "best-t2i": ("toy-t2i", dict(model="toy-t2i", kl="exact", ref_cfg=3.0, kl_coef=0.3)),
+    "best-llamagen-c2i": ("llamagen-c2i", dict(model="llamagen-xl-384", kl="exact", ref_cfg=2.0, cfg_scale=1.0)),
+    "best-llamagen-t2i": ("llamagen-t2i", dict(model="llamagen-t2i-xl-256", kl="exact", ref_cfg=7.5, cfg_scale=1.0)),
+}
 STATES = "state.pt", "state-before.pt"  # the newest save of a run and the one before
 PATIENCE = 5  # steps in a row
 MAX_GRAD_NORM = 1.0  # script; the toys' gradients stay below it most of the time
@@ -110,7 +122,8 @@ SAMPLE_EVERY = 50  # steps between grids of the same prompts and seeds
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument_group("what is trained").add_argument
-    add("--preset", choices=COLUMNS[4:], help="set what the official release used; flags beside it win")
+    add("--preset", choices=[*COLUMNS[4:], *BEST], help="paper-: set what the official release used; best-: what "
+        "went beyond it here; flags beside it win")  # fmt: skip
     zoo.add_model_flags(add)
     add("--ckpt", metavar="PATH", help="start from these weights, also the KL's reference (default: the model's base)")
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these classes, names or numbers (default: all)")
@@ -128,17 +141,19 @@ def parse_args(argv=None):
     add_judge_flags(add)
     add = parser.add_argument_group("learning").add_argument
     add("--score-cfg", help="guidance while scoring: 'same' as sampling (default), or a number; the release uses 1")
-    add("--lr", type=float, help="AdamW's learning rate (default: toys 2e-4 and 3e-4, LlamaGen 1e-5, the release's)")
+    add("--ref-cfg", help="guidance of the KL's reference: 'same' as scoring (default), or a number; a larger one "
+        "teaches the policy what guidance gives, so that it needs none")  # fmt: skip
+    add("--lr", type=float, help="AdamW's learning rate (default: toys 2e-4 and 4.5e-4, LlamaGen 1e-5, the release's)")
     add("--lr-schedule", choices=("linear", "constant"), help="linear (default): the rate falls to 0 over --steps, "
         "which takes the noise out again; constant: the release's")  # fmt: skip
     add("--kl-coef", type=float, help="the paper's beta (default: c2i 0.1, t2i 1, the release's; toys 0.04 and 0.03)")
-    add("--kl", choices=("k3", "exact"), default="k3", help="k3 (default): the KL is estimated from the tokens drawn, "
+    add("--kl", choices=("k3", "exact"), help="k3 (default): the KL is estimated from the tokens drawn, "
         "as in GRPO; exact: it is summed over the vocabulary, without noise")  # fmt: skip
-    add("--credit-coef", type=float, default=0.0, metavar="C", help="C times credit per token, by the gradient of the "
+    add("--credit-coef", type=float, metavar="C", help="C times credit per token, by the gradient of the "
         "judges that have one; --clip-eps does not hold it, the KL does (default 0: none, as in GRPO)")  # fmt: skip
     add("--clip-eps", type=float, help="epsilon of the clipped ratio (default 0.2, the paper's)")
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
-    add("--lora-rank", type=int, default=0, metavar="R", help="learn a change of rank R beside each matrix of the "
+    add("--lora-rank", type=int, metavar="R", help="learn a change of rank R beside each matrix of the "
         "blocks, which policy and reference then share; wants 10 times the --lr (default 0: learn all)")  # fmt: skip
     add("--checkpoint-layers", action="store_true", help="keep only what enters each block and compute the rest again "
         "in the backward pass: a third of the memory, a fifth more time")  # fmt: skip
@@ -156,23 +171,26 @@ def parse_args(argv=None):
 def resolve(args):
     """Fills in what the command line left open. Raises Mistake, OSError."""
     zoo.settle_device(args)
+    start, changes = BEST.get(args.preset, (args.preset, {}))
     if args.preset:
-        args.model = args.model or KNOBS["model"][COLUMNS.index(args.preset)]
-        args.task = args.task or args.preset.removeprefix("paper-")
+        args.model = args.model or changes.get("model") or KNOBS["model"][COLUMNS.index(start)]
+        args.task = args.task or start[-3:]
     args.model, args.base, header = zoo.find_policy(args.ckpt, args.model, args.task)
     args.task = zoo.MODELS[args.model].config.task
-    column = COLUMNS.index(args.preset or f"{'toy' if zoo.is_toy(args.model) else 'llamagen'}-{args.task}")
+    column = f"{'toy' if zoo.is_toy(args.model) else 'llamagen'}-{args.task}"
+    if changes and start != column:
+        raise Mistake(f"--preset {args.preset} is not for {args.model}")
     for knob, values in KNOBS.items():
         if getattr(args, knob, None) is None:
-            setattr(args, knob, values[column])
+            setattr(args, knob, changes.get(knob, values[COLUMNS.index(start or column)]))
     args.text_pad = args.text_pad or header["text_pad"]
     args.names_for_judges = args.names_for_judges and args.names_for_judges()
-    try:
-        args.score_cfg = args.cfg_scale if args.score_cfg == "same" else float(args.score_cfg)
-    except ValueError:
-        raise Mistake(f"--score-cfg is 'same' or a number, not {args.score_cfg!r}") from None
+    args.score_cfg = same_or_number("--score-cfg", args.score_cfg, args.cfg_scale)
+    args.ref_cfg = same_or_number("--ref-cfg", args.ref_cfg, args.score_cfg)
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
-    zoo.check_range(args, seed=0, cfg_scale=1, score_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12)
+    zoo.check_range(
+        args, seed=0, cfg_scale=1, score_cfg=1, ref_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12
+    )
     zoo.check_range(args, lora_rank=0, credit_coef=0)
     if args.shard and parallel.world() == 1:
         raise Mistake("--shard divides the model among processes: start them with torchrun --nproc-per-node N train.py")
@@ -193,6 +211,14 @@ def resolve(args):
     official = args.model if args.preset is None else f"{args.preset}-{args.model}"
     args.out = args.out or Path(f"out/{args.task if zoo.is_toy(args.model) else official}")
     return args
+
+
+def same_or_number(flag, value, same):
+    """The number that is meant by a flag that also takes 'same'. Raises Mistake."""
+    try:
+        return same if value == "same" else float(value)
+    except ValueError:
+        raise Mistake(f"{flag} is 'same' or a number, not {value!r}") from None
 
 
 def claim(args):
@@ -244,6 +270,7 @@ def train(args):
     # which of a step's N images this process makes
     mine = [p * G + k for p in parallel.share(args.prompts_per_step) for k in range(G)]
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
+    ref_scoring = scoring | dict(cfg_scale=args.ref_cfg)
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
@@ -276,7 +303,7 @@ def train(args):
         # 4. learn: --updates-per-batch AdamW steps on this batch, each accumulated over micro-batches
         with zoo.autocast(device, args.dtype):
             drawn = cond, tokens, cond_mask, args.micro_batch
-            ref_logprobs, ref_states = score_tokens(ref_model, *drawn, **scoring)  # (N, T), (N, T, C)
+            ref_logprobs, ref_states = score_tokens(ref_model, *drawn, **ref_scoring)  # (N, T), (N, T, C)
             old_logprobs = score_tokens(policy, *drawn, **scoring)[0] if sampler_differs else sampled_logprobs
         # beyond the paper, empty without --kl exact and --credit-coef: {"kl" or "credit": (function, (N, T, ...))}
         further = further_terms(args, judged, rewards, mine, prompts, tokenizer, tokens, ref_model, ref_states)
