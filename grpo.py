@@ -96,15 +96,17 @@ def score_tokens(model, cond, tokens, cond_mask, micro_batch, cfg_scale=1.0, tem
     return tuple(torch.cat(values) for values in zip(*scored, strict=True))
 
 
-def group_advantages(rewards, group_size):
+def group_advantages(rewards, group_size, divide=True):
     """
     A_i = (r_i - mean(group)) / (std(group) + 1e-4), std unbiased; rewards (N,) -> advantages (N,), unitless.
+    divide=False: A_i = r_i - mean(group), in units of the reward (Dr. GRPO, arXiv 2503.20783). A group of equally good
+    pictures, whose rewards differ by the judges' taste only, then says little; divided, it says as much as any other.
 
     A reward that is not finite is missing: mean and std are those of the group's other members, and its advantage is 0.
     1e-4 not 1e-8: nearly equal rewards would otherwise be blown up into noise.
     """
     centred, std = deviations(rewards, group_size)
-    return (centred / (std + 1e-4)).flatten()
+    return (centred / (std + 1e-4) if divide else centred).flatten()
 
 
 def deviations(rewards, group_size):
@@ -214,13 +216,13 @@ def token_credit(logp, tokens, gradient, codebook):
         return (gradient * (logp.exp() @ codebook - codebook[tokens])).sum(-1)
 
 
-def advantage_slopes(judged, weights, group_size, rewards=None):
+def advantage_slopes(judged, weights, group_size, rewards=None, divide=True):
     """
     {judge: (N,)}: by how much an image's advantage grows per unit of a judge's value, its group's mean and spread held
     fixed. 0 where the value is missing, or the group's values are all equal: such a group teaches nothing here either.
 
     judged, weights   as in decoupled_advantages, whose slopes these are if `rewards` is None
-    rewards           (N,), else: the slopes are those of group_advantages(rewards)
+    rewards, divide   (N,) and whether, else: the slopes are those of group_advantages(rewards, group_size, divide)
     """
     each = rewards is None
     scale = sum_of_advantages(judged, weights, group_size).std() + 1e-4 if each else 1
@@ -228,7 +230,8 @@ def advantage_slopes(judged, weights, group_size, rewards=None):
     for name, values in judged.items():
         _, std = deviations(values if each else rewards, group_size)  # (B, 1)
         std = std.expand(-1, group_size).flatten()  # (N,)
-        slopes[name] = torch.where((std > 0) & values.isfinite(), weights[name] / (std + 1e-4) / scale, 0)
+        slope = weights[name] / (std + 1e-4 if divide else torch.ones_like(std)) / scale
+        slopes[name] = torch.where((std > 0) & values.isfinite(), slope, 0)
     return slopes
 
 

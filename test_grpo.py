@@ -392,6 +392,10 @@ def test_advantages_compare_inside_the_group(judged):
     """One group of all N, or a biased std, learns as well at first; an eps of 1e-8 blows nearly equal rewards up."""
     expected = [a for k in range(0, 20, 4) for a in normalised(judged[k : k + 4].tolist())]
     assert group_advantages(judged, 4).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    groups = judged.view(-1, 4)
+    groups = groups.masked_fill(groups.isinf(), NAN)
+    centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num().view(-1)
+    assert torch.allclose(group_advantages(judged, 4, divide=False), centred, atol=1e-5)
     many = torch.randn(400, generator=seeded(0)).masked_fill(torch.rand(400, generator=seeded(1)) < 0.3, NAN)
     assert not group_advantages(many, 4)[many.isnan()].any()  # exactly 0, too
     for value in (0.1, 1 / 3, 1e6, -7.7):  # equal: the rounding of a mean, divided by 1e-4, would be a push at random
@@ -509,8 +513,8 @@ def linear_judges():
     return dict(both=both, steps=steps, numpy=lambda images, prompts: images.numpy()[:, 0, 0, 0])
 
 
-@pytest.mark.parametrize("each", [False, True], ids=["sum", "each"])
-def test_credit_for_a_linear_judge_is_what_every_other_token_would_have_brought(each, monkeypatch):
+@pytest.mark.parametrize("norm", ["sum", "each", "mean"])
+def test_credit_for_a_linear_judge_is_what_every_other_token_would_have_brought(norm, monkeypatch):
     """The std of another group, a weight that is lost, a judge that has no gradient, a value that is missing."""
     policy, (cond, _), tokenizer, judges = tiny(C2I), tiny_cond(C2I, 6), CodesAsPictures(), linear_judges()
     weights, tokens = (
@@ -530,11 +534,12 @@ def test_credit_for_a_linear_judge_is_what_every_other_token_would_have_brought(
         other[t] = v
         was, would = (kept["both"](to_unit(tokenizer.decode(x[None])), None) for x in (tokens[i], other))
         for name in names:
-            finite = [x for x in (judged[name] if each else reward)[group].tolist() if math.isfinite(x)]
-            spread = (statistics.stdev(finite) + 1e-4) * ((total.std() + 1e-4) if each else 1)
+            finite = [x for x in (judged[name] if norm == "each" else reward)[group].tolist() if math.isfinite(x)]
+            spread = (statistics.stdev(finite) + 1e-4) * ((total.std() + 1e-4) if norm == "each" else 1)
+            spread = 1 if norm == "mean" else spread
             if judged[name][i].isfinite():
                 expected[i, t] += p[i, t, v].detach() * weights[name] * (would[name] - was[name])[0] / spread
-    slopes = grpo.advantage_slopes(judged, weights, 3, None if each else reward)
+    slopes = grpo.advantage_slopes(judged, weights, 3, None if norm == "each" else reward, norm != "mean")
     for chunk, micro_batch in ((2**24, 6), (1, 4), (6 * 24 * 2, 1)):
         monkeypatch.setattr(grpo, "CHUNK", chunk)
         of_names = {name: slopes[name] for name in names}
@@ -543,7 +548,8 @@ def test_credit_for_a_linear_judge_is_what_every_other_token_would_have_brought(
         *_, credit = token_logprobs(policy, cond, tokens, None, temperature=0.7, sums=sums)
         assert torch.allclose(credit, expected, rtol=1e-3, atol=1e-4) and credit.requires_grad
     equal = {name: torch.ones(6) for name in weights}  # nothing is better than its group: no push of size 1 / 1e-4
-    assert not any(s.any() for s in grpo.advantage_slopes(equal, weights, 3, None if each else torch.ones(6)).values())
+    slopes = grpo.advantage_slopes(equal, weights, 3, None if norm == "each" else torch.ones(6), norm != "mean")
+    assert not any(s.any() for s in slopes.values())
 
 
 def test_credit_foresees_what_a_swapped_token_does():
@@ -631,6 +637,7 @@ def by_hand(
     updates=1,
     falls=True,
     each=False,
+    divide=True,
     most=1.0,
     beyond=0.0,
     ref_cfg=0,
@@ -672,6 +679,8 @@ def by_hand(
             judged = [judge(images, captions) for judge in judges]
         reward = sum(w * values for w, values in zip(weights, judged, strict=True))
         A = compared(reward)
+        if not divide:
+            A = (reward.view(2, 3) - reward.view(2, 3).mean(1, True)).flatten()
         if each:
             A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
         if beyond:
@@ -711,7 +720,7 @@ LOOPS = {
     "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.01"], dict(updates=2, eps=0.01)),
     "c2i-each": (["--reward-norm", "each", "--temperature", "0.8"], dict(each=True, heat=0.8)),
     "c2i-beyond": (["--kl", "exact", "--credit-coef", "0.7", "--temperature", "0.8"], dict(beyond=0.7, heat=0.8)),
-    "c2i-guided-ref": (["--ref-cfg", "3"], dict(ref_cfg=3.0)),
+    "c2i-guided-ref": (["--ref-cfg", "3", "--reward-norm", "mean"], dict(ref_cfg=3.0, divide=False)),
     "t2i-guided-ref": (["--ref-cfg", "2", "--kl", "exact", "--credit-coef", "1"], dict(ref_cfg=2.0, beyond=1.0)),
 }
 

@@ -103,6 +103,7 @@ KNOBS = {
     # one step beyond the paper, off: see BEST
     "ref_cfg": ("same",) * 6,
     "kl": ("k3",) * 6,
+    "reward_norm": ("sum",) * 6,
     "credit_coef": (0.0,) * 6,
     "lora_rank": (0,) * 6,
 }  # fmt: skip
@@ -136,8 +137,9 @@ def parse_args(argv=None):
     add("--cfg-scale", type=float, help="guidance while sampling; 1 is none (default: toys 1, LlamaGen c2i 2, t2i 4)")
     add = parser.add_argument_group("judging").add_argument
     add("--rewards", help="judge=weight,... (default: the toys' own; for LlamaGen the paper's eight)")
-    add("--reward-norm", choices=("sum", "each"), default="sum", help="sum: add the rewards, then normalise in the "
-        "group (GRPO, default); each: normalise each reward first (GDPO)")  # fmt: skip
+    add("--reward-norm", choices=("sum", "each", "mean"), help="sum: add the rewards, then normalise in the group "
+        "(GRPO, default); each: normalise each reward first (GDPO); mean: only subtract the group's mean of the sum "
+        "(Dr. GRPO)")  # fmt: skip
     add_judge_flags(add)
     add = parser.add_argument_group("learning").add_argument
     add("--score-cfg", help="guidance while scoring: 'same' as sampling (default), or a number; the release uses 1")
@@ -266,7 +268,8 @@ def train(args):
     policy, ref_model, tokenizer, encode, judges, optimizer = build(args)
     grid = partial(draw_grid, args, policy, tokenizer, encode, judges)
     start_step = begin(args, policy, optimizer, grid)
-    G, device, each = args.group_size, args.device, args.reward_norm == "each"
+    G, device, weights = args.group_size, args.device, args.judge_weights
+    each, divide = args.reward_norm == "each", args.reward_norm != "mean"
     # which of a step's N images this process makes
     mine = [p * G + k for p in parallel.share(args.prompts_per_step) for k in range(G)]
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
@@ -296,8 +299,8 @@ def train(args):
 
         # 3. compare inside each group, all N images on every process
         judged = {name: parallel.gather(values) for name, values in judged.items()}
-        rewards = weighted_sum(judged, args.judge_weights, G)  # (N,)
-        advantages = decoupled_advantages(judged, args.judge_weights, G) if each else group_advantages(rewards, G)
+        rewards = weighted_sum(judged, weights, G)  # (N,)
+        advantages = group_advantages(rewards, G, divide) if not each else decoupled_advantages(judged, weights, G)
         clock.lap("judge")
 
         # 4. learn: --updates-per-batch AdamW steps on this batch, each accumulated over micro-batches
@@ -387,7 +390,7 @@ def further_terms(args, judged, rewards, mine, prompts, tokenizer, tokens, ref_m
         terms["kl"] = partial(exact_kl, ref_model=ref_model, temperature=args.temperature), ref_states
     if args.credit_coef:
         of_sum = None if args.reward_norm == "each" else rewards
-        slopes = advantage_slopes(judged, args.judge_weights, args.group_size, of_sum)
+        slopes = advantage_slopes(judged, args.judge_weights, args.group_size, of_sum, args.reward_norm != "mean")
         slopes = {name: args.credit_coef * slopes[name][mine] for name in args.credited[1]}
         gradient = code_gradient(args.credited[0], slopes, tokenizer, tokens, prompts, args.micro_batch)  # (N, T, D)
         terms["credit"] = partial(token_credit, codebook=tokenizer.quantize.vectors()), gradient
