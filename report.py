@@ -344,10 +344,11 @@ def recall_points(folders):
 
 def write_frontier(paths, place):
     """
-    What accuracy costs, as a picture: each table of evaluate.py is a line through its policies (without any, through
-    the base's columns), with standard errors. On the left the share right against recall in latents, which no reward
-    sees; on the right against the judges' weighted sum: below the line of best-of-N, which raises the reward without
-    touching a weight, the judges are being hacked. A row per task. Raises Mistake.
+    What accuracy costs, as a picture: each table of evaluate.py is a line through its policies, with standard errors;
+    tables of a base are a line through its guidance scales, and one through its best-of-N. On the left the share right
+    against recall in latents, which no reward sees; on the right against the judges' weighted sum: below the line of
+    best-of-N, which raises the reward without touching a weight, the judges are being hacked. A row per task.
+    Raises Mistake.
     """
     import matplotlib
 
@@ -358,11 +359,13 @@ def write_frontier(paths, place):
     for path in paths:
         with zoo.reading(path, "give a .json that evaluate.py wrote"):
             table = json.loads(path.read_text())
-            tables.setdefault(table["task"], []).append((path.stem, points_of(table)))
+            label = path.stem if table["tuned"] else "base, best of N" if table["best_of"] > 1 else "base"
+            lines = tables.setdefault(table["task"], {})
+            lines[label] = lines.get(label, []) + points_of(table)
     figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
     for row, (task, lines) in zip(rows, tables.items(), strict=True):
         for axes, key in zip(row, ("recall, latents", "reward: weighted sum"), strict=True):
-            for label, points in lines:
+            for label, points in lines.items():
                 found = [(name, figures[key], figures["right: all"]) for name, figures in points if key in figures]
                 if found:
                     names, xs, ys = zip(*found, strict=True)
