@@ -1714,7 +1714,10 @@ def test_train_sample_and_evaluate_run(task, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
     assert list(columns) == ["base, cfg 1", "tuned, cfg 1", "renders, round trip"]
-    assert columns["renders, round trip"]["right: all"] > 0.9 and columns["base, cfg 1"]["recall, latents"] > 0
+    base = columns["base, cfg 1"]
+    assert columns["renders, round trip"]["right: all"] > 0.9 and base["recall, latents"] > 0
+    total = base["reward: clip"] + 0.25 * base["reward: realism"]  # what the run was trained by
+    assert base["reward: weighted sum"] == pytest.approx(total, rel=1e-6)
 
 
 def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path):
@@ -1731,8 +1734,24 @@ def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path):
     assert text.count("<svg") > 12 and "renders, round trip" in text and text.count('class="frame"') == 2
     report.main([str(run), str(run)])  # two runs with equal flags: one line
     assert "reward against KL" in (tmp_path / "compare.html").read_text()
+    report.main([str(run / "evaluation.json"), "--out", "frontier.png"])
+    assert Image.open("frontier.png").width > 1000
     with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
         report.main([str(tmp_path)])
+
+
+def test_the_frontier_has_the_tuned_policies_or_else_the_base_and_each_its_own_figures():
+    """The base drawn as if it were the policy; the mean over seeds drawn beside the seeds; the error of another."""
+    mean, base, settings = {"right: all": 0.9}, {"right: all": 0.4}, ("cfg 1", "cfg 2, best of 4")
+    columns = {f"base, {setting}": base for setting in settings}
+    errors = {column: {"right: all": 0.01 * k} for k, column in enumerate(columns)}
+    found = report.points_of(dict(tuned=[], columns=columns, standard_errors=errors))
+    assert found == [("cfg 1", {"right: all": (0.4, 0)}), ("cfg 2, best of 4", {"right: all": (0.4, 0.01)})]
+    columns = {"base, cfg 1": base, "tuned 1, cfg 1": mean, "tuned 2, cfg 1": base, "mean of 2, cfg 1": mean}
+    errors = {column: {"right: all": 0.01 * k} for k, column in enumerate(columns)}
+    paths = ["out/a/policy.safetensors", "out/b/policy.safetensors"]
+    found = report.points_of(dict(tuned=paths, columns=columns, standard_errors=errors))
+    assert found == [("a", {"right: all": (0.9, 0.01)}), ("b", {"right: all": (0.4, 0.02)})]
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's sliders")

@@ -77,7 +77,7 @@ EIGHT = "clip=5,clip-step=1,hps=5,hps-step=1,maniqa=2,qwen-match=0.25,qwen-real=
 
 # Every default: what is set where the command line leaves a knob open. A --preset is what the official release used;
 # "script" is its training script for the task, which its author calls indicative. The llamagen columns are the
-# release's except where it is wrong (README, "Differences"); the toys' were measured (README, "Results").
+# release's except where it is wrong (RESULTS.md, "Differences"); the toys' were measured (README, "Results").
 COLUMNS = ("toy-c2i", "toy-t2i", "llamagen-c2i", "llamagen-t2i", "paper-c2i", "paper-t2i")
 KNOBS = {
     "model": (None, None, None, None, "llamagen-xl-384", "llamagen-t2i-xl-256"),  # the paper's main models
