@@ -3,6 +3,7 @@ Draws pictures: load, encode what is asked, generate tokens, decode, save a labe
 
     python sample.py                                              # the toy base, at once
     python sample.py --ckpt out/c2i --compare                     # base above tuned, same seeds
+    python sample.py --ckpt out/best --compare out/c2i            # base, out/c2i, out/best
     python sample.py --classes "red circle" 7 --num 8 --cfg-scale 2
     python sample.py --task t2i --prompts "a red circle and a blue square"
     python sample.py --task t2i --prompts my_prompts.txt --npz samples.npz
@@ -197,7 +198,8 @@ def parse_args(argv=None):
     add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
     add("--base", metavar="PATH", help="weights of the base for --compare (default: those that --ckpt began from)")
     add("--print-files", action="store_true", help="only list the files of the model, and where they are expected")
-    add("--compare", action="store_true", help="draw the base too, above the model of --ckpt, with the same seeds")
+    add("--compare", nargs="*", metavar="PATH", help="draw the base too, and the policies of these folders or files, "
+        "above the model of --ckpt, with the same seeds")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or .txt, .json and .jsonl files of them")
     add("--num", type=int, default=4, help="images for each class or prompt (default 4)")
@@ -230,18 +232,22 @@ def resolve(args):
     if args.print_files:  # with --model, --ckpt is not looked for: it may be what is missing
         args.model = args.model or zoo.find_policy(args.ckpt, None, args.task)[0]
         return args
-    if args.compare and not args.ckpt:
+    compare = args.compare is not None
+    if compare and not args.ckpt:
         raise Mistake("--compare sets the model of --ckpt against its base, so it needs --ckpt")
-    if args.base and not args.compare and args.blend == 1:
+    if args.base and not compare and args.blend == 1:
         raise Mistake(
             "--base is what --compare and --blend set beside --ckpt; to draw from it alone, give it as --ckpt"
         )
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
-    args.policies = [("", path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
-    if args.compare or args.blend != 1:
+    prefix = "" if not compare else f"{Path(args.ckpt).name}: " if args.compare else "tuned: "
+    args.policies = [(prefix, path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
+    if compare or args.blend != 1:
         _, args.base, base_header = zoo.find_policy(args.base or header["base"], args.model)
-    if args.compare:  # the base's captions are padded as it was trained, whatever --text-pad says of --ckpt
-        args.policies = [("base: ", args.base, base_header["text_pad"]), ("tuned: ", *args.policies[0][1:])]
+    if compare:  # captions of the others are padded as they were trained, whatever --text-pad says of --ckpt
+        others = [(Path(place).name, *zoo.find_policy(place, args.model)[1:]) for place in args.compare]
+        others = [("base", args.base, base_header), *others]
+        args.policies[:0] = [(f"{name}: ", path, found["text_pad"]) for name, path, found in others]
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     args.temperature = header["temperature"] if args.temperature is None else args.temperature
     args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
@@ -273,9 +279,9 @@ def run(args):
     captions = zoo.captions_of(args.model, args.asked)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
     best = args.best_of, judges, args.judge_weights, captions
-    for prefix, path, pad in args.policies:
+    for place, (_, path, pad) in enumerate(args.policies, 1):
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        if args.blend != 1 and prefix != "base: ":
+        if args.blend != 1 and place == len(args.policies):
             zoo.blend(model, args.model, args.base, args.blend)
         drawn.append(draw_best(*best, model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
         del model  # before the next one: two of the large ones may not fit

@@ -2593,8 +2593,9 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     assert zoo.find_policy("run")[2] == dict(
         step=1, text_pad="right" if pads else "left", cfg_scale=cfg, temperature=1, base=str(tmp_path / "gpt.pt")
     )
-    sample.main(["--ckpt", "run", "--compare", *files, "--num", "2", "--npz", "new/a.npz"])
-    assert f"cfg {cfg}" in capsys.readouterr().out  # a policy is drawn from as it was trained
+    sample.main(["--ckpt", "run", "--compare", "gpt.pt", *files, "--num", "2", "--npz", "new/a.npz"])
+    said = capsys.readouterr().out
+    assert f"cfg {cfg}" in said and "6 pictures" in said  # a policy is drawn from as it was trained
     found = np.load("new/a.npz")
     assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["prompts" if pads else "labels"]) == 2
     evaluate.main(["--ckpt", "run", *files, "--num", "2", "--rewards", "pyiqa:entropy"])
