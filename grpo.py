@@ -5,7 +5,7 @@ GRPO for images: sample groups, compare inside each group, push what was better 
     group_advantages  A_i = (r_i - mean of its group) / (std of its group + 1e-4)          no value network
     token_logprobs    log pi(token_t | cond, tokens_<t) of every token, by policy and reference
     grpo_loss         the clipped objective and the KL penalty
-    exact_kl, token_credit    one step beyond the paper: sums over the vocabulary in place of the one token drawn
+    exact_kl, token_credit, token_weights    one step beyond the paper
 
 GRPO: arXiv 2402.03300, eq. 3-4. For autoregressive images: arXiv 2508.06924 (AR-GRPO). The state is the prompt and the
 tokens so far, the action is the next token, an episode is one image of T tokens. The reward comes once, at its end, and
@@ -139,7 +139,9 @@ def sum_of_advantages(judged, weights, group_size):
     return sum(weights[name] * group_advantages(values, group_size) for name, values in judged.items())
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl_coef=0.1, kl=None, credit=None):
+def grpo_loss(
+    logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl_coef=0.1, kl=None, credit=None, weights=1.0
+):
     """
     L = mean over images i, tokens t of  -min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) + beta (e^d - d - 1)
         rho = pi/pi_old at token t,  d = log(pi_ref/pi)                     GRPO: arXiv 2402.03300; k3: Schulman 2020
@@ -147,12 +149,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     logprobs      (N, T) nats, requires grad       old_logprobs  (N, T) nats, no grad
     ref_logprobs  (N, T) nats, frozen ref_model    advantages    (N,)  unitless, from group_advantages
     Every image has exactly T tokens: no EOS, no padding, no mask. Returns (scalar loss, dict of detached scalars).
-    One step beyond the paper: kl (N, T) nats, of exact_kl, replaces k3; credit (N, T), of token_credit, is subtracted.
+    One step beyond the paper: kl (N, T) nats, of exact_kl, replaces k3; credit (N, T), of token_credit, is subtracted;
+    weights (N, T), of token_weights, multiply the advantages.
 
     The value of the first term says little: at rho = 1 it is -mean(A), which is 0 by construction. Its gradient is
     what counts: there, REINFORCE's with the group's mean as baseline.
     """
-    A = advantages[:, None]  # (N, 1): one advantage for all tokens of an image
+    A = advantages[:, None] * weights  # (N, 1): one advantage for all tokens of an image
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     # Only moves too far in the wanted direction are cut off: A > 0 and rho > 1 + eps, A < 0 and rho < 1 - eps. A token
@@ -179,7 +182,8 @@ def sampler_gap(logprobs, sampled_logprobs):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One step beyond the paper: --kl exact and --credit-coef. Functions for the `sums` of token_logprobs.
+# One step beyond the paper: --kl exact, --credit-coef and --weigh-tokens. The first two are functions for the `sums` of
+# token_logprobs.
 
 
 def exact_kl(logp, tokens, ref_hidden, ref_model, temperature):
@@ -214,6 +218,19 @@ def token_credit(logp, tokens, gradient, codebook):
     """
     with torch.autocast(logp.device.type, enabled=False):  # bfloat16 would leave the mean two digits
         return (gradient * (logp.exp() @ codebook - codebook[tokens])).sum(-1)
+
+
+def token_weights(guided, unguided, most=2.0):
+    """
+    Which share of its image's advantage each token gets, (N, T), of mean 1 over an image: how many nats guidance moves
+    its log-probability (N, T) under the reference, at most `most`. What guidance leaves alone, such as a background,
+    has little to do with what was asked, so neither has the picture's success: it keeps its diversity.
+
+    After arXiv 2605.29198, which weights by |log p(token | cond) - log p(token | null)|; the guided log-probability is
+    apart from the unguided one by cfg - 1 times that, and by what normalises it.
+    """
+    weights = (guided - unguided).abs().clamp(max=most)
+    return weights / weights.mean(1, keepdim=True).clamp(min=1e-3)
 
 
 def advantage_slopes(judged, weights, group_size, rewards=None, divide=True):

@@ -641,6 +641,7 @@ def by_hand(
     most=1.0,
     beyond=0.0,
     ref_cfg=0,
+    weigh=False,
 ):
     """Three steps of AR-GRPO with B = 2, G = 3, T = 64: the policy, and the metrics of each step."""
     name, judges, weights = f"toy-{task}", ["clip", "realism"], [1.0, 0.25]
@@ -686,6 +687,11 @@ def by_hand(
         if beyond:
             worth = worth_of_codes(tokenizer, tokens, judges, weights, captions)
             anchor = all_of(ref_model, slice(6), ref_cfg or score_cfg).detach()
+        shares = torch.ones(6, 64)
+        if weigh:
+            with torch.no_grad():
+                moved = (ref - logprobs_of(ref_model, slice(6))).abs().clamp(max=2)
+            shares = 64 * moved / moved.sum(1, keepdim=True)
         optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if falls else rate
         sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
         for _ in range(updates):
@@ -693,7 +699,7 @@ def by_hand(
             for rows in (slice(0, 4), slice(4, 6)):
                 new, a = logprobs_of(policy, rows), A[rows, None]
                 rho, d = (new - old[rows]).exp(), ref[rows] - new
-                gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a
+                gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a * shares[rows]
                 kl, more = d.exp() - d - 1, 0
                 if beyond:
                     kl, more = kl_and_credit(all_of(policy, rows), anchor[rows], worth[rows])
@@ -722,6 +728,7 @@ LOOPS = {
     "c2i-beyond": (["--kl", "exact", "--credit-coef", "0.7", "--temperature", "0.8"], dict(beyond=0.7, heat=0.8)),
     "c2i-guided-ref": (["--ref-cfg", "3", "--reward-norm", "mean"], dict(ref_cfg=3.0, divide=False)),
     "t2i-guided-ref": (["--ref-cfg", "2", "--kl", "exact", "--credit-coef", "1"], dict(ref_cfg=2.0, beyond=1.0)),
+    "t2i-guided-weighed": (["--ref-cfg", "6", "--weigh-tokens"], dict(ref_cfg=6.0, weigh=True)),
 }
 
 
@@ -2632,6 +2639,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     # weights that would load in part, or run code
     (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
     (evaluate, ["--ckpt", ""], "an argument is empty"),
+    (train, ["--weigh-tokens"], "--ref-cfg"),
     (train, ["--out="], "an argument is empty"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "it is not whole"),
     (sample, ["--ckpt", "{}/cut.pt"], "it is not whole"),

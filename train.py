@@ -55,6 +55,7 @@ from grpo import (
     score_tokens,
     token_credit,
     token_logprobs,
+    token_weights,
 )
 from model import adapters, image_noise, merged
 from rewards import (
@@ -104,6 +105,7 @@ KNOBS = {
     "ref_cfg": ("same",) * 6,
     "kl": ("k3",) * 6,
     "reward_norm": ("sum",) * 6,
+    "weigh_tokens": (False,) * 6,
     "credit_coef": (0.0,) * 6,
     "lora_rank": (0,) * 6,
 }  # fmt: skip
@@ -145,6 +147,8 @@ def parse_args(argv=None):
     add("--score-cfg", help="guidance while scoring: 'same' as sampling (default), or a number; the release uses 1")
     add("--ref-cfg", help="guidance of the KL's reference: 'same' as scoring (default), or a number; a larger one "
         "teaches the policy what guidance gives, so that it needs none")  # fmt: skip
+    add("--weigh-tokens", action="store_true", default=None, help="with --ref-cfg: a token has a share in its image's "
+        "advantage as large as what guidance changes about it (default: all have the same, as in GRPO)")  # fmt: skip
     add("--lr", type=float, help="AdamW's learning rate (default: toys 2e-4 and 4.5e-4, LlamaGen 1e-5, the release's)")
     add("--lr-schedule", choices=("linear", "constant"), help="linear (default): the rate falls to 0 over --steps, "
         "which takes the noise out again; constant: the release's")  # fmt: skip
@@ -189,6 +193,8 @@ def resolve(args):
     args.names_for_judges = args.names_for_judges and args.names_for_judges()
     args.score_cfg = same_or_number("--score-cfg", args.score_cfg, args.cfg_scale)
     args.ref_cfg = same_or_number("--ref-cfg", args.ref_cfg, args.score_cfg)
+    if args.weigh_tokens and args.ref_cfg == args.score_cfg:
+        raise Mistake("--weigh-tokens asks what guidance changes: give --ref-cfg, above the guidance while scoring")
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
     zoo.check_range(
         args, seed=0, cfg_scale=1, score_cfg=1, ref_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12
@@ -308,8 +314,8 @@ def train(args):
             drawn = cond, tokens, cond_mask, args.micro_batch
             ref_logprobs, ref_states = score_tokens(ref_model, *drawn, **ref_scoring)  # (N, T), (N, T, C)
             old_logprobs = score_tokens(policy, *drawn, **scoring)[0] if sampler_differs else sampled_logprobs
-        # beyond the paper, empty without --kl exact and --credit-coef: {"kl" or "credit": (function, (N, T, ...))}
-        further = further_terms(args, judged, rewards, mine, prompts, tokenizer, tokens, ref_model, ref_states)
+        # beyond the paper, empty without its flags: {"kl", "credit" or "weights": (function, (N, T, ...))}
+        further = further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states)
         clock.lap("reference")
         lr, history = set_lr(args, optimizer, step), []
         for update in range(args.updates_per_batch):
@@ -380,19 +386,24 @@ def judge(judges, images, prompts, save):
         raise
 
 
-def further_terms(args, judged, rewards, mine, prompts, tokenizer, tokens, ref_model, ref_states):
+def further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states):
     """
-    What --kl exact and --credit-coef add to the loss of a batch: {"kl" or "credit": (function, x (N, T, ...))}, which
-    are `sums` of token_logprobs. judged, rewards: of the images of all processes, of which `mine` are this one's.
+    What --kl exact, --credit-coef and --weigh-tokens add to grpo_loss: {its argument: (function, x (N, T, ...))}, which
+    are `sums` of token_logprobs. judged: of the images of all processes, of which `mine` are this one's.
     """
     terms = {}
+    if args.weigh_tokens:
+        with zoo.autocast(args.device, args.dtype):
+            unguided, _ = score_tokens(ref_model, *drawn, args.score_cfg, args.temperature)
+        terms["weights"] = (lambda logp, tokens, weights: weights), token_weights(ref_logprobs, unguided)
     if args.kl == "exact":
         terms["kl"] = partial(exact_kl, ref_model=ref_model, temperature=args.temperature), ref_states
     if args.credit_coef:
-        of_sum = None if args.reward_norm == "each" else rewards
+        each = args.reward_norm == "each"
+        of_sum = None if each else weighted_sum(judged, args.judge_weights, args.group_size)
         slopes = advantage_slopes(judged, args.judge_weights, args.group_size, of_sum, args.reward_norm != "mean")
         slopes = {name: args.credit_coef * slopes[name][mine] for name in args.credited[1]}
-        gradient = code_gradient(args.credited[0], slopes, tokenizer, tokens, prompts, args.micro_batch)  # (N, T, D)
+        gradient = code_gradient(args.credited[0], slopes, tokenizer, drawn[1], prompts, args.micro_batch)  # (N, T, D)
         terms["credit"] = partial(token_credit, codebook=tokenizer.quantize.vectors()), gradient
     return terms
 
