@@ -2630,6 +2630,10 @@ def test_presets_are_the_releases_and_the_command_line_wins():
     assert (args.model, args.kl_coef, args.score_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
     ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
     assert (ours.score_cfg, ours.cfg_scale, ours.lr_schedule) == (2, 2, "linear")
+    best = train.parse_args(["--preset", "best-t2i", "--steps", "5"])
+    assert (best.model, best.kl, best.ref_cfg, best.weigh_tokens, best.steps) == ("toy-t2i", "exact", 2, True, 5)
+    best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own column
+    assert (best.model, best.cfg_scale, best.ref_cfg, best.kl_coef) == ("llamagen-xl-384", 1, 2, 0.1)
     asked = [[], ["--clip-pretrained", "laion2b_s34b_b79k"], ["--model", "llamagen-xl-384"]]
     clips = [train.parse_args(flags).judge_options["clip_model"] for flags in asked]
     assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu", "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
@@ -2640,6 +2644,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
     (evaluate, ["--ckpt", ""], "an argument is empty"),
     (train, ["--weigh-tokens"], "--ref-cfg"),
+    (train, ["--preset", "best-c2i", "--model", "llamagen-b-256"], "is not for llamagen-b-256"),
     (train, ["--out="], "an argument is empty"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "it is not whole"),
     (sample, ["--ckpt", "{}/cut.pt"], "it is not whole"),
