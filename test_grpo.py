@@ -1929,8 +1929,9 @@ def train_and_hash(flags, folder):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
-def test_two_processes_train_what_one_trains(task, tmp_path):
+def test_two_processes_train_what_one_trains(task, tmp_path, monkeypatch):
     """Each learning for itself, groups cut in two, noise by local index, a loss that is averaged twice or never."""
+    monkeypatch.setattr(train, "look_back", lambda *_: None)  # curves and page take half the time; children share this
     flags = ["--task", task, "--steps", "3", "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3"]
     train.main([*flags, "--out", str(tmp_path / "one")])
     one, metrics = load_file(tmp_path / "one/policy.safetensors"), read_metrics(tmp_path / "one")
@@ -1950,8 +1951,9 @@ def test_two_processes_train_what_one_trains(task, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_of_which_one_is_killed_end_and_go_on_as_any_number(tmp_path):
+def test_two_processes_of_which_one_is_killed_end_and_go_on_as_any_number(tmp_path, monkeypatch):
     """A process that waits for a dead one for ever, or a state that only as many processes can read."""
+    monkeypatch.setattr(train, "look_back", lambda *_: None)
     flags = ["--steps", "3", "--save-every", "1", "--prompts-per-step", "2", "--group-size", "2", "--classes", "7", "8"]
     whole = tmp_path / "whole"
     train.main([*flags, "--out", str(whole)])
