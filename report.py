@@ -345,10 +345,10 @@ def recall_points(folders):
 def write_frontier(paths, place):
     """
     What accuracy costs, as a picture: each table of evaluate.py is a line through its policies, with standard errors;
-    tables of a base are a line through its guidance scales, and one through its best-of-N. On the left the share right
-    against recall in latents, which no reward sees; on the right against the judges' weighted sum: below the line of
-    best-of-N, which raises the reward without touching a weight, the judges are being hacked. A row per task.
-    Raises Mistake.
+    tables of a base are a line through its guidance scales, one through its best-of-N, and one of other temperatures.
+    On the left the share right against recall in latents, which no reward sees; on the right against the judges'
+    weighted sum: below the line of best-of-N, which raises the reward without touching a weight, the judges are being
+    hacked. A row per task. Raises Mistake.
     """
     import matplotlib
 
@@ -359,18 +359,20 @@ def write_frontier(paths, place):
     for path in paths:
         with zoo.reading(path, "give a .json that evaluate.py wrote"):
             table = json.loads(path.read_text())
-            label = path.stem if table["tuned"] else "base, best of N" if table["best_of"] > 1 else "base"
+            kind = ", best of N" * (table["best_of"] > 1) + ", cooler or hotter" * (table["temperature"] != 1)
+            label = path.stem if table["tuned"] else f"base{kind}"
             lines = tables.setdefault(table["task"], {})
             lines[label] = lines.get(label, []) + points_of(table)
     figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
     for row, (task, lines) in zip(rows, tables.items(), strict=True):
         for axes, key in zip(row, ("recall, latents", "reward: weighted sum"), strict=True):
-            for label, points in lines.items():
+            for k, (label, points) in enumerate(lines.items()):
                 found = [(name, figures[key], figures["right: all"]) for name, figures in points if key in figures]
                 if found:
                     names, xs, ys = zip(*found, strict=True)
                     (x, dx), (y, dy) = np.transpose(xs), np.transpose(ys)
-                    axes.errorbar(x, y, dy, dx, marker="o", markersize=4, linewidth=1, elinewidth=0.4, label=label)
+                    style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
+                    axes.errorbar(x, y, dy, dx, label=label, **style)
                     for name, *at in zip(names, x, y, strict=True):
                         axes.annotate(name, at, fontsize=6, xytext=(3, 3), textcoords="offset points")
             axes.set(xlabel=key, ylabel=f"right, {task}")
