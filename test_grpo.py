@@ -627,23 +627,36 @@ def kl_and_credit(logp, ref_logp, worth):
     return (logp.exp() * (logp - ref_logp)).sum(-1), (logp.exp() * worth).sum(-1)
 
 
-def by_hand(
-    task,
-    seed=0,
-    cfg=1.0,
-    score_cfg=1.0,
-    heat=1.0,
-    eps=0.2,
-    updates=1,
-    falls=True,
-    each=False,
-    divide=True,
-    most=1.0,
-    beyond=0.0,
-    ref_cfg=0,
-    weigh=False,
-):
+PLAIN = dict(
+    seed=0, cfg=1.0, score_cfg=1.0, heat=1.0, eps=0.2, updates=1, falls=True, each=False, divide=True, most=1.0
+)
+PLAIN |= dict(beyond=0.0, ref_cfg=0.0, weigh=False)
+
+
+def asked_by_hand(task, seed, step):
+    """Labels or captions of a step's six pictures, what the judges are told, and their uniform numbers (6, 64)."""
+    rng = np.random.default_rng([seed, step])
+    asked = rng.choice(40, 2, replace=False).tolist() if task == "c2i" else data.sample_captions(2, rng)
+    asked = [entry for entry in asked for _ in range(3)]
+    captions = [data.class_caption(data.TOY_CLASSES[k]) for k in asked] if task == "c2i" else asked
+    noise = np.stack([np.random.default_rng([seed, step, k]).random(64, dtype=np.float32) for k in range(6)])
+    return asked, captions, torch.from_numpy(noise)
+
+
+def compared(values):
+    """Advantages of six values: the first group's and the second's."""
+    return torch.tensor(normalised(values[:3].tolist()) + normalised(values[3:].tolist()))
+
+
+def advantages_by_hand(reward, judged, weights, divide, each):
+    if each:
+        return torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
+    return compared(reward) if divide else (reward.view(2, 3) - reward.view(2, 3).mean(1, True)).flatten()
+
+
+def by_hand(task, **options):
     """Three steps of AR-GRPO with B = 2, G = 3, T = 64: the policy, and the metrics of each step."""
+    o = SimpleNamespace(**(PLAIN | options))
     name, judges, weights = f"toy-{task}", ["clip", "realism"], [1.0, 0.25]
     rate, beta = (2e-4, 0.04) if task == "c2i" else (4.5e-4, 0.03)
     policy, ref_model, tokenizer, encode = load_model(name), load_model(name), load_tokenizer(name), load_encoder(name)
@@ -651,67 +664,56 @@ def by_hand(
     trained = [p for n, p in policy.named_parameters() if n != "cls_embedding.uncond_embedding"]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)
 
-    def all_of(model, rows, guidance=score_cfg):
+    def all_of(model, rows, guidance=o.score_cfg):
         masked = None if mask is None else mask[rows]
         logits = model(cond[rows], tokens[rows], masked)
         if guidance > 1:
             without = model(model.cls_embedding.null(cond[rows]), tokens[rows], masked)
             logits = guidance * logits + (1 - guidance) * without
-        return (logits / heat).log_softmax(-1)
+        return (logits / o.heat).log_softmax(-1)
 
-    def logprobs_of(model, rows, guidance=score_cfg):
+    def logprobs_of(model, rows, guidance=o.score_cfg):
         return all_of(model, rows, guidance).gather(-1, tokens[rows][..., None])[..., 0]
 
-    def compared(values):  # the first group and the second
-        return torch.tensor(normalised(values[:3].tolist()) + normalised(values[3:].tolist()))
-
     for step in range(3):
-        rng = np.random.default_rng([seed, step])
-        asked = rng.choice(40, 2, replace=False).tolist() if task == "c2i" else data.sample_captions(2, rng)
-        asked = [entry for entry in asked for _ in range(3)]
-        captions = [data.class_caption(data.TOY_CLASSES[k]) for k in asked] if task == "c2i" else asked
-        noise = np.stack([np.random.default_rng([seed, step, k]).random(64, dtype=np.float32) for k in range(6)])
+        asked, captions, noise = asked_by_hand(task, o.seed, step)
         cond, mask = encode(asked)
-        tokens, old = policy.generate(cond, mask, cfg_scale=cfg, temperature=heat, noise=torch.from_numpy(noise))
+        tokens, old = policy.generate(cond, mask, cfg_scale=o.cfg, temperature=o.heat, noise=noise)
         with torch.no_grad():
-            ref, old = logprobs_of(ref_model, slice(6), ref_cfg or score_cfg), old
-            old = old if cfg == score_cfg else logprobs_of(policy, slice(6))
+            ref, old = logprobs_of(ref_model, slice(6), o.ref_cfg or o.score_cfg), old
+            old = old if o.cfg == o.score_cfg else logprobs_of(policy, slice(6))
             images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)
             judged = [judge(images, captions) for judge in judges]
         reward = sum(w * values for w, values in zip(weights, judged, strict=True))
-        A = compared(reward)
-        if not divide:
-            A = (reward.view(2, 3) - reward.view(2, 3).mean(1, True)).flatten()
-        if each:
-            A = torch.tensor(normalised(sum(w * compared(v) for w, v in zip(weights, judged, strict=True)).tolist()))
-        if beyond:
+        A = advantages_by_hand(reward, judged, weights, o.divide, o.each)
+        if o.beyond:
             worth = worth_of_codes(tokenizer, tokens, judges, weights, captions)
-            anchor = all_of(ref_model, slice(6), ref_cfg or score_cfg).detach()
+            anchor = all_of(ref_model, slice(6), o.ref_cfg or o.score_cfg).detach()
         shares = torch.ones(6, 64)
-        if weigh:
+        if o.weigh:
             with torch.no_grad():
                 moved = (ref - logprobs_of(ref_model, slice(6))).abs().clamp(max=2)
             shares = 64 * moved / moved.sum(1, keepdim=True)
-        optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if falls else rate
+        optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if o.falls else rate
         sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
-        for _ in range(updates):
+        for _ in range(o.updates):
             gradient = [torch.zeros_like(p) for p in trained]
             for rows in (slice(0, 4), slice(4, 6)):
                 new, a = logprobs_of(policy, rows), A[rows, None]
                 rho, d = (new - old[rows]).exp(), ref[rows] - new
-                gain = torch.where(a > 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * a * shares[rows]
+                gain = torch.where(a > 0, rho.clamp(max=1 + o.eps), rho.clamp(min=1 - o.eps)) * a * shares[rows]
                 kl, more = d.exp() - d - 1, 0
-                if beyond:
+                if o.beyond:
                     kl, more = kl_and_credit(all_of(policy, rows), anchor[rows], worth[rows])
-                loss = (beta * kl - gain - beyond * more).sum() / (6 * 64)
+                loss = (beta * kl - gain - o.beyond * more).sum() / (6 * 64)
                 parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
-                cut = ((a > 0) & (rho > 1 + eps)) | ((a < 0) & (rho < 1 - eps))
+                cut = ((a > 0) & (rho > 1 + o.eps)) | ((a < 0) & (rho < 1 - o.eps))
                 for key, value in (("kl", kl), ("ratio", rho), ("clip_frac", cut)):
-                    sums[key] += value.double().sum().item() / (6 * 64 * updates)
+                    sums[key] += value.double().sum().item() / (6 * 64 * o.updates)
             norm = math.sqrt(sum(g.double().square().sum() for g in gradient))
             for p, g in zip(trained, gradient, strict=True):
-                p.grad = g * min(1, most / norm)
+                p.grad = g * min(1, o.most / norm)
             optimizer.step()
         found.append(sums | dict(grad_norm=norm))
     return policy, found

@@ -283,7 +283,6 @@ def train(args):
     # which of a step's N images this process makes
     mine = [p * G + k for p in parallel.share(args.prompts_per_step) for k in range(G)]
     scoring = dict(cfg_scale=args.score_cfg, temperature=args.temperature)
-    ref_scoring = scoring | dict(cfg_scale=args.ref_cfg)
     # pi_old is the sampler. It is scored anew if the guidance is another one than in sampling, or if bfloat16 rounds
     # one pass over all tokens otherwise than token by token.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
@@ -307,8 +306,7 @@ def train(args):
         clock.lap("decode")
         judged, judge_seconds = judge(judges, images, prompts, partial(save, args, policy, optimizer, step))
 
-        # 3. compare inside each group, all N images on every process
-        judged = {name: parallel.gather(values) for name, values in judged.items()}
+        # 3. compare inside each group: every process has heard of all N images
         rewards = weighted_sum(judged, weights, G)  # (N,)
         advantages = group_advantages(rewards, G, divide) if not each else decoupled_advantages(judged, weights, G)
         clock.lap("judge")
@@ -316,7 +314,7 @@ def train(args):
         # 4. learn: --updates-per-batch AdamW steps on this batch, each accumulated over micro-batches
         with zoo.autocast(device, args.dtype):
             drawn = cond, tokens, cond_mask, args.micro_batch
-            ref_logprobs, ref_states = score_tokens(ref_model, *drawn, **ref_scoring)  # (N, T), (N, T, C)
+            ref_logprobs, ref_states = score_tokens(ref_model, *drawn, args.ref_cfg, args.temperature)  # (N, T)
             old_logprobs = score_tokens(policy, *drawn, **scoring)[0] if sampler_differs else sampled_logprobs
         # beyond the paper, empty without its flags: {"kl", "credit" or "weights": (function, (N, T, ...))}
         further = further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states)
@@ -380,14 +378,15 @@ def decode(tokenizer, tokens, micro_batch):
 
 def judge(judges, images, prompts, save):
     """
-    judge_images: {name: (N,)}, {name: seconds}. A server that hangs is left at the first Ctrl-C: the policy is still
-    that of the step before, and is saved.
+    judge_images of this process's images: {name: (N,)}, of the images of all processes, and {name: seconds}. A server
+    that hangs is left at the first Ctrl-C: the policy is still that of the step before, and is saved.
     """
     try:
-        return judge_images(judges, images, prompts)
+        judged, seconds = judge_images(judges, images, prompts)
     except KeyboardInterrupt:
         save()
         raise
+    return {name: parallel.gather(values) for name, values in judged.items()}, seconds
 
 
 def further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states):
