@@ -597,7 +597,7 @@ def test_two_processes_give_the_credit_that_one_gives(tmp_path):
         "--reward-norm",
         "each",
     ]
-    flags += ["--kl", "exact", "--credit-coef", "1", "--rewards", "clip=1,clip-step=1,realism=0.25", "--out"]
+    flags += ["--kl", "exact", "--credit-coef", "1", "--rewards", "clip=1,clip-step=1,realism=0.25", *TWO["c2i"], "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, processes in ((one, 1), (two, 2)):
         folder.mkdir()
