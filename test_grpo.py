@@ -597,7 +597,16 @@ def test_two_processes_give_the_credit_that_one_gives(tmp_path):
         "--reward-norm",
         "each",
     ]
-    flags += ["--kl", "exact", "--credit-coef", "1", "--rewards", "clip=1,clip-step=1,realism=0.25", *TWO["c2i"], "--out"]
+    flags += [
+        "--kl",
+        "exact",
+        "--credit-coef",
+        "1",
+        "--rewards",
+        "clip=1,clip-step=1,realism=0.25",
+        *TWO["c2i"],
+        "--out",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, processes in ((one, 1), (two, 2)):
         folder.mkdir()
@@ -1842,7 +1851,12 @@ def in_children(said, *functions):
         os.environ.update(names | dict(RANK=str(k), LOCAL_RANK=str(k)))
         function()
 
-    processes = [fork(partial(member, k, function), said / f"said-{k}") for k, function in enumerate(functions)]
+    return at_once(said, *(partial(member, k, function) for k, function in enumerate(functions)))
+
+
+def at_once(said, *functions):
+    """The exit statuses of functions, each in a forked process; what they say goes to files in the folder `said`."""
+    processes = [fork(function, said / f"said-{k}") for k, function in enumerate(functions)]
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
@@ -1893,18 +1907,23 @@ def test_a_run_that_is_killed_anywhere_continues_as_if_it_had_never_stopped(tmp_
     total, whole = len((tmp_path / "events").read_text()), outcome(tmp_path / "whole")
     points = range(0, total, max(1, total // int(os.environ.get("KILLS", 22))))
     assert len(points) >= 20
-    for point in points:
-        out, events = tmp_path / f"killed-{point}", []
 
-        def kill(file, events=events, point=point):
-            events.append(file)
-            if len(events) > point:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def kill_at(points):
+        for point in points:
+            out, events = tmp_path / f"killed-{point}", []
 
-        run = [*flags, "--out", str(out)]
-        assert in_child(lambda run=run, kill=kill: with_events(kill, lambda: train.main(run))) == -signal.SIGKILL
-        assert in_child(partial(go_on_without_a_page, run, out)) == 0, point
-        assert outcome(out) == whole, point
+            def kill(file, events=events, point=point):
+                events.append(file)
+                if len(events) > point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            run = [*flags, "--out", str(out)]
+            assert in_child(lambda run=run, kill=kill: with_events(kill, lambda: train.main(run))) == -signal.SIGKILL
+            assert in_child(partial(go_on_without_a_page, run, out)) == 0, point
+            assert outcome(out) == whole, point
+
+    halves = [partial(kill_at, points[k::2]) for k in (0, 1)]  # a core each
+    assert at_once(tmp_path, *halves) == [0, 0], "".join((tmp_path / f"said-{k}").read_text() for k in (0, 1))
 
 
 def assert_same_weights(one, two):
