@@ -524,6 +524,8 @@ def resolve(args):
         raise Mistake("--best-of draws pictures, and --samples are drawn already: leave one out")
     if args.samples and args.ckpt:
         raise Mistake("--samples are scored in a model's place, so --ckpt has no say: leave one out")
+    if args.blend != 1 and not args.ckpt:
+        raise Mistake("--blend mixes the weights of --ckpt with its base's, so it needs --ckpt")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
     args.task, args.policies = zoo.MODELS[args.model].config.task, []
     args.toy = zoo.is_toy(args.model) and not args.samples
@@ -678,6 +680,7 @@ def of_policies(args, tools):
             zoo.blend(model, args.model, args.base, args.blend)
         for cfg in args.cfg_scale:
             name = f"{which}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
+            name += f", blend {args.blend:g}" if which != "base" and args.blend != 1 else ""
             own = dict(model=model, tokenizer=tokenizer, encode=partial(encode, pad=pad), cfg=cfg)
             own |= dict(judges=tools.judges, captions=captions)
             source = partial(drawn, args=args, folder=args.pictures / slug(name), **own)

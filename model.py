@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
         self.register_buffer("rope", rope_2d(config), persistent=False)
-        self.checkpoint_layers = False  # True: the backward pass computes each block anew; less memory, more time
+        self.checkpoint_layers = False  # True: the backward pass makes most of each block anew, see `keep_attention`
         self.compile_steps = False  # True: `generate` compiles its steps; more speed after minutes of compiling
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -236,9 +236,11 @@ class Transformer(nn.Module):
         x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, L-1, C)
         S, mask = x.shape[1], self.mask(cond_mask)
         mask = None if mask is None else mask[..., :S, :S]
+        kept = partial(create_selective_checkpoint_contexts, partial(keep_attention, self.config.dim))
+        options = dict(context_fn=kept, use_reentrant=False, preserve_rng_state=False)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, self.rope[:S], mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, self.rope[:S], mask, **options)
             else:
                 x = layer(x, self.rope[:S], mask)
         return self.norm(x[:, self.config.cond_len - 1 :].float())
@@ -327,6 +329,17 @@ class Transformer(nn.Module):
             token = sample_row(logp, noise.index_select(1, newest)[:, 0])
         tokens.index_copy_(1, newest, token[:, None])
         logprobs.index_copy_(1, newest, logp.gather(-1, token[:, None]))
+
+
+def keep_attention(dim, context, op, *inputs, **options):
+    """
+    Selective activation checkpointing (arXiv 2205.05198): of a block of width C = dim keep what attention and its
+    products (C to 3C, C to C) made. The feed-forward, which holds half of a block's activations for two products, and
+    all that is cheap are computed anew in the backward pass.
+    """
+    shapes = (dim, dim), (dim, 3 * dim)
+    keep = "attention" in str(op) or (op == torch.ops.aten.mm.default and tuple(inputs[1].shape) in shapes)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @cache

@@ -355,19 +355,22 @@ def write_frontier(paths, place):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if place.suffix not in (".png", ".svg", ".pdf"):
+        raise Mistake(f"--out {place}: the figure's name ends in .png, .svg or .pdf")
     tables = {}
     for path in paths:
         with zoo.reading(path, "give a .json that evaluate.py wrote"):
             table = json.loads(path.read_text())
             kind = ", best of N" * (table["best_of"] > 1) + ", cooler or hotter" * (table["temperature"] != 1)
-            label = path.stem if table["tuned"] else f"base{kind}"
+            own = path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
+            label = own if table["tuned"] else f"base{kind}"
             lines = tables.setdefault(table["task"], {})
             lines[label] = lines.get(label, []) + points_of(table)
     figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
     for row, (task, lines) in zip(rows, tables.items(), strict=True):
         for axes, key in zip(row, ("recall, latents", "reward: weighted sum"), strict=True):
             for k, (label, points) in enumerate(lines.items()):
-                found = [(name, figures[key], figures["right: all"]) for name, figures in points if key in figures]
+                found = [(name, f[key], f["right: all"]) for name, f in points if {key, "right: all"} <= set(f)]
                 if found:
                     names, xs, ys = zip(*found, strict=True)
                     (x, dx), (y, dy) = np.transpose(xs), np.transpose(ys)
@@ -386,13 +389,14 @@ def write_frontier(paths, place):
 def points_of(table):
     """[(name, {metric: (value, standard error)})] of the policies in a table of evaluate.py (tuned if any)."""
     folders = {f"tuned {k}": Path(path).parent.name for k, path in enumerate(table["tuned"], 1)}
-    found = []
-    for column, figures in table["columns"].items():
-        which, _, setting = column.partition(", ")
-        if which == "base" if not folders else which.startswith("tuned"):
-            errors = table["standard_errors"][column]
-            name = folders.get(which if len(folders) > 1 else "tuned 1", setting)
-            found.append((name, {key: (figures[key], errors[key]) for key in errors}))
+    drawn = [(column, *column.split(", ", 1)) for column in table["columns"] if column.startswith(("base, ", "tuned"))]
+    drawn = [each for each in drawn if each[1] != "base" or not folders]
+    several, found = len({setting for _, _, setting in drawn}) > 1, []
+    for column, which, setting in drawn:
+        folder = folders.get(which if len(folders) > 1 else "tuned 1")
+        name = ", ".join([folder] * bool(folder) + [setting] * (several or not folder))
+        figures, errors = table["columns"][column], table["standard_errors"][column]
+        found.append((name, {key: (figures[key], errors[key]) for key in errors}))
     return found
 
 

@@ -11,7 +11,7 @@ that gives several values returns {name: values (N,)}.
     clip-step, hps-step   the two cosines in four steps, as in the paper; they need no further forward pass
     maniqa       MANIQA trained on KonIQ: technical quality, no caption
     qwen-match, qwen-real, qwen-odd   three questions to Qwen2.5-VL: match, 0 to 5; is it real, is nothing odd, 0 to 1
-    realism      toy only: probability that the picture is real and not sampled: does it look right?
+    realism      toy only: probability that the picture is a clean render, not spoilt or sampled: does it look right?
     pyiqa:NAME   any no-reference quality metric of pyiqa, negated where lower is better (piqe needs no download)
 
 `--rewards clip=1,realism=0.25` is their weighted sum. Each judge keeps its own scale; the paper's multipliers (5 for
@@ -174,7 +174,7 @@ def with_step(images, prompts, judge, base, names):
 
 
 def realism_network():
-    """Images (N, 3, 64, 64) in [-1, 1] -> one "real?" logit (N, 1). 0.9M parameters, most of them at 8x8 and 4x4."""
+    """Images (N, 3, 64, 64) in [-1, 1] -> one "well made?" logit (N, 1). 0.9M parameters, most at 8x8 and 4x4."""
     return nn.Sequential(
         nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), ResBlock(64, 64),  # (N, 64, 16, 16)
         nn.Conv2d(64, 128, 3, 2, 1), ResBlock(128, 128),  # (N, 128, 8, 8)
@@ -184,7 +184,7 @@ def realism_network():
 
 
 def realism_values(images, prompts, network):
-    """Probability that each image (N, 3, 64, 64) in [0, 1] is real: (N,). Raises Mistake for another size."""
+    """Probability that each image (N, 3, 64, 64) in [0, 1] is a clean render: (N,). Raises Mistake for another size."""
     if images.shape[-1] != 64:
         raise Mistake("--rewards: realism knows only the toy world's pictures of 64 px")
     return network(images * 2 - 1)[:, 0].sigmoid()
@@ -549,12 +549,17 @@ def judge_images(judges, images, prompts):
         except Exception as error:
             error.add_note(f"in the judge {name!r}")
             raise
-        values = values if isinstance(values, dict) else {name: values}
+        values = by_name(name, values)
         judged |= {each: as_values(each, numbers, images) for each, numbers in values.items()}
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         seconds |= dict.fromkeys(values, 0.0) | {next(iter(values)): time.perf_counter() - start}
     return judged, seconds
+
+
+def by_name(name, values):
+    """{name: (N,)} of what a judge returned, which gives one value or several."""
+    return values if isinstance(values, dict) else {name: values}
 
 
 def as_values(name, numbers, images):
@@ -600,8 +605,7 @@ def code_gradient(judges, slopes, tokenizer, tokens, prompts, micro_batch):
         push = torch.zeros_like(images)
         for name, judge in judges.items():
             values = judge(images.clone(), some)
-            values = values if isinstance(values, dict) else {name: values}
-            values = {each: as_values(each, value, images) for each, value in values.items() if each in slopes}
+            values = {each: as_values(each, v, images) for each, v in by_name(name, values).items() if each in slopes}
             total = sum(torch.where(v.isfinite(), slopes[each][rows] * v, 0).sum() for each, v in values.items())
             push += torch.autograd.grad(total, images)[0].nan_to_num(0, 0, 0)
         found.append(torch.autograd.grad(decoded, codes, push)[0])
@@ -620,10 +624,11 @@ def with_gradient(judges, weights, tokenizer, num_tokens, prompt):
         images = to_unit(tokenizer.decode(tokens)).requires_grad_()
         try:
             values = judge(images.clone(), prompt)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, Mistake):  # numpy, for one, refuses tensors that want a gradient
             continue
-        values = values if isinstance(values, dict) else {name: values}
-        for each, value in values.items():
+        for each, value in by_name(name, values).items():
             if weights[each] and getattr(value, "requires_grad", False):
                 (slope,) = torch.autograd.grad(value.sum(), images, retain_graph=True, allow_unused=True)
                 if slope is not None and slope.isfinite().all() and slope.any():

@@ -196,7 +196,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is drawn").add_argument
     zoo.add_model_flags(add)
     add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
-    add("--base", metavar="PATH", help="weights of the base for --compare (default: those that --ckpt began from)")
+    add("--base", metavar="PATH", help="weights of the base for --compare and --blend (default: those that --ckpt "
+        "began from)")  # fmt: skip
     add("--print-files", action="store_true", help="only list the files of the model, and where they are expected")
     add("--compare", nargs="*", metavar="PATH", help="draw the base too, and the policies of these folders or files, "
         "above the model of --ckpt, with the same seeds")  # fmt: skip
@@ -239,6 +240,10 @@ def resolve(args):
         raise Mistake(
             "--base is what --compare and --blend set beside --ckpt; to draw from it alone, give it as --ckpt"
         )
+    if args.blend != 1 and not args.ckpt:
+        raise Mistake("--blend mixes the weights of --ckpt with its base's, so it needs --ckpt")
+    if args.rewards and args.best_of == 1:
+        raise Mistake("--rewards choose among candidates: say how many with --best-of N")
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
     prefix = "" if not compare else f"{Path(args.ckpt).name}: " if args.compare else "tuned: "
     args.policies = [(prefix, path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)

@@ -1604,7 +1604,7 @@ def test_drawing_shows_how_long_it_will_take(capsys):
     assert totals[:128] == [128] * 128 and not model.norm._forward_hooks
 
 
-def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was(tmp_path, monkeypatch):
+def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
     """Candidates of the picture beside, or the same ones in every batch; a missing value that wins; the worst of N."""
     model, tokenizer, encode = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i")
     asked, weights = [3, 3, 7, 0], dict(bright=1.0, red=0.5)
@@ -1618,6 +1618,7 @@ def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was(tmp_path,
         assert torch.equal(tokens[0], drawn[k][1][0])
     images, tokens = sample.draw_best(3, judges, weights, captions, *model_and_more, asked, 5, first=2, batch_size=3)
     chosen = set()
+    assert sum(int(red(x).isnan().sum()) for x, _ in drawn) in range(1, 12)  # some are missing, and not all
     for k in range(4):
         candidates = [x[k] for x, _ in drawn]
         mean = statistics.fmean([v for v in (float(red(x[None])) for x in candidates) if math.isfinite(v)] or [0])
@@ -1634,22 +1635,9 @@ def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was(tmp_path,
 def test_two_processes_evaluate_the_best_that_one_finds(tmp_path, monkeypatch):
     """Each choosing by its own half of the values; a column that does not say that it is a best of N."""
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--num",
-        "6",
-        "--batch-size",
-        "2",
-        "--cfg-scale",
-        "1",
-        "--best-of",
-        "2",
-        "--npz",
-        "{}",
-        "--out",
-        "{}/table",
-    ]
+    flags = "--num 6 --batch-size 2 --cfg-scale 1 --best-of 2 --npz {0} --out {0}/table"
     for name, processes in (("one", 1), ("two", 2)):
-        run = partial(evaluate.main, [flag.format(name) for flag in flags])
+        run = partial(evaluate.main, flags.format(name).split())
         assert in_children(tmp_path, *[run] * processes) == [0] * processes, (tmp_path / "said-0").read_text()
     one, two = (np.load(f"{name}/base-cfg-1-best-of-2.npz")["arr_0"].astype(int) for name in ("one", "two"))
     found = json.loads(Path("one/table.json").read_text())
@@ -1752,8 +1740,10 @@ def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path):
     assert text.count("<svg") > 12 and "renders, round trip" in text and text.count('class="frame"') == 2
     report.main([str(run), str(run)])  # two runs with equal flags: one line
     assert "reward against KL" in (tmp_path / "compare.html").read_text()
-    report.main([str(run / "evaluation.json"), "--out", "frontier.png"])
-    assert Image.open("frontier.png").width > 1000
+    report.main([str(run / "evaluation.json"), "--out", str(tmp_path / "frontier.png")])
+    assert Image.open(tmp_path / "frontier.png").width > 1000
+    with pytest.raises(SystemExit, match=r"ends in \.png"):
+        report.main([str(run / "evaluation.json"), "--out", str(tmp_path / "frontier")])
     with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
         report.main([str(tmp_path)])
 
@@ -1770,6 +1760,9 @@ def test_the_frontier_has_the_tuned_policies_or_else_the_base_and_each_its_own_f
     paths = ["out/a/policy.safetensors", "out/b/policy.safetensors"]
     found = report.points_of(dict(tuned=paths, columns=columns, standard_errors=errors))
     assert found == [("a", {"right: all": (0.9, 0.01)}), ("b", {"right: all": (0.4, 0.02)})]
+    columns = {"base, cfg 1": base, "tuned, cfg 1": mean, "base, cfg 2": base, "tuned, cfg 2": base}
+    table = dict(tuned=paths[:1], columns=columns, standard_errors={column: {"right: all": 0.1} for column in columns})
+    assert [name for name, _ in report.points_of(table)] == ["a, cfg 1", "a, cfg 2"]
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's sliders")
@@ -2481,8 +2474,9 @@ def test_shipped_weights_are_what_their_reports_describe():
     assert sum(p.stat().st_size for p in (HERE / "weights").rglob("*") if p.is_file()) < 20e6
 
 
-def test_the_readme_holds():
+def test_the_readme_holds(tmp_path, monkeypatch):
     """Commands that no longer parse and links to the wrong line are what makes people stop reading."""
+    monkeypatch.chdir(tmp_path)  # some commands make their folder while they are parsed
     readme = (HERE / "README.md").read_text()
     links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", readme)
     assert len(links) > 5

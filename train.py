@@ -29,6 +29,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
 
+import argparse
 import copy
 import json
 import shutil
@@ -102,13 +103,13 @@ KNOBS = {
     "kl_coef": (0.04, 0.03, 0.1, 1.0, 0.1, 1.0),  # script: the paper's beta
     "clip_eps": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2),  # script: the paper's epsilon
     "updates_per_batch": (1, 1, 1, 1, 1, 1),  # script
+    "lora_rank": (0,) * 6,  # all weights are learned
     # one step beyond the paper, off: see BEST
     "ref_cfg": ("same",) * 6,
     "kl": ("k3",) * 6,
     "reward_norm": ("sum",) * 6,
     "weigh_tokens": (False,) * 6,
     "credit_coef": (0.0,) * 6,
-    "lora_rank": (0,) * 6,
 }  # fmt: skip
 # --preset best-...: the column of KNOBS that it starts from, and what it changes (README, "One step beyond the paper").
 # Found on the toys. On LlamaGen nothing of it has been measured; the guidance of the rollout moves into the reference.
@@ -151,8 +152,8 @@ def parse_args(argv=None):
     add("--score-cfg", help="guidance while scoring: 'same' as sampling (default), or a number; the release uses 1")
     add("--ref-cfg", help="guidance of the KL's reference: 'same' as scoring (default), or a number; a larger one "
         "teaches the policy what guidance gives, so that it needs none")  # fmt: skip
-    add("--weigh-tokens", action="store_true", default=None, help="with --ref-cfg: a token has a share in its image's "
-        "advantage as large as what guidance changes about it (default: all have the same, as in GRPO)")  # fmt: skip
+    add("--weigh-tokens", action=argparse.BooleanOptionalAction, help="with --ref-cfg: a token has a share in its "
+        "image's advantage as large as what guidance changes about it (default: all have the same, as in GRPO)")  # fmt: skip
     add("--lr", type=float, help="AdamW's learning rate (default: toys 2e-4 and 4.5e-4, LlamaGen 1e-5, the release's)")
     add("--lr-schedule", choices=("linear", "constant"), help="linear (default): the rate falls to 0 over --steps, "
         "which takes the noise out again; constant: the release's")  # fmt: skip
@@ -165,13 +166,17 @@ def parse_args(argv=None):
     add("--updates-per-batch", type=int, help="AdamW steps per batch; above 1 clipping acts (default 1, the release's)")
     add("--lora-rank", type=int, metavar="R", help="learn a change of rank R beside each matrix of the "
         "blocks, which policy and reference then share; wants 10 times the --lr (default 0: learn all)")  # fmt: skip
-    add("--checkpoint-layers", action="store_true", help="keep only what enters each block and compute the rest again "
-        "in the backward pass: a third of the memory, a fifth more time")  # fmt: skip
+    add("--checkpoint-layers", action="store_true", help="keep of each block what attention made, and compute the rest "
+        "again in the backward pass: two fifths of the memory")  # fmt: skip
     add("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments among the processes")
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default 64; LlamaGen 8)")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default 0)")
-    add("--out", type=Path, help="folder to write to (default out/TASK; LlamaGen: out/MODEL or out/PRESET-MODEL)")
+    add(
+        "--out",
+        type=Path,
+        help="folder to write to (default out/TASK or out/PRESET; LlamaGen: out/MODEL or out/PRESET-MODEL)",
+    )
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
     add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
     parser.set_defaults(qwen_answer=None)  # from KNOBS, as the others
@@ -198,7 +203,10 @@ def resolve(args):
     args.score_cfg = same_or_number("--score-cfg", args.score_cfg, args.cfg_scale)
     args.ref_cfg = same_or_number("--ref-cfg", args.ref_cfg, args.score_cfg)
     if args.weigh_tokens and args.ref_cfg == args.score_cfg:
-        raise Mistake("--weigh-tokens asks what guidance changes: give --ref-cfg, above the guidance while scoring")
+        raise Mistake(
+            f"--weigh-tokens asks what guidance changes, so --ref-cfg has to be another than --score-cfg, and both are "
+            f"{args.ref_cfg:g}; or give --no-weigh-tokens"
+        )
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
     zoo.check_range(
         args, seed=0, cfg_scale=1, score_cfg=1, ref_cfg=1, kl_coef=0, clip_eps=0, temperature=1e-6, lr=1e-12
@@ -220,8 +228,9 @@ def resolve(args):
         args.pool = zoo.read_asked(args.model, args.classes, args.prompts)
     elif args.task == "c2i":
         args.pool = list(range(zoo.MODELS[args.model].config.num_classes))
-    official = args.model if args.preset is None else f"{args.preset}-{args.model}"
-    args.out = args.out or Path(f"out/{args.task if zoo.is_toy(args.model) else official}")
+    toy = zoo.is_toy(args.model)
+    names = [args.preset, args.task if toy and not args.preset else None, None if toy else args.model]
+    args.out = args.out or Path("out", "-".join(filter(None, names)))
     return args
 
 
@@ -264,7 +273,8 @@ def build(args):
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
     if args.credit_coef:
-        asked = zoo.captions_of(args.model, pick_prompts(args, 0)[:1], args.names_for_judges)
+        first = (args.pool or data.balanced_captions(1))[:1]  # the same for all processes
+        asked = zoo.captions_of(args.model, first, args.names_for_judges)
         args.credited = with_gradient(judges, args.judge_weights, tokenizer, policy.config.num_tokens, asked)
     # no weight decay: the KL says already where the weights should stay
     betas = (0.9, args.adam_beta2)
@@ -316,8 +326,9 @@ def train(args):
             drawn = cond, tokens, cond_mask, args.micro_batch
             ref_logprobs, ref_states = score_tokens(ref_model, *drawn, args.ref_cfg, args.temperature)  # (N, T)
             old_logprobs = score_tokens(policy, *drawn, **scoring)[0] if sampler_differs else sampled_logprobs
-        # beyond the paper, empty without its flags: {"kl", "credit" or "weights": (function, (N, T, ...))}
-        further = further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states)
+        # beyond the paper: A (N, T), and {"kl" or "credit": (function, (N, T, ...))}; without its flags A (N,), and {}
+        scored = ref_model, drawn, ref_logprobs, ref_states
+        A, further = further_terms(args, advantages[mine], judged, mine, prompts, tokenizer, *scored)
         clock.lap("reference")
         lr, history = set_lr(args, optimizer, step), []
         for update in range(args.updates_per_batch):
@@ -327,7 +338,7 @@ def train(args):
                 sums = [(function, x[rows]) for function, x in further.values()]  # none in plain GRPO
                 with zoo.autocast(device, args.dtype):
                     logprobs, entropy, *sums = token_logprobs(policy, *part, **scoring, sums=sums)  # (n, T) each
-                batch = old_logprobs[rows], ref_logprobs[rows], advantages[mine][rows], args.clip_eps, args.kl_coef
+                batch = old_logprobs[rows], ref_logprobs[rows], A[rows], args.clip_eps, args.kl_coef
                 loss, stats = grpo_loss(logprobs, *batch, **dict(zip(further, sums, strict=True)))
                 (loss * (len(rows) / len(mine))).backward()  # the last micro-batch may be a short one
                 gap = sampler_gap(logprobs, sampled_logprobs[rows])
@@ -389,16 +400,17 @@ def judge(judges, images, prompts, save):
     return {name: parallel.gather(values) for name, values in judged.items()}, seconds
 
 
-def further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states):
+def further_terms(args, A, judged, mine, prompts, tokenizer, ref_model, drawn, ref_logprobs, ref_states):
     """
-    What --kl exact, --credit-coef and --weigh-tokens add to grpo_loss: {its argument: (function, x (N, T, ...))}, which
-    are `sums` of token_logprobs. judged: of the images of all processes, of which `mine` are this one's.
+    What goes beyond the paper. --weigh-tokens: the advantages A (N,) become (N, T). --kl exact and --credit-coef add to
+    grpo_loss {its argument: (function, x (N, T, ...))}, which are `sums` of token_logprobs. judged: of the images of
+    all processes, of which `mine` are this one's.
     """
     terms = {}
     if args.weigh_tokens:
         with zoo.autocast(args.device, args.dtype):
             unguided, _ = score_tokens(ref_model, *drawn, args.score_cfg, args.temperature)
-        terms["weights"] = (lambda logp, tokens, weights: weights), token_weights(ref_logprobs, unguided)
+        A = A[:, None] * token_weights(ref_logprobs, unguided)
     if args.kl == "exact":
         terms["kl"] = partial(exact_kl, ref_model=ref_model, temperature=args.temperature), ref_states
     if args.credit_coef:
@@ -408,7 +420,7 @@ def further_terms(args, judged, mine, prompts, tokenizer, ref_model, drawn, ref_
         slopes = {name: args.credit_coef * slopes[name][mine] for name in args.credited[1]}
         gradient = code_gradient(args.credited[0], slopes, tokenizer, drawn[1], prompts, args.micro_batch)  # (N, T, D)
         terms["credit"] = partial(token_credit, codebook=tokenizer.quantize.vectors()), gradient
-    return terms
+    return A, terms
 
 
 def set_lr(args, optimizer, step):
