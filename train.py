@@ -153,7 +153,7 @@ def parse_args(argv=None):
     add("--ref-cfg", help="guidance of the KL's reference: 'same' as scoring (default), or a number; a larger one "
         "teaches the policy what guidance gives, so that it needs none")  # fmt: skip
     add("--weigh-tokens", action=argparse.BooleanOptionalAction, help="with --ref-cfg: a token has a share in its "
-        "image's advantage as large as what guidance changes about it (default: all have the same, as in GRPO)")  # fmt: skip
+        "image's advantage as large as what guidance changes about it (default: the same for all)")  # fmt: skip
     add("--lr", type=float, help="AdamW's learning rate (default: toys 2e-4 and 4.5e-4, LlamaGen 1e-5, the release's)")
     add("--lr-schedule", choices=("linear", "constant"), help="linear (default): the rate falls to 0 over --steps, "
         "which takes the noise out again; constant: the release's")  # fmt: skip
