@@ -324,11 +324,10 @@ def train(args):
         # 4. learn: --updates-per-batch AdamW steps on this batch, each accumulated over micro-batches
         with zoo.autocast(device, args.dtype):
             drawn = cond, tokens, cond_mask, args.micro_batch
-            ref_logprobs, ref_states = score_tokens(ref_model, *drawn, args.ref_cfg, args.temperature)  # (N, T)
+            ref_logprobs, _ = ref = score_tokens(ref_model, *drawn, args.ref_cfg, args.temperature)  # (N, T), states
             old_logprobs = score_tokens(policy, *drawn, **scoring)[0] if sampler_differs else sampled_logprobs
         # beyond the paper: A (N, T), and {"kl" or "credit": (function, (N, T, ...))}; without its flags A (N,), and {}
-        scored = ref_model, drawn, ref_logprobs, ref_states
-        A, further = further_terms(args, advantages[mine], judged, mine, prompts, tokenizer, *scored)
+        A, further = further_terms(args, advantages[mine], judged, mine, prompts, tokenizer, ref_model, drawn, *ref)
         clock.lap("reference")
         lr, history = set_lr(args, optimizer, step), []
         for update in range(args.updates_per_batch):
