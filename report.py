@@ -38,16 +38,16 @@ from tokenizer import to_uint8
 NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band or None)
     "reward": ("rises, then levels off", None),
     "right": ("rises with the reward; if it falls meanwhile, the judges are hacked", None),
-    "kl": ("rises early, then stays flat or falls; nats per token", None),
+    "kl": ("rises early (from the first step on with --ref-cfg: falls), then stays flat; nats per token", None),
     "entropy": ("drifts down a little; a plunge is collapse; nats per token", None),
     "reward_std": ("falls slowly; at 0 nothing is left to learn from", None),
     "ratio": ("1 with one update per batch", (0.99, 1.01)),
     "clip_frac": ("0 with one update per batch, below 0.2 with several", (0, 0.2)),
     "sampler_gap": ("below 1e-4 in float32, a few per cent in bfloat16", None),
     "grad_norm": ("steady; it is cut to 1", None),
-    "loss": ("beta times kl with one update per batch", None),
+    "loss": ("beta times kl with one update per batch and no --credit-coef", None),
     "equal_groups": ("near 0: such groups teach nothing", (0, 0.2)),
-    "advantage_max": ("at most (G-1)/sqrt(G), 2.5 for 8 samples", None),
+    "advantage_max": ("at most (G-1)/sqrt(G), 2.5 for 8 samples, where they are divided by their spread", None),
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #2563eb; --soft: #94a3b855; --good: #16a34a22 }

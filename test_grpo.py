@@ -40,6 +40,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
@@ -337,6 +338,27 @@ def test_scoring_in_parts_is_scoring_at_once(config, cfg_scale, temperature, dty
 
 
 # GRPO: the equations -------------------------------------------------------------------------------------------------
+
+
+class Called(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops = [*getattr(self, "ops", ()), str(op)]
+        return op(*args, **kwargs or {})
+
+
+@BOTH
+def test_checkpointed_blocks_compute_the_feed_forward_anew_and_nothing_else_that_is_dear(config):
+    """Kernels of another name in the next torch: all would be kept, or all made again, and nobody would notice."""
+    (cond, mask), tokens, counts = tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1)), []
+    for layers in (False, True):
+        model = tiny(config)
+        model.checkpoint_layers = layers
+        hidden = model.hidden(cond, tokens, mask).sum()
+        with Called() as backward:
+            hidden.backward()
+        counts.append((backward.ops.count("aten.mm.default"), sum("attention" in op for op in backward.ops)))
+    (products, attention), again = counts
+    assert again == (products + 2 * config.n_layer, attention) and attention > 0  # w1 and w3
 
 
 @BOTH
