@@ -366,6 +366,8 @@ def write_frontier(paths, place):
             label = own if table["tuned"] else f"base{kind}"
             lines = tables.setdefault(table["task"], {})
             lines[label] = lines.get(label, []) + points_of(table)
+    if not any("right: all" in f for lines in tables.values() for points in lines.values() for _, f in points):
+        raise Mistake("none of these tables says how many pictures are right: only the toys' do")
     figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
     for row, (task, lines) in zip(rows, tables.items(), strict=True):
         for axes, key in zip(row, ("recall, latents", "reward: weighted sum"), strict=True):
