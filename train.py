@@ -114,10 +114,10 @@ KNOBS = {
 # --preset best-...: the column of KNOBS that it starts from, and what it changes (README, "One step beyond the paper").
 # Found on the toys. On LlamaGen nothing of it has been measured; the guidance of the rollout moves into the reference.
 BEYOND = dict(kl="exact", weigh_tokens=True, cfg_scale=1.0)
-TOYS = BEYOND | dict(reward_norm="mean", ref_cfg=2.0, kl_coef=0.1)
+TOYS = BEYOND | dict(reward_norm="mean", ref_cfg=2.0)
 BEST = {
-    "best-c2i": ("toy-c2i", TOYS | dict(model="toy-c2i", steps=290)),
-    "best-t2i": ("toy-t2i", TOYS | dict(model="toy-t2i", steps=300)),
+    "best-c2i": ("toy-c2i", TOYS | dict(model="toy-c2i", kl_coef=0.13, steps=270)),
+    "best-t2i": ("toy-t2i", TOYS | dict(model="toy-t2i", kl_coef=0.1, steps=300)),
     "best-llamagen-c2i": ("llamagen-c2i", BEYOND | dict(model="llamagen-xl-384", ref_cfg=2.0)),
     "best-llamagen-t2i": ("llamagen-t2i", BEYOND | dict(model="llamagen-t2i-xl-256", ref_cfg=4.0)),
 }
