@@ -364,8 +364,9 @@ def write_frontier(paths, place):
             kind = ", best of N" * (table["best_of"] > 1) + ", cooler or hotter" * (table["temperature"] != 1)
             own = path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
             label = own if table["tuned"] else f"base{kind}"
+            heat = "" if table["temperature"] == 1 else f", temperature {table['temperature']:g}"
             lines = tables.setdefault(table["task"], {})
-            lines[label] = lines.get(label, []) + points_of(table)
+            lines[label] = lines.get(label, []) + [(name + heat, figures) for name, figures in points_of(table)]
     if not any("right: all" in f for lines in tables.values() for points in lines.values() for _, f in points):
         raise Mistake("none of these tables says how many pictures are right: only the toys' do")
     figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
@@ -378,8 +379,8 @@ def write_frontier(paths, place):
                     (x, dx), (y, dy) = np.transpose(xs), np.transpose(ys)
                     style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
                     axes.errorbar(x, y, dy, dx, label=label, **style)
-                    for name, *at in zip(names, x, y, strict=True):
-                        axes.annotate(name, at, fontsize=6, xytext=(3, 3), textcoords="offset points")
+                    for name, *at in zip(names, x, y, strict=True):  # every other line's above, so that fewer collide
+                        axes.annotate(name, at, fontsize=6, xytext=(3, 3 if k % 2 else -8), textcoords="offset points")
             axes.set(xlabel=key, ylabel=f"right, {task}")
             axes.grid(alpha=0.3)
         row[0].legend(fontsize=7)
