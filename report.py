@@ -38,7 +38,7 @@ from tokenizer import to_uint8
 NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band or None)
     "reward": ("rises, then levels off", None),
     "right": ("rises with the reward; if it falls meanwhile, the judges are hacked", None),
-    "kl": ("rises early (from the first step on with --ref-cfg: falls), then stays flat; nats per token", None),
+    "kl": ("rises early, with --ref-cfg from above 0, then stays flat or falls; nats per token", None),
     "entropy": ("drifts down a little; a plunge is collapse; nats per token", None),
     "reward_std": ("falls slowly; at 0 nothing is left to learn from", None),
     "ratio": ("1 with one update per batch", (0.99, 1.01)),

@@ -2671,6 +2671,7 @@ def test_presets_are_the_releases_and_the_command_line_wins():
     assert (ours.score_cfg, ours.cfg_scale, ours.lr_schedule) == (2, 2, "linear")
     best = train.parse_args(["--preset", "best-t2i", "--steps", "5"])
     assert (best.model, best.kl, best.ref_cfg, best.weigh_tokens, best.steps) == ("toy-t2i", "exact", 2, True, 5)
+    assert best.out == Path("out/best-t2i")  # beside the plain run, not in its folder
     best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own column
     assert (best.model, best.cfg_scale, best.ref_cfg, best.kl_coef) == ("llamagen-xl-384", 1, 2, 0.1)
     asked = [[], ["--clip-pretrained", "laion2b_s34b_b79k"], ["--model", "llamagen-xl-384"]]
@@ -2684,6 +2685,10 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (evaluate, ["--ckpt", ""], "an argument is empty"),
     (train, ["--weigh-tokens"], "--ref-cfg"),
     (train, ["--preset", "best-c2i", "--model", "llamagen-b-256"], "is not for llamagen-b-256"),
+    (train, ["--preset", "best-c2i", "--cfg-scale", "2"], "--no-weigh-tokens"),
+    (evaluate, ["--blend", "0.5"], "needs --ckpt"),
+    (sample, ["--blend", "0.5"], "needs --ckpt"),
+    (sample, ["--rewards", "clip"], "--best-of N"),
     (train, ["--out="], "an argument is empty"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "it is not whole"),
     (sample, ["--ckpt", "{}/cut.pt"], "it is not whole"),

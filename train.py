@@ -172,11 +172,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default 64; LlamaGen 8)")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default 0)")
-    add(
-        "--out",
-        type=Path,
-        help="folder to write to (default out/TASK or out/PRESET; LlamaGen: out/MODEL or out/PRESET-MODEL)",
-    )
+    add("--out", type=Path, help="folder to write to (default out/TASK or out/PRESET; LlamaGen: out/[PRESET-]MODEL)")
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default 25)")
     add("--resume", action="store_true", help="go on with the run in --out, with the same flags")
     parser.set_defaults(qwen_answer=None)  # from KNOBS, as the others
@@ -228,9 +224,8 @@ def resolve(args):
         args.pool = zoo.read_asked(args.model, args.classes, args.prompts)
     elif args.task == "c2i":
         args.pool = list(range(zoo.MODELS[args.model].config.num_classes))
-    toy = zoo.is_toy(args.model)
-    names = [args.preset, args.task if toy and not args.preset else None, None if toy else args.model]
-    args.out = args.out or Path("out", "-".join(filter(None, names)))
+    official = args.model if args.preset is None else f"{args.preset}-{args.model}"
+    args.out = args.out or Path("out", args.preset or args.task if zoo.is_toy(args.model) else official)
     return args
 
 
