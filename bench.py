@@ -376,6 +376,7 @@ def parse_args(argv=None):
     add("--json", type=Path, metavar="FILE", help="file that gets all numbers (default: none)")
     args = parser.parse_args(argv)
     zoo.settle_device(args)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     zoo.check_range(args, images=1, group_size=1, micro_batch=1, repeat=1)
     if not args.cfg_scale > 1:
         raise Mistake("--cfg-scale must be above 1: the versions that are compared differ in guidance")

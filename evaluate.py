@@ -528,6 +528,7 @@ def resolve(args):
         raise Mistake("--blend mixes the weights of --ckpt with its base's, so it needs --ckpt")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
     args.task, args.policies = zoo.MODELS[args.model].config.task, []
+    args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.toy = zoo.is_toy(args.model) and not args.samples
     if not args.samples:
         # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone

@@ -48,9 +48,9 @@ class ModelConfig:
 
 class Linear(nn.Linear):
     """
-    nn.Linear without bias. For a single position of a few sequences on a CPU the product is taken as W x^T, not x W^T:
-    decoding a token costs what reading the weights costs, and this way round MKL reads them in order (1.4 times as fast
-    for 16 sequences of GPT-B; at the toy's 64 the copy of the result costs more than it saves).
+    nn.Linear without bias. For a single position of a few sequences on a CPU the float32 product is taken as W x^T, not
+    x W^T: decoding a token costs what reading the weights costs, and this way round MKL reads them in order (1.4 times
+    as fast for 16 sequences of GPT-B; at the toy's 64 the copy of the result costs more than it saves).
 
     With `adapters` there is a product of two thin matrices beside the weight: up (n_out, rank), down (rank, n_in).
     """
@@ -65,7 +65,8 @@ class Linear(nn.Linear):
         return y if self.up is None else y + F.linear(F.linear(x, self.down), self.up)
 
     def product(self, x):
-        if x.device.type == "cpu" and x.shape[1] == 1 and len(x) <= 32 and not torch.is_grad_enabled():
+        few = x.device.type == "cpu" and x.shape[1] == 1 and len(x) <= 32
+        if few and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
             return (self.weight @ x[:, 0].T).T.contiguous()[:, None]
         return super().forward(x)
 
@@ -110,9 +111,10 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
         (q, k), v = rotate(qkv[:2], rope), qkv[2]  # each (B, H, S, D)
         if cache is not None:
-            k, v = cache.index_copy_(3, place, torch.stack((k, v)))
+            k, v = cache.index_copy_(3, place, torch.stack((k, v)).to(cache.dtype))
         # Without a text mask the mask is causal. A single new query stands last and may see all keys: no mask at all.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)
+        with torch.autocast(x.device.type, enabled=False):  # in the cache's precision, which may be the finer
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None and S > 1)
         return self.wo(y.transpose(1, 2).reshape(B, S, C))
 
 
@@ -271,14 +273,14 @@ class Transformer(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         layers, block, lengths = self.layers, Block.forward, range(P + 1, L + 1)
-        if (
-            self.compile_steps
-        ):  # each length of the cache is compiled, so there are few; a mask hides what is not filled
+        if self.compile_steps:  # each length of the cache is compiled: a few, and a mask hides what is not filled
             layers, block = [rounded(layer, dtype) for layer in layers], compiled_block()
             lengths = [-(-L * quarter // 4) for quarter in (1, 2, 3, 4)]
             cond_mask = x.new_ones(x.shape[:2]) if cond_mask is None else cond_mask
         shape = (config.n_layer, 2, len(x), config.n_head, P, config.dim // config.n_head)
-        mask, prefix = self.mask(cond_mask), torch.zeros(shape, dtype=dtype, device=x.device)
+        # a CPU's attention takes twice as long in bfloat16 for a single query, so there the cache stays float32
+        kept = x.dtype if kind == "cpu" else dtype
+        mask, prefix = self.mask(cond_mask), torch.zeros(shape, dtype=kept, device=x.device)
         for layer, layer_cache in zip(layers, prefix, strict=True):
             rows = None if mask is None else mask[..., :P, :P]
             x = layer(x, self.rope[:P], rows, layer_cache, torch.arange(P, device=x.device))

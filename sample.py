@@ -245,6 +245,7 @@ def resolve(args):
     if args.rewards and args.best_of == 1:
         raise Mistake("--rewards choose among candidates: say how many with --best-of N")
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
+    args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     prefix = "" if not compare else f"{Path(args.ckpt).name}: " if args.compare else "tuned: "
     args.policies = [(prefix, path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
     if compare or args.blend != 1:

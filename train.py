@@ -188,6 +188,7 @@ def resolve(args):
         args.task = args.task or start[-3:]
     args.model, args.base, header = zoo.find_policy(args.ckpt, args.model, args.task)
     args.task = zoo.MODELS[args.model].config.task
+    args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     column = f"{'toy' if zoo.is_toy(args.model) else 'llamagen'}-{args.task}"
     if changes and start != column:
         raise Mistake(f"--preset {args.preset} is not for {args.model}")
@@ -354,8 +355,8 @@ def train(args):
             save(args, policy, optimizer, step + 1)
         watch.go_on(metrics, len(rewards))
     log.close()
-    grid("after.png", f"after {args.steps} steps of GRPO")
-    look_back(args, {"base": ref_model, "tuned": policy}, tokenizer, encode)
+    after = grid("after.png", f"after {args.steps} steps of GRPO")
+    look_back(args, {"base": ref_model, "tuned": policy}, after, tokenizer, encode)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -577,7 +578,10 @@ def draw_shown(args, policy, tokenizer, encode):
 
 
 def draw_grid(args, policy, tokenizer, encode, judges, name, title):
-    """Draws args.out/NAME: below each picture what the verifier finds (of a toy's) and what the judges say."""
+    """
+    Draws args.out/NAME: below each picture what the verifier finds (of a toy's) and what the judges say. Returns the
+    pictures (n, 3, H, W).
+    """
     images, captions, columns = draw_shown(args, policy, tokenizer, encode)
     judged, _ = judge_images(judges, images.to(args.device), captions)
     labels = label_images(args.model, images, captions)
@@ -585,22 +589,22 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
         verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in judged.items()]
         labels[k] += "\n" + "\u00a0 ".join(verdicts)
     save_grid(args.out / name, images, labels, columns, title=title)
+    return images
 
 
-def draw_before_and_after(args, policies, tokenizer, encode):
-    """before-after.png: each line of before.png above the same line of after.png. policies: base and tuned."""
-    drawn, labels = [], []
-    for policy, prefix in zip(policies, ("before: ", "after: "), strict=True):
-        images, captions, columns = draw_shown(args, policy, tokenizer, encode)
-        drawn, labels = [*drawn, images], [*labels, label_images(args.model, images, captions, prefix)]
+def draw_before_and_after(args, base, after, tokenizer, encode):
+    """before-after.png: each line of before.png above the same line of after.png, whose pictures are (n, 3, H, W)."""
+    before, captions, columns = draw_shown(args, base, tokenizer, encode)
+    drawn = {"before: ": before, "after: ": after}
+    labels = [label_images(args.model, images, captions, prefix) for prefix, images in drawn.items()]
     title = f"before above after {args.steps} steps of GRPO"
-    save_grid(args.out / "before-after.png", *in_turn(drawn, labels, columns), columns, title=title)
+    save_grid(args.out / "before-after.png", *in_turn([before, after], labels, columns), columns, title=title)
 
 
-def look_back(args, policies, tokenizer, encode):
+def look_back(args, policies, after, tokenizer, encode):
     """Curves, a picture of before and after, and the page of the run. policies: {name: model}, base and tuned."""
     plot_curves(args)
-    draw_before_and_after(args, policies.values(), tokenizer, encode)
+    draw_before_and_after(args, policies["base"], after, tokenizer, encode)
     asked = args.pool[0] if args.pool else data.balanced_captions(6)[-1]
     (prompt,) = zoo.captions_of(args.model, [asked])
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature)
