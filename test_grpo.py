@@ -1805,6 +1805,12 @@ def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path, thin_toys):
     assert Image.open(tmp_path / "frontier.png").width > 1000
     with pytest.raises(SystemExit, match=r"ends in \.png"):
         report.main([str(run / "evaluation.json"), "--out", str(tmp_path / "frontier")])
+    table = json.loads((run / "evaluation.json").read_text())  # less what only a toy's table says
+    for figures in [*table["columns"].values(), *table["standard_errors"].values()]:
+        figures.pop("right: all", None)
+    (tmp_path / "official.json").write_text(json.dumps(table))
+    with pytest.raises(SystemExit, match="how many pictures are right"):
+        report.main([str(tmp_path / "official.json")])
     with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
         report.main([str(tmp_path)])
 
