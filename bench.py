@@ -107,7 +107,7 @@ def random_model(args, name):
     """A transformer of the table's shape, and B = --images / G conditions for it: (model, cond, cond_mask)."""
     torch.manual_seed(0)
     config = zoo.MODELS[name].config
-    model, B = Transformer(config).eval().to(args.device), max(1, args.images // args.group_size)
+    model, B = Transformer(config).eval().to(args.device), args.images // args.group_size
     model.compile_steps = args.compile
     cond, cond_mask = torch.arange(B, device=args.device) % config.num_classes, None
     if config.task == "t2i":
@@ -119,7 +119,7 @@ def random_model(args, name):
 @torch.no_grad()
 def plain_generate(model, cond, cond_mask, cfg_scale, noise):
     """
-    Sampling as a first version would have it. The same tokens come out. Returns (N, T).
+    Sampling as a first version would have it. In float32 the same tokens come out. Returns (N, T).
     """
     config, N, L = model.config, len(cond), len(model.rope)
     cond_mask = torch.ones(N, config.cond_len, device=cond.device) if cond_mask is None else cond_mask
@@ -127,8 +127,7 @@ def plain_generate(model, cond, cond_mask, cfg_scale, noise):
     x, mask = model.embed(cond), model.mask(cond_mask)
     heads = config.n_head, L, config.dim // config.n_head
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    cache = torch.zeros(config.n_layer, 2, 2 * N, *heads, dtype=dtype, device=x.device)
+    cache = torch.zeros(config.n_layer, 2, 2 * N, *heads, dtype=cache_dtype(kind), device=x.device)
     place, tokens = torch.arange(config.cond_len, device=x.device), []
     for i in range(config.num_tokens):
         for layer, layer_cache in zip(model.layers, cache, strict=True):
@@ -138,6 +137,12 @@ def plain_generate(model, cond, cond_mask, cfg_scale, noise):
         tokens.append(sample_row(logp, noise[:, i].to(x.device)))
         x, place = model.tok_embeddings(tokens[-1][:, None]).repeat(2, 1, 1), place[-1:] + 1
     return torch.stack(tokens, 1)
+
+
+def cache_dtype(kind):
+    """Of the keys and values that `generate` keeps on a device of this kind, under the present autocast."""
+    half = kind != "cpu" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if half else torch.float32
 
 
 @torch.no_grad()
@@ -180,7 +185,10 @@ def decode(args, name):
     print(f"  {to_limit[0]} times the limit ({weights / 1e6:.0f} MB per token at {bandwidth:.0f} GB/s)")
     print(f"  {to_plain[0]} times as fast as the plain version")
     # what is read of the cache: keys and values of all layers, half of its length on average
-    read = weights + config.n_layer * 2 * N * config.dim * dtype.itemsize * (2 * config.cond_len + config.num_tokens)
+    kind = torch.device(args.device).type
+    with zoo.autocast(args.device, args.dtype):
+        size = cache_dtype(kind).itemsize
+    read = weights + config.n_layer * 2 * N * config.dim * size * (2 * config.cond_len + config.num_tokens)
     reached, copied = read * config.num_tokens / median(timed["ours"]) / 1e9, copy_rate(args)
     print(f"  weights and cache are read at {reached:.0f} GB/s, memory is copied at {copied:.0f} GB/s")
     rates = dict(tokens_per_second=per_second, limit_gb_s=bandwidth, read_gb_s=reached, copy_gb_s=copied)
@@ -218,6 +226,8 @@ def grpo_step(args, model, reference, tokenizer, optimizer, cond, cond_mask):
     laps.append(lap(args.device))
     with zoo.autocast(args.device, args.dtype):
         ref, _ = score_tokens(reference, cond, tokens, mask, at_once, args.cfg_scale)
+        if args.dtype == "bfloat16":  # which rounds one pass over all tokens otherwise than token by token
+            old, _ = score_tokens(model, cond, tokens, mask, at_once, args.cfg_scale)
     laps.append(lap(args.device))
     advantages = group_advantages(torch.randn(N, device=args.device), G)
     optimizer.zero_grad()
@@ -326,26 +336,21 @@ def one_by_one(judge, images, captions):
 
 
 def processes(args):
-    """A step of the toy's training on one process and on two with half of the threads each."""
+    """A step of the toy's training on one process and on two with half of the threads each. Raises Mistake."""
+    if args.device.startswith("cuda") and torch.cuda.device_count() < 2:
+        print("processes: not measured, two of them need two GPUs")
+        return {}
     found = {1: [], 2: []}
     for _ in range(args.repeat):
         for count, times in found.items():
             with TemporaryDirectory() as folder:
                 torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-                command = [
-                    *torchrun,
-                    "train.py",
-                    "--task",
-                    "c2i",
-                    "--steps",
-                    "12",
-                    "--out",
-                    folder,
-                    "--device",
-                    args.device,
-                ]
+                run = ["train.py", "--task", "c2i", "--steps", "12", "--out", folder, "--device", args.device]
                 threads = dict(os.environ, OMP_NUM_THREADS=str(max(1, args.threads // count)))
-                subprocess.run(command, check=True, capture_output=True, env=threads, cwd=Path(__file__).parent)
+                at = dict(env=threads, cwd=Path(__file__).parent, capture_output=True, text=True)
+                done = subprocess.run([*torchrun, *run], **at)
+                if done.returncode:
+                    raise Mistake(f"train.py on {count} processes ended with: {done.stderr.strip()[-300:]}")
                 lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()[2:]]
                 parts = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
                 times.append(median(parts))
@@ -378,6 +383,12 @@ def parse_args(argv=None):
     zoo.settle_device(args)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     zoo.check_range(args, images=1, group_size=1, micro_batch=1, repeat=1)
+    if args.images % args.group_size:
+        raise Mistake(f"--images {args.images} is not a multiple of --group-size {args.group_size}")
+    if args.json and args.json.is_dir():
+        raise Mistake(f"--json {args.json} is a folder: give a file")
+    if args.json:
+        zoo.make_folder(args.json.parent)
     if not args.cfg_scale > 1:
         raise Mistake("--cfg-scale must be above 1: the versions that are compared differ in guidance")
     args.threads = torch.get_num_threads()

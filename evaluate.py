@@ -698,11 +698,16 @@ def of_policies(args, tools):
 def of_samples(args, tools):
     """((1, file), figures) of each npz of --samples. Raises Mistake."""
     opened = [(path, Pictures(path)) for path in args.samples]  # all of them now, not the last one after hours
+    config = zoo.MODELS[args.model].config
     for path, pictures in opened:
         if pictures.asked is not None and len(pictures.asked) != len(pictures):
             raise Mistake(f"{path} holds {len(pictures)} pictures and {len(pictures.asked)} labels")
         if tools.judges and pictures.asked is None:
             raise Mistake(f"{path} holds neither labels nor prompts, so no judge can be asked: leave out --rewards")
+        if tools.judges and not fit(pictures.asked, config):
+            wanted = "prompts" if config.task == "t2i" else f"labels from 0 to {config.num_classes - 1}"
+            raise Mistake(f"{path} holds no {wanted}, as {args.model} has: say with --model whose they are, or leave "
+                          "out --rewards")  # fmt: skip
     references, stems = references_of(args, tools, None), [path.stem for path in args.samples]
     for path, pictures in opened:
         name = path.stem if stems.count(path.stem) == 1 else str(path)
@@ -714,6 +719,13 @@ def of_samples(args, tools):
         if args.npz:
             join_npz(name, args, asked)
         yield (1, name), figures_of(found, references, asked, captions, args.task)
+
+
+def fit(asked, config):
+    """Whether an array is of what a model of this configuration is asked: strings (t2i), or numbers of its classes."""
+    if config.task == "t2i":
+        return asked.dtype.kind == "U"
+    return asked.dtype.kind in "iu" and asked.min() >= 0 and asked.max() < config.num_classes
 
 
 def stopped(args):

@@ -127,7 +127,7 @@ def shard(model):
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    for method in ("hidden", "generate"):
+    for method in ("with_null", "hidden", "generate"):  # what is called from outside and reads weights
         register_fsdp_forward_method(model, method)
     model.generate = partial(generate_gathered, model, model.generate)
 

@@ -96,7 +96,7 @@ def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts. Raises FileNotFoundError, Mistake."""
     path = folder / "metrics.jsonl"
     with zoo.reading(path, "give a folder that train.py wrote"):
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [dict(json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
     if not rows:
         raise Mistake(f"{path} is empty: nothing to report yet")
     return rows
@@ -263,13 +263,23 @@ def facts(rows, flags):
     return f"<p>{'; '.join(said)}</p><details><summary>flags</summary><pre>{html.escape(shown)}</pre></details>"
 
 
-def evaluation(folder):
-    """The newest table of evaluate.py beside the run, if there is one."""
+def newest_table(folder):
+    """(columns, standard errors) of the newest table of evaluate.py beside the run, {} without one. Raises Mistake."""
     tables = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
     if not tables:
+        return {}, {}
+    with zoo.reading(tables[-1], "evaluate the run again, or delete it"):
+        found = json.loads(tables[-1].read_text())
+        return {name: dict(figures) for name, figures in found["columns"].items()}, dict(
+            found.get("standard_errors", {})
+        )
+
+
+def evaluation(folder):
+    """The newest table of evaluate.py beside the run, if there is one."""
+    columns, errors = newest_table(folder)
+    if not columns:
         return ""
-    found = json.loads(tables[-1].read_text())
-    columns, errors = found["columns"], found.get("standard_errors", {})
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = ""
     for metric in dict.fromkeys(metric for figures in columns.values() for metric in figures):
@@ -283,7 +293,8 @@ def evaluation(folder):
 def read_flags(folder):
     """{flag: value} of a run, as train.py wrote them; {} of one that is older than that."""
     path = folder / "flags.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    with zoo.reading(path, "delete it: the page can do without"):
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def write_run(folder, written="", path=None):
@@ -330,15 +341,11 @@ def recall_points(folders):
     """[(run, recall of base and tuned, right of base and tuned, None, None)] of the runs that were evaluated."""
     found = []
     for folder in map(Path, folders):
-        for table in sorted(folder.glob("evaluation*.json"))[-1:]:
-            columns = [
-                c
-                for c in json.loads(table.read_text())["columns"].values()
-                if {"recall, latents", "right: all"} <= set(c)
-            ]
-            if len(columns) > 1:
-                pair = [[c[key] for c in columns[:2]] for key in ("recall, latents", "right: all")]
-                found.append((folder.name, np.array(pair[0]), np.array(pair[1]), None, None))
+        keys = "recall, latents", "right: all"
+        columns = [figures for figures in newest_table(folder)[0].values() if set(keys) <= set(figures)]
+        if len(columns) > 1:
+            pair = [np.array([figures[key] for figures in columns[:2]]) for key in keys]
+            found.append((folder.name, *pair, None, None))
     return found
 
 

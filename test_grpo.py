@@ -762,16 +762,16 @@ def by_hand(task, **options):
                 moved = (ref - logprobs_of(ref_model, slice(6))).abs().clamp(max=2)
             shares = 64 * moved / moved.sum(1, keepdim=True)
         optimizer.param_groups[0]["lr"] = lr = rate * (3 - step) / 3 if o.falls else rate
-        sums = dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item(), kl=0, ratio=0, clip_frac=0)
+        found.append(sums := dict(reward=reward.mean().item(), lr=lr, advantage_max=A.abs().max().item()))
+        sums |= dict(kl=0, ratio=0, clip_frac=0, grad_norm=0)
         for _ in range(o.updates):
             gradient = [torch.zeros_like(p) for p in trained]
             for rows in (slice(0, 4), slice(4, 6)):
                 new, a = logprobs_of(policy, rows), A[rows, None]
                 rho, d = (new - old[rows]).exp(), ref[rows] - new
                 gain = torch.where(a > 0, rho.clamp(max=1 + o.eps), rho.clamp(min=1 - o.eps)) * a * shares[rows]
-                kl, more = d.exp() - d - 1, 0
-                if o.beyond:
-                    kl, more = kl_and_credit(all_of(policy, rows), anchor[rows], worth[rows])
+                k3 = d.exp() - d - 1, 0
+                kl, more = kl_and_credit(all_of(policy, rows), anchor[rows], worth[rows]) if o.beyond else k3
                 loss = (beta * kl - gain - o.beyond * more).sum() / (6 * 64)
                 parts = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
@@ -779,10 +779,10 @@ def by_hand(task, **options):
                 for key, value in (("kl", kl), ("ratio", rho), ("clip_frac", cut)):
                     sums[key] += value.double().sum().item() / (6 * 64 * o.updates)
             norm = math.sqrt(sum(g.double().square().sum() for g in gradient))
+            sums["grad_norm"] = max(norm, sums["grad_norm"])
             for p, g in zip(trained, gradient, strict=True):
                 p.grad = g * min(1, o.most / norm)
             optimizer.step()
-        found.append(sums | dict(grad_norm=norm))
     return policy, found
 
 
@@ -1593,15 +1593,22 @@ def test_a_bug_inside_keeps_its_traceback(tmp_path, monkeypatch):
     assert not isinstance(bug.value, Mistake) and "buggy" in {frame.name for frame in bug.traceback}
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_five_end_the_run(tmp_path, monkeypatch):
-    """Clipped, it becomes NaN in every weight, and the run goes on drawing noise and saving it."""
+def times(factor, tensors):
+    return [factor * x for x in tensors]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_gradient_that_is_not_finite_is_skipped_and_five_end_the_run(updates, tmp_path, monkeypatch):
+    """Clipped, it becomes NaN in every weight, and the run goes on drawing noise and saving it. A good one hides it."""
+    factors = itertools.cycle([INF, 1][:updates])
     monkeypatch.setattr(train, "draw_grid", lambda *_: None)
     monkeypatch.setattr(train, "look_back", lambda *_: None)
-    monkeypatch.setattr(train, "token_logprobs", lambda *a, **k: [x * INF for x in token_logprobs(*a, **k)])
+    monkeypatch.setattr(train, "token_logprobs", lambda *a, **k: times(next(factors), token_logprobs(*a, **k)))
     with pytest.raises(SystemExit, match="the gradient was not finite 5 steps in a row"):
-        train.main(["--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    base, policy = (torch.load(tmp_path / "state.pt")["policy"], load_model("toy-c2i").state_dict())
-    assert len(read_metrics(tmp_path)) == 5 and all(torch.equal(w, base[name]) for name, w in policy.items())
+        train.main(["--out", str(tmp_path), *TINY_RUN, *TWO["c2i"], "--updates-per-batch", str(updates)])
+    policy, base = (torch.load(tmp_path / "state.pt")["policy"], load_model("toy-c2i").state_dict())
+    assert len(read_metrics(tmp_path)) == 5 and all(w.isfinite().all() for w in policy.values())
+    assert updates == 2 or all(torch.equal(w, base[name]) for name, w in policy.items())
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 300])
@@ -1809,6 +1816,14 @@ def test_the_page_of_a_run_is_whole_safe_and_small(tmp_path, thin_toys):
     for figures in [*table["columns"].values(), *table["standard_errors"].values()]:
         figures.pop("right: all", None)
     (tmp_path / "official.json").write_text(json.dumps(table))
+    shutil.copytree(run, broken := tmp_path / "broken")
+    for name, text in (("flags.json", "{bad"), ("evaluation.json", "[1]"), ("metrics.jsonl", "null")):
+        whole = (broken / name).read_text()
+        (broken / name).write_text(text)
+        with pytest.raises(SystemExit, match=rf"{name} cannot be read"):
+            report.main([str(broken)])
+        (broken / name).write_text(whole)
+    report.main([str(broken)])
     with pytest.raises(SystemExit, match="how many pictures are right"):
         report.main([str(tmp_path / "official.json")])
     with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
@@ -2009,17 +2024,19 @@ def train_and_hash(flags, folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("task", ["c2i", "t2i"])
-def test_two_processes_train_what_one_trains(task, tmp_path, monkeypatch, thin_toys):
+@pytest.mark.parametrize("task, cfg", [("c2i", 1), ("t2i", 1), ("t2i", 2)])
+def test_two_processes_train_what_one_trains(task, cfg, tmp_path, monkeypatch, thin_toys):
     """Each learning for itself, groups cut in two, noise by local index, a loss that is averaged twice or never."""
     monkeypatch.setattr(train, "look_back", lambda *_: None)  # curves and page take half the time; children share this
     flags = ["--task", task, "--steps", "3", "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3"]
+    flags += ["--cfg-scale", str(cfg)]
     train.main([*flags, "--out", str(tmp_path / "one")])
     one, metrics = load_file(tmp_path / "one/policy.safetensors"), read_metrics(tmp_path / "one")
-    for name, more in (("plain", ["--save-every", "1"]), ("sharded", ["--save-every", "1", "--shard"])):
+    ways = {"plain": [], "sharded": ["--shard"]} if cfg == 1 else {"sharded": ["--shard"]}
+    for name, more in ways.items():
         out = tmp_path / name
         out.mkdir()
-        run = partial(train_and_hash, [*flags, *more, "--out", str(out)], out)
+        run = partial(train_and_hash, [*flags, *more, "--save-every", "1", "--out", str(out)], out)
         assert in_children(out, run, run) == [0, 0], (out / "said-0").read_text() + (out / "said-1").read_text()
         first, second = ((out / f"weights-{k}").read_text() for k in (0, 1))
         assert first == second and len(first.splitlines()) == 3
@@ -2629,6 +2646,9 @@ def wrong_files(tmp_path_factory):
                             first=np.zeros((2, 3, 8, 8), np.uint8), good=np.zeros((2, 8, 8, 3), np.uint8)).items():  # fmt: skip
         np.savez(folder / f"{name}.npz", array)
     np.savez(folder / "other.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    two = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(folder / "labels.npz", two, np.array([1, 999]))
+    np.savez(folder / "prompts.npz", arr_0=two, prompts=np.array(["a red circle", "two circles"]))
     whole = (folder / "good.npz").read_bytes()
     (folder / "cut.npz").write_bytes(whole[:300])
     with zipfile.ZipFile(folder / "short.npz", "w") as file:  # whole as a zip, but the array in it is not
@@ -2731,6 +2751,8 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (evaluate, ["--ckpt", ""], "an argument is empty"),
     (train, ["--weigh-tokens"], "--ref-cfg"),
     (train, ["--preset", "best-c2i", "--model", "llamagen-b-256"], "is not for llamagen-b-256"),
+    (train, ["--preset", "paper-c2i", "--model", "toy-c2i"], "is not for toy-c2i"),
+    (train, ["--device", "meta"], "--device meta cannot be read"),
     (train, ["--preset", "best-c2i", "--cfg-scale", "2"], "--no-weigh-tokens"),
     (evaluate, ["--blend", "0.5"], "needs --ckpt"),
     (sample, ["--blend", "0.5"], "needs --ckpt"),
@@ -2792,6 +2814,9 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
     (evaluate, ["--samples", "{}/short.npz"], "arr_0 is not whole"),
     (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
+    (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "holds no labels from 0 to 39, as toy-c2i has"),
+    (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip", "--task", "t2i"], "holds no prompts, as toy-t2i"),
+    (evaluate, ["--samples", "{}/prompts.npz", "--rewards", "clip"], "holds no labels from 0 to 39, as toy-c2i has"),
     (evaluate, ["--samples", "{}/good.npz", "--best-of", "2"], "are drawn already"),
     (evaluate, ["--samples", "{}/good.npz", "--ckpt", "{}/ours.safetensors"], "--ckpt has no say"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz#0123"], "not 0123: fetch it again"),

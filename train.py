@@ -190,7 +190,7 @@ def resolve(args):
     args.task = zoo.MODELS[args.model].config.task
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     column = f"{'toy' if zoo.is_toy(args.model) else 'llamagen'}-{args.task}"
-    if changes and start != column:
+    if args.preset and start.replace("paper", "llamagen") != column:
         raise Mistake(f"--preset {args.preset} is not for {args.model}")
     for knob, values in KNOBS.items():
         if getattr(args, knob, None) is None:
@@ -325,7 +325,7 @@ def train(args):
         # beyond the paper: A (N, T), and {"kl" or "credit": (function, (N, T, ...))}; without its flags A (N,), and {}
         A, further = further_terms(args, advantages[mine], judged, mine, prompts, tokenizer, ref_model, drawn, *ref)
         clock.lap("reference")
-        lr, history = set_lr(args, optimizer, step), []
+        lr, history, norms = set_lr(args, optimizer, step), [], []
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
             for rows in torch.arange(len(mine), device=device).split(args.micro_batch):
@@ -338,13 +338,13 @@ def train(args):
                 (loss * (len(rows) / len(mine))).backward()  # the last micro-batch may be a short one
                 gap = sampler_gap(logprobs, sampled_logprobs[rows])
                 history.append((update, len(rows), stats | dict(entropy=entropy.mean(), sampler_gap=gap)))
-            grad_norm = parallel.average_and_clip(policy, MAX_GRAD_NORM)
-            if grad_norm.isfinite():  # else this update is skipped, and the watch counts it
+            norms.append(parallel.average_and_clip(policy, MAX_GRAD_NORM))
+            if norms[-1].isfinite():  # else this update is skipped, and the watch counts the step
                 optimizer.step()
         clock.lap("learn")
 
         # 5. report
-        metrics = step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad_norm, lr, G)
+        metrics = step_metrics(step, rewards, advantages, judged, judge_seconds, history, norms, lr, G)
         metrics = parallel.average(metrics | verify(args, images, prompts))
         log.write(metrics, clock)
 
@@ -487,12 +487,12 @@ class Clock:
         self.seconds[part], self.since = now - self.since, now
 
 
-def step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad_norm, lr, group_size):
+def step_metrics(step, rewards, advantages, judged, judge_seconds, history, norms, lr, group_size):
     """
     {name: number} of a step; the README's glossary explains each.
 
-    rewards, advantages (N,); judged {name: (N,)}; history: a list of
-    (update, images, {name: mean over these images})
+    rewards, advantages (N,); judged {name: (N,)}; history: a list of (update, images, {name: mean over these images});
+    norms: of each update's gradient, 0-dimensional
     """
     metrics = dict(step=step, reward=rewards.mean().item(), reward_std=rewards.std().item())
     for name in history[0][2]:  # weighted, because the last micro-batch may be a short one
@@ -506,7 +506,7 @@ def step_metrics(step, rewards, advantages, judged, judge_seconds, history, grad
         metrics |= {f"{name}_not_finite": len(values) - len(finite), f"{name}_seconds": judge_seconds[name]}
     groups = rewards.view(-1, group_size)
     return metrics | dict(
-        grad_norm=grad_norm.item(), lr=lr,
+        grad_norm=torch.stack(norms).max().item(), lr=lr,  # NaN, if one of them is
         advantage_std=advantages.std().item(), advantage_max=advantages.abs().max().item(),
         equal_groups=(groups == groups[:, :1]).all(1).float().mean().item(),
     )  # fmt: skip
@@ -595,14 +595,17 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
 def draw_before_and_after(args, base, after, tokenizer, encode):
     """before-after.png: each line of before.png above the same line of after.png, whose pictures are (n, 3, H, W)."""
     before, captions, columns = draw_shown(args, base, tokenizer, encode)
-    drawn = {"before: ": before, "after: ": after}
-    labels = [label_images(args.model, images, captions, prefix) for prefix, images in drawn.items()]
+    labels = [label_images(args.model, before, captions, "before: ")]
+    labels += [label_images(args.model, after, captions, "after: ")]
     title = f"before above after {args.steps} steps of GRPO"
     save_grid(args.out / "before-after.png", *in_turn([before, after], labels, columns), columns, title=title)
 
 
 def look_back(args, policies, after, tokenizer, encode):
-    """Curves, a picture of before and after, and the page of the run. policies: {name: model}, base and tuned."""
+    """
+    Curves, a picture of before and after, and the page of the run. policies: {name: model}, base and tuned; after: what
+    after.png shows, (n, 3, H, W).
+    """
     plot_curves(args)
     draw_before_and_after(args, policies["base"], after, tokenizer, encode)
     asked = args.pool[0] if args.pool else data.balanced_captions(6)[-1]

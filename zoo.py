@@ -574,8 +574,8 @@ def add_model_flags(add):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="device to run on (default: the GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the layers' matrix products; weights, logits "
-        "and loss are float32 (default bfloat16 on a GPU, and for LlamaGen where the processor has instructions for it)"
-    )  # fmt: skip
+        "and loss are float32 (default bfloat16 on a GPU, and for LlamaGen on a processor with instructions for it; "
+        "else float32)")  # fmt: skip
     add("--compile", action="store_true", help="compile the steps of sampling, which takes a minute or more and a C++ "
         "compiler, and pays off in long runs on a GPU")  # fmt: skip
 
@@ -583,20 +583,22 @@ def add_model_flags(add):
 def settle_device(args):
     """
     Joins the processes of torchrun if there are any, and has GPUs take float32 convolutions in float32. Raises Mistake
-    unless torch can put a tensor on --device.
+    unless torch can put a tensor on --device and choose its precision there.
     """
     torch.backends.cudnn.allow_tf32 = False  # the tokenizer's and the judges'; True is torch's default
     with reading(f"--device {args.device}", "leave it out to take what there is"):
         args.device = parallel.start(args.device)
         torch.empty(0, device=args.device)
+        torch.autocast(torch.device(args.device).type)
     if getattr(args, "compile", False) and not shutil.which(os.environ.get("CXX", "g++")):
         raise Mistake("--compile needs a C++ compiler: install g++, or set CXX to yours, or leave it out")
 
 
 def quick_dtype(name, device):
     """
-    --dtype where it was left open: bfloat16 where it multiplies matrices of the size of model `name` faster. On 2 cores
-    with avx512_bf16 a step of GPT-B took 0.75 of its time in float32, and a step of the toy as long as before.
+    The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor with instructions
+    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took RATIO of its time in float32, while the toy's
+    products are too small to gain. Weights that do not learn (--lora-rank) gain less: they are rounded at every use.
     """
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
     quick = not is_toy(name) and (able.get("avx512_bf16") or able.get("amx_bf16"))
