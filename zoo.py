@@ -597,7 +597,7 @@ def settle_device(args):
 def quick_dtype(name, device):
     """
     The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor with instructions
-    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took RATIO of its time in float32, while the toy's
+    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32, while the toy's
     products are too small to gain. Weights that do not learn (--lora-rank) gain less: they are rounded at every use.
     """
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
