@@ -46,7 +46,7 @@ import data
 import zoo
 from data import Mistake
 from grpo import group_advantages, grpo_loss, sample_groups, score_tokens, token_logprobs
-from model import Linear, Transformer, image_noise, policy_logprobs, record, rounded, sample_row
+from model import Linear, Transformer, cache_dtype, image_noise, policy_logprobs, record, rounded, sample_row
 from rewards import add_judge_flags, judge_images, judge_options, load_judges, parse_rewards
 from tokenizer import VQModel
 
@@ -139,12 +139,6 @@ def plain_generate(model, cond, cond_mask, cfg_scale, noise):
     return torch.stack(tokens, 1)
 
 
-def cache_dtype(kind):
-    """Of the keys and values that `generate` keeps on a device of this kind, under the present autocast."""
-    half = kind != "cpu" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if half else torch.float32
-
-
 @torch.no_grad()
 def stream(matrices, model, rows, tokens):
     """The matrix products of decoding `tokens` tokens for a batch of `rows`, and nothing else."""
@@ -185,9 +179,8 @@ def decode(args, name):
     print(f"  {to_limit[0]} times the limit ({weights / 1e6:.0f} MB per token at {bandwidth:.0f} GB/s)")
     print(f"  {to_plain[0]} times as fast as the plain version")
     # what is read of the cache: keys and values of all layers, half of its length on average
-    kind = torch.device(args.device).type
     with zoo.autocast(args.device, args.dtype):
-        size = cache_dtype(kind).itemsize
+        size = cache_dtype(torch.device(args.device).type).itemsize
     read = weights + config.n_layer * 2 * N * config.dim * size * (2 * config.cond_len + config.num_tokens)
     reached, copied = read * config.num_tokens / median(timed["ours"]) / 1e9, copy_rate(args)
     print(f"  weights and cache are read at {reached:.0f} GB/s, memory is copied at {copied:.0f} GB/s")

@@ -278,9 +278,7 @@ class Transformer(nn.Module):
             lengths = [-(-L * quarter // 4) for quarter in (1, 2, 3, 4)]
             cond_mask = x.new_ones(x.shape[:2]) if cond_mask is None else cond_mask
         shape = (config.n_layer, 2, len(x), config.n_head, P, config.dim // config.n_head)
-        # a CPU's attention takes twice as long in bfloat16 for a single query, so there the cache stays float32
-        kept = x.dtype if kind == "cpu" else dtype
-        mask, prefix = self.mask(cond_mask), torch.zeros(shape, dtype=kept, device=x.device)
+        mask, prefix = self.mask(cond_mask), torch.zeros(shape, dtype=cache_dtype(kind), device=x.device)
         for layer, layer_cache in zip(layers, prefix, strict=True):
             rows = None if mask is None else mask[..., :P, :P]
             x = layer(x, self.rope[:P], rows, layer_cache, torch.arange(P, device=x.device))
@@ -350,6 +348,15 @@ def compiled_block():
     torch._dynamo.config.recompile_limit = 64  # shapes: four lengths for each number of images; the default is 8
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # rotate runs as is
     return torch.compile(Block.forward, dynamic=False)
+
+
+def cache_dtype(kind):
+    """
+    Of cached keys and values on a device of this kind ("cpu", "cuda"): what autocast makes of them, except on a CPU,
+    whose attention takes twice as long for a single query in bfloat16 as in float32.
+    """
+    half = kind != "cpu" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if half else torch.float32
 
 
 def rounded(layer, dtype):

@@ -1445,7 +1445,10 @@ def test_maniqa_in_a_batch_is_pyiqas_alone(judges_folder):
     network.test_sample = 2  # of 225 px pyiqa's own pass then takes two crops, and they are those of the grid (1, 2)
     with torch.no_grad():
         both, alone = judge(images, prompts, grid=(1, 2)), network(images[1:])
+        network.test_sample = 1  # and then the upper left one
+        crop, whole = judge(images[:1, :, :224, :224], prompts[:1]), network(images[:1])
     assert both[1] == pytest.approx(alone.item(), rel=1e-5) and both[0] != pytest.approx(both[1].item(), rel=0.01)
+    assert crop.item() == pytest.approx(whole.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("side", [225, 256, 384, 512])

@@ -589,7 +589,7 @@ def settle_device(args):
     with reading(f"--device {args.device}", "leave it out to take what there is"):
         args.device = parallel.start(args.device)
         torch.empty(0, device=args.device)
-        torch.autocast(torch.device(args.device).type)
+        torch.autocast(torch.device(args.device).type)  # which refuses "meta"
     if getattr(args, "compile", False) and not shutil.which(os.environ.get("CXX", "g++")):
         raise Mistake("--compile needs a C++ compiler: install g++, or set CXX to yours, or leave it out")
 
