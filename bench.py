@@ -1,61 +1,42 @@
 """
-How fast it is, on random weights (speed does not depend on what a weight says), beside what it could be.
+How fast decoding and learning are, on random weights (speed does not depend on them), beside what they could be.
 
-    python bench.py                                          # all parts; GPT-B at 256 px, about 20 minutes on 2 cores
+    python bench.py                                          # both parts; GPT-B at 256 px, some minutes on 2 cores
     python bench.py --parts decode --dtype bfloat16          # one of them
-    python bench.py --parts decode step --compile --models llamagen-b-256 llamagen-l-256 llamagen-xl-384 \\
-        llamagen-t2i-xl-256 --images 32                      # what there is to know of a GPU
+    python bench.py --compile --models llamagen-b-256 llamagen-xl-384 llamagen-t2i-xl-256 --images 32   # on a GPU
 
-    decode     sampling tokens, beside a plain version (all of the cache under a mask, both halves of the batch through
-               the head, the condition computed for each image) and beside the machine's limit
-    step       a GRPO step without judges, by part
+    decode     sampling tokens, beside a plain version (whole cache under a mask, both halves of the batch through the
+               head, the condition computed for each image) and beside the machine's limit
     learn      scoring and its backward pass, beside a version that keeps all logits: time and peak memory
-    judges     each of --rewards in a batch, beside one picture at a time
-    processes  a training step of the toy on two processes, beside one
 
-What is compared runs alternately, so that a busy machine is busy for both, and --repeat times. Ratios are medians, with
-the smallest and the largest in brackets. The limit of decoding: every token needs every matrix once, so it takes at
-least as long as these products alone, which read the weights from memory as fast as it allows. (On a GPU they are
-replayed as one graph, since launching each of them takes longer than most of them.)
+train.py logs the seconds of the other parts, of each judge, and the peak memory, on every step.
+
+Versions that are compared run alternately, --repeat times, so a busy machine is busy for all of them. Ratios are
+medians, with the smallest and the largest in brackets. The limit of decoding: every token needs every matrix once, so
+it takes at least as long as these products alone, which read the weights as fast as memory allows. (On a GPU they are
+replayed as one graph, because launching most of them takes longer than computing them.)
 
 Shapes as in model.py.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
-
-import copy
 import json
 import multiprocessing
-import os
 import platform
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 
-import data
 import zoo
-from data import Mistake
-from grpo import group_advantages, grpo_loss, sample_groups, score_tokens, token_logprobs
+from grpo import grpo_loss, token_logprobs
 from model import Linear, Transformer, cache_dtype, image_noise, policy_logprobs, record, rounded, sample_row
-from rewards import add_judge_flags, judge_images, judge_options, load_judges, parse_rewards
-from tokenizer import VQModel
-
-# ---------------------------------------------------------------------------------------------------------------
-# Measuring
+from zoo import Mistake
 
 
 def seconds(fn, device):
-    """How long fn() takes, by the GPU's own clock where there is one."""
+    """Seconds that fn() takes, by the GPU's own clock where there is one."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
         fn()
@@ -69,18 +50,8 @@ def seconds(fn, device):
     return events[0].elapsed_time(events[1]) / 1000
 
 
-def lap(device):
-    """(time, GB at the worst moment since the last lap) when all that was asked of the device is done."""
-    if not device.startswith("cuda"):
-        return time.perf_counter(), zoo.peak_memory_gb(device)
-    torch.cuda.synchronize(device)
-    peak = zoo.peak_memory_gb(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return time.perf_counter(), peak
-
-
 def alternate(versions, repeat, device):
-    """{name: seconds of each of `repeat` calls} of {name: function}, by turns, after one call of each to warm up."""
+    """{name: seconds of each of `repeat` calls} of {name: function}, by turns, after a first call of each."""
     for fn in versions.values():
         fn()
     rounds = [{name: seconds(fn, device) for name, fn in versions.items()} for _ in range(repeat)]
@@ -88,7 +59,7 @@ def alternate(versions, repeat, device):
 
 
 def ratio(over, under):
-    """The median of over[k] / under[k], with its range, as text and as numbers."""
+    """The median of over[k] / under[k] and its range, as text and as numbers."""
     found = sorted(a / b for a, b in zip(over, under, strict=True))
     return f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})", [median(found), found[0], found[-1]]
 
@@ -99,32 +70,24 @@ def apart(fn, *args):
         return pool.apply(fn, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The parts: each prints a few lines and returns {name: number or list}
-
-
 def random_model(args, name):
-    """A transformer of the table's shape, and B = --images / G conditions for it: (model, cond, cond_mask)."""
+    """(model, cond, cond_mask): a transformer of the table's shape, and B = --images / G conditions for it."""
     torch.manual_seed(0)
     config = zoo.MODELS[name].config
     model, B = Transformer(config).eval().to(args.device), args.images // args.group_size
     model.compile_steps = args.compile
-    cond, cond_mask = torch.arange(B, device=args.device) % config.num_classes, None
+    cond = torch.arange(B, device=args.device) % config.num_classes
     if config.task == "t2i":
         cond = torch.randn(B, config.cond_len, config.caption_dim, device=args.device)
-        cond_mask = torch.ones(B, config.cond_len, device=args.device)
-    return model, cond, cond_mask
+    return model, cond, torch.ones(B, config.cond_len, dtype=torch.bool, device=args.device)
 
 
 @torch.no_grad()
 def plain_generate(model, cond, cond_mask, cfg_scale, noise):
-    """
-    Sampling as a first version would have it. In float32 the same tokens come out. Returns (N, T).
-    """
+    """Sampling as a first version would do it. In float32 it draws the same tokens. Returns (N, T)."""
     config, N, L = model.config, len(cond), len(model.rope)
-    cond_mask = torch.ones(N, config.cond_len, device=cond.device) if cond_mask is None else cond_mask
     cond, cond_mask = model.with_null(cond, cond_mask)
-    x, mask = model.embed(cond), model.mask(cond_mask)
+    x, mask = model.embed(cond), model.padded_causal_mask(cond_mask)
     heads = config.n_head, L, config.dim // config.n_head
     kind = x.device.type
     cache = torch.zeros(config.n_layer, 2, 2 * N, *heads, dtype=cache_dtype(kind), device=x.device)
@@ -154,8 +117,8 @@ def decode(args, name):
     model, cond, cond_mask = random_model(args, name)
     config, N, G = model.config, len(cond) * args.group_size, args.group_size
     noise, dtype = image_noise(range(N), config.num_tokens, 0), getattr(torch, args.dtype)
-    each = cond.repeat_interleave(G, 0), None if cond_mask is None else cond_mask.repeat_interleave(G, 0)
-    layers = [rounded(layer, dtype) for layer in model.layers]  # their matrices as autocast makes them
+    repeated = cond.repeat_interleave(G, 0), cond_mask.repeat_interleave(G, 0)
+    layers = [rounded(layer, dtype) for layer in model.layers]  # with matrices as autocast casts them
     matrices = [module for layer in layers for module in layer.modules() if isinstance(module, Linear)]
     few = max(1, config.num_tokens // 8)
     limit = partial(stream, matrices, model, 2 * N, few)
@@ -164,7 +127,7 @@ def decode(args, name):
         limit = record(limit).replay
     versions = {
         "ours": partial(model.generate, cond, cond_mask, cfg_scale=args.cfg_scale, noise=noise, group_size=G),
-        "plain": partial(plain_generate, model, *each, args.cfg_scale, noise),
+        "plain": partial(plain_generate, model, *repeated, args.cfg_scale, noise),
         "limit": limit,
     }
     with zoo.autocast(args.device, args.dtype):
@@ -178,7 +141,7 @@ def decode(args, name):
           f"{median(timed['ours']):.3f} s, {per_second:.0f} tokens/s")  # fmt: skip
     print(f"  {to_limit[0]} times the limit ({weights / 1e6:.0f} MB per token at {bandwidth:.0f} GB/s)")
     print(f"  {to_plain[0]} times as fast as the plain version")
-    # what is read of the cache: keys and values of all layers, half of its length on average
+    # of the cache, keys and values of all layers are read, half of its length on average
     with zoo.autocast(args.device, args.dtype):
         size = cache_dtype(torch.device(args.device).type).itemsize
     read = weights + config.n_layer * 2 * N * config.dim * size * (2 * config.cond_len + config.num_tokens)
@@ -188,81 +151,21 @@ def decode(args, name):
     return rates | dict(seconds=timed, to_limit=to_limit[1], to_plain=to_plain[1])
 
 
-def step(args, name):
-    """A GRPO step as train.py's, with random rewards: seconds by part, and the peak of memory."""
-    model, cond, cond_mask = random_model(args, name)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    tokenizer = VQModel(zoo.MODELS[name].vq_config).eval().requires_grad_(False).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    rounds = [grpo_step(args, model, reference, tokenizer, optimizer, cond, cond_mask) for _ in range(args.repeat + 1)]
-    timed = {part: [each[part][0] for each in rounds[1:]] for part in rounds[0]}  # the first one warms up
-    parts, peaks = {k: median(times) for k, times in timed.items()}, {k: peak for k, (_, peak) in rounds[-1].items()}
-    N, T = len(cond) * args.group_size, model.config.num_tokens
-    # an output of a matrix costs two operations per weight, its gradients four; both halves of the batch where guided
-    done = 2 * sum(p.numel() for p in model.layers.parameters()) * N * T * (2 if args.cfg_scale > 1 else 1)
-    rate = matrix_rate(args)
-    told = ", ".join(f"{part} {taken:.2f} s ({peaks[part]:.1f} GB)" for part, taken in parts.items())
-    print(f"step {name}: {N} images in {sum(parts.values()):.2f} s: {told}")
-    print(f"  learning does {3 * done / parts['learn'] / rate:.0%} of the {rate / 1e12:.2f} TFLOP/s of large products")
-    return dict(seconds=timed, peak_memory_gb=peaks, learn_of_rate=3 * done / parts["learn"] / rate, flop_s=rate)
-
-
-def grpo_step(args, model, reference, tokenizer, optimizer, cond, cond_mask):
-    """{part: (seconds, peak GB)} of one step. On a CPU a peak is that of all parts before as well."""
-    N, G, at_once = len(cond) * args.group_size, args.group_size, args.micro_batch
-    noise, laps = image_noise(range(N), model.config.num_tokens, 0), [lap(args.device)]
-    with zoo.autocast(args.device, args.dtype):
-        cond, mask, tokens, old = sample_groups(model, cond, cond_mask, G, noise, args.cfg_scale)
-    laps.append(lap(args.device))
-    for part in tokens.split(at_once):
-        tokenizer.decode(part)
-    laps.append(lap(args.device))
-    with zoo.autocast(args.device, args.dtype):
-        ref, _ = score_tokens(reference, cond, tokens, mask, at_once, args.cfg_scale)
-        if args.dtype == "bfloat16":  # which rounds one pass over all tokens otherwise than token by token
-            old, _ = score_tokens(model, cond, tokens, mask, at_once, args.cfg_scale)
-    laps.append(lap(args.device))
-    advantages = group_advantages(torch.randn(N, device=args.device), G)
-    optimizer.zero_grad()
-    for rows in torch.arange(N, device=args.device).split(at_once):
-        with zoo.autocast(args.device, args.dtype):
-            part = cond[rows], tokens[rows], None if mask is None else mask[rows]
-            logprobs, _ = token_logprobs(model, *part, args.cfg_scale)
-        loss, _ = grpo_loss(logprobs, old[rows], ref[rows], advantages[rows])
-        (loss * len(rows) / N).backward()
-    optimizer.step()
-    laps.append(lap(args.device))
-    parts = "sample", "decode", "reference", "learn"
-    return {part: (laps[k + 1][0] - laps[k][0], laps[k + 1][1]) for k, part in enumerate(parts)}
-
-
-@torch.no_grad()
-def matrix_rate(args, side=4096):
-    """Operations per second of a product of two large matrices in --dtype."""
-    side = side if args.device.startswith("cuda") else side // 4
-    a, b = torch.randn(2, side, side, device=args.device, dtype=getattr(torch, args.dtype))
-    return 2 * side**3 / median(alternate({"product": partial(torch.mm, a, b)}, 10, args.device)["product"])
-
-
 @torch.no_grad()
 def copy_rate(args):
     """GB/s read and written by copying a tensor that no cache holds."""
     a = torch.ones(2**28 if args.device.startswith("cuda") else 2**26, device=args.device)
-    return (
-        2
-        * 4
-        * len(a)
-        / median(alternate({"copy": partial(torch.empty_like(a).copy_, a)}, 5, args.device)["copy"])
-        / 1e9
-    )
+    copies = alternate({"copy": partial(torch.empty_like(a).copy_, a)}, 5, args.device)["copy"]
+    return 2 * 4 * len(a) / median(copies) / 1e9
 
 
 def learn(args, name):
-    """Ours, with and without --checkpoint-layers, and the version with all logits: each a process, by turns."""
+    """Ours with and without --checkpoint-layers, and the version with all logits, by turns, each in its own process."""
     found = {"ours": [], "checkpointed": [], "all logits": []}
     for _ in range(args.repeat):
         for version, runs in found.items():
-            runs.append(apart(learning_step, args, name, version))
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # peak memory is that of a process
+                runs.append(pool.apply(learning_step, (args, name, version)))
     times = {version: [run[0] for run in runs] for version, runs in found.items()}
     peaks = {version: max(run[1] for run in runs) for version, runs in found.items()}
     print(f"learn {name}: {args.micro_batch} images, all logits kept: {median(times['all logits']):.2f} s, "
@@ -275,14 +178,13 @@ def learn(args, name):
 
 def learning_step(args, name, version):
     """(seconds, peak GB above what was there before) of one micro-batch, scored and differentiated."""
-    zoo.settle_device(args)
+    zoo.setup_device(args)
     torch.set_num_threads(args.threads)
     model, cond, cond_mask = random_model(args, name)
     for warm in (True, False):
         rows = torch.arange(1 if warm else args.micro_batch, device=args.device) % len(cond)
-        mask = None if cond_mask is None else cond_mask[rows]
         before = zoo.peak_memory_gb(args.device)
-        taken = seconds(partial(differentiate, args, model, cond[rows], mask, version), args.device)
+        taken = seconds(partial(differentiate, args, model, cond[rows], cond_mask[rows], version), args.device)
     return taken, zoo.peak_memory_gb(args.device) - before
 
 
@@ -291,13 +193,13 @@ def differentiate(args, model, cond, cond_mask, version):
     model.checkpoint_layers = version == "checkpointed"
     score = all_logits if version == "all logits" else token_logprobs
     with zoo.autocast(args.device, args.dtype):
-        logprobs, _ = score(model, cond, tokens, cond_mask, args.cfg_scale)
+        logprobs, *_ = score(model, cond, tokens, cond_mask, args.cfg_scale)
     old = logprobs.detach()
     grpo_loss(logprobs, old, old, torch.ones(len(cond), device=args.device))[0].backward()
 
 
 def all_logits(model, cond, tokens, cond_mask, cfg_scale):
-    """grpo.token_logprobs as a first version would have it."""
+    """grpo.token_logprobs as a first version would do it."""
     (cond, cond_mask), both = model.with_null(cond, cond_mask), tokens.repeat(2, 1)
     cond_logits, uncond_logits = model(cond, both, cond_mask).chunk(2)
     logp = policy_logprobs(uncond_logits + (cond_logits - uncond_logits) * cfg_scale)
@@ -305,63 +207,16 @@ def all_logits(model, cond, tokens, cond_mask, cfg_scale):
     return logp.gather(-1, tokens[..., None])[..., 0], entropy.detach()
 
 
-def judges(args):
-    """Each judge on --images pictures of the toy, in a batch and one by one."""
-    names = parse_rewards(args.rewards)
-    captions, found = zoo.captions_of("toy-c2i", zoo.fixed_asked("toy-c2i", args.images)), {}
-    images = torch.from_numpy(data.render(captions, np.random.default_rng(0))).to(args.device)
-    for name, judge in load_judges(names, args.device, judge_options(args, "toy-c2i")).items():
-        one = {name: judge}
-        versions = dict(
-            batch=partial(judge_images, one, images, captions),
-            singly=partial(one_by_one, one, images, captions),
-        )
-        timed = alternate(versions, args.repeat, args.device)
-        text, numbers = ratio(timed["singly"], timed["batch"])
-        print(f"judges {name}: {len(images) / median(timed['batch']):.0f} pictures/s in a batch, {text} times as fast")
-        found[name] = dict(seconds=timed, faster=numbers)
-    return found
-
-
-def one_by_one(judge, images, captions):
-    for k in range(len(images)):
-        judge_images(judge, images[k : k + 1], captions[k : k + 1])
-
-
-def processes(args):
-    """A step of the toy's training on one process and on two with half of the threads each. Raises Mistake."""
-    if args.device.startswith("cuda") and torch.cuda.device_count() < 2:
-        print("processes: not measured, two of them need two GPUs")
-        return {}
-    found = {1: [], 2: []}
-    for _ in range(args.repeat):
-        for count, times in found.items():
-            with TemporaryDirectory() as folder:
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-                run = ["train.py", "--task", "c2i", "--steps", "12", "--out", folder, "--device", args.device]
-                threads = dict(os.environ, OMP_NUM_THREADS=str(max(1, args.threads // count)))
-                at = dict(env=threads, cwd=Path(__file__).parent, capture_output=True, text=True)
-                done = subprocess.run([*torchrun, *run], **at)
-                if done.returncode:
-                    raise Mistake(f"train.py on {count} processes ended with: {done.stderr.strip()[-300:]}")
-                lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()[2:]]
-                parts = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
-                times.append(median(parts))
-    text, numbers = ratio(found[1], found[2])
-    print(f"processes: a step of toy-c2i takes {median(found[1]):.2f} s on one, {text} times as long as on two")
-    return dict(seconds=found, faster=numbers)
-
-
-PARTS = {"decode": decode, "step": step, "learn": learn, "judges": judges, "processes": processes}
+PARTS = {"decode": decode, "learn": learn}
 
 
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
-    add("--models", nargs="+", choices=zoo.MODELS, default=["llamagen-b-256"], help="shapes of decode, step and learn "
+    add("--models", nargs="+", choices=zoo.MODELS, default=["llamagen-b-256"], help="rows of the model table "
         "(default llamagen-b-256)")  # fmt: skip
-    add("--images", type=int, default=8, help="images sampled or judged at once (default 8)")
+    add("--images", type=int, default=8, help="images sampled at once (default 8)")
     add("--group-size", type=int, default=8, help="of them share a condition (default 8)")
     add("--micro-batch", type=int, default=16, help="images per backward pass (default 16)")
     add("--cfg-scale", type=float, default=2.0, help="guidance; doubles the batch (default 2)")
@@ -369,11 +224,9 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default bfloat16 on a GPU, else float32)")
     add("--compile", action="store_true", help="compile the steps of sampling")
-    add("--rewards", default="clip=1,realism=1", help="judges to time (default: the toy's)")
-    add_judge_flags(add)
     add("--json", type=Path, metavar="FILE", help="file that gets all numbers (default: none)")
     args = parser.parse_args(argv)
-    zoo.settle_device(args)
+    zoo.setup_device(args)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     zoo.check_range(args, images=1, group_size=1, micro_batch=1, repeat=1)
     if args.images % args.group_size:
@@ -394,10 +247,7 @@ def run(args):
     print(f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' if args.compile else ''}")
     found = dict(machine=machine, torch=torch.__version__, flags={k: str(v) for k, v in vars(args).items()})
     for part in args.parts:
-        if part in ("judges", "processes"):
-            found[part] = PARTS[part](args)
-        else:
-            found[part] = {name: PARTS[part](args, name) for name in args.models}
+        found[part] = {name: PARTS[part](args, name) for name in args.models}
         if args.json:  # after each part, since the later ones may take long
             args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -21,20 +21,15 @@ Everything is drawn from the generator that the caller passes: same generator st
     python data.py        # what the verifier says of right and wrong captions; out/data.png: twelve pictures of CORPUS
 """
 
+import csv
 import difflib
-import html
+import io
 import json
 import re
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-
-
-class Mistake(ValueError):
-    """What the user can mend, in one sentence that says how: the scripts end with it, without a traceback."""
-
 
 IMAGE_SIZE = 64  # px; 8x8 tokens after the toy tokenizer's 8-fold downsampling
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -59,12 +54,12 @@ def parse(caption):
     The toy caption as (objects, relation): objects is a list of (count, colour or None, shape), relation one of
     RELATIONS or None. "A photo of" and articles may be left out, so class names parse too.
 
-    Raises Mistake, naming the part that is not in the toy world's grammar.
+    Raises ValueError, naming the part that is not in the toy world's grammar.
     """
     text = re.sub(r"^(a|the)?\s*(photo|picture) of\s+", "", caption.lower().strip().rstrip("."))
     found = re.split(rf"\s+(and|{'|'.join(RELATIONS)})\s+", text)
     if len(found) not in (1, 3):
-        raise Mistake(f"{caption!r}: the toy world draws one kind of object, or two joined by 'and' or a position")
+        raise ValueError(f"{caption!r}: the toy world draws one kind of object, or two joined by 'and' or a position")
     objects = []
     for part in found[::2]:
         words = [word for word in part.split() if word not in ("a", "an", "one")]
@@ -74,12 +69,12 @@ def parse(caption):
         if count > 1:
             shape = {f"{s}es" if s.endswith("s") else f"{s}s": s for s in SHAPES}.get(shape)
         if shape not in SHAPES:
-            raise Mistake(
+            raise ValueError(
                 f"{part!r} is not in the toy world; it has the shapes {', '.join(SHAPES)}, the colours "
                 f"{', '.join(COLOURS)} and the numbers {', '.join(COUNTS)}"
             )
         if count > 1 and len(found) == 3:
-            raise Mistake(f"{caption!r}: the toy world has one of each where there are two kinds of objects")
+            raise ValueError(f"{caption!r}: the toy world has one of each where there are two kinds of objects")
         objects.append((count, colour, shape))
     relation = found[1] if len(found) == 3 and found[1] != "and" else None
     return objects, relation
@@ -96,7 +91,7 @@ def write(objects, relation):
 
 
 def category_of(caption):
-    """GenEval's category of a toy caption. Raises Mistake where `parse` does."""
+    """GenEval's category of a toy caption. Raises ValueError where `parse` does."""
     objects, relation = parse(caption)
     if relation:
         return "position"
@@ -109,7 +104,7 @@ def category_of(caption):
 def reading_order(caption):
     """
     As `parse`, with the objects in the order of the picture, left or top one first: "A right of B" shows B left of A.
-    Raises Mistake where `parse` does.
+    Raises ValueError where `parse` does.
     """
     objects, relation = parse(caption)
     if relation in ("right of", "below"):
@@ -120,7 +115,7 @@ def reading_order(caption):
 def meaning(caption):
     """
     A caption's sense, the same for captions that say the same ("A left of B" and "B right of A"). Two captions of one
-    category with different meanings exclude each other. Raises Mistake where `parse` does.
+    category with different meanings exclude each other. Raises ValueError where `parse` does.
     """
     objects, relation = reading_order(caption)
     return (tuple(objects) if relation else tuple(sorted(objects, key=str))), relation
@@ -150,20 +145,20 @@ def class_caption(name):
 
 def toy_caption(caption):
     """
-    A user's caption as the t2i toy knows it: "a red circle" becomes "a photo of a red circle". Raises Mistake if
+    A user's caption as the t2i toy knows it: "a red circle" becomes "a photo of a red circle". Raises ValueError if
     it is none of the 57, with those that come nearest.
     """
     known = [caption for captions in T2I_CAPTIONS.values() for caption in captions]
     try:
         written = write(*parse(caption))
     except ValueError:
-        raise Mistake(
+        raise ValueError(
             f"{caption!r} is not in the toy world; its captions speak of {', '.join(T2I_SHAPES)}, in "
             f"{' and '.join(T2I_COLOURS)}, up to three of a kind or two of different kinds, such as {known[-1]!r}"
         ) from None
     if written not in known:
         near = difflib.get_close_matches(written, known, n=2, cutoff=0)
-        raise Mistake(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")
+        raise ValueError(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")
     return written
 
 
@@ -271,7 +266,7 @@ def _layout(n, relation, rng):
 def kinds_of(caption, rng):
     """
     The objects that a picture of `caption` shows, a (colour, shape) each; colours that the caption leaves open are
-    drawn from rng. Objects of one kind share a colour. Raises Mistake where `parse` does.
+    drawn from rng. Objects of one kind share a colour. Raises ValueError where `parse` does.
     """
     objects, _ = parse(caption)
     palette = COLOURS if len(objects) == 1 and objects[0][2] not in T2I_SHAPES else T2I_COLOURS
@@ -297,7 +292,7 @@ def paint(kinds, relation, rng, halve=False):
 def render(captions, rng):
     """
     One picture a caption, (N, 3, 64, 64) float32 in [0, 1]; what a caption leaves open (colours, sizes, places,
-    background) is drawn from rng. Raises Mistake where `parse` does.
+    background) is drawn from rng. Raises ValueError where `parse` does.
     """
     return np.stack([paint(kinds_of(caption, rng), parse(caption)[1], rng) for caption in captions])
 
@@ -349,8 +344,8 @@ def careless(caption, way, rng):
 
 def corpus(captions, rng, ways=tuple(CORPUS), task="c2i"):
     """
-    Pictures (N, 3, 64, 64) float32 in [0, 1] as careless as CORPUS says, of these `ways`. Raises Mistake where `parse`
-    does.
+    Pictures (N, 3, 64, 64) float32 in [0, 1] as careless as CORPUS says, of these `ways`. Raises ValueError where
+    `parse` does.
     """
     shares = np.array([CORPUS[way][task == "t2i"] for way in ways])
     picks = rng.choice(len(ways), size=len(captions), p=shares / shares.sum())
@@ -412,7 +407,7 @@ def _fits(seen, asked):
 def satisfies(image, caption):
     """
     Whether the picture (3, 64, 64) in [0, 1], array or CPU tensor, shows exactly what the caption asks: these
-    objects and no others, well formed, of these colours, in this relation. Raises Mistake where `parse` does.
+    objects and no others, well formed, of these colours, in this relation. Raises ValueError where `parse` does.
     """
     objects, relation = parse(caption)
     found, stray = find_objects(image)
@@ -437,18 +432,6 @@ def kind_of(caption, task):
     return parse(caption)[0][0][2] if task == "c2i" else category_of(caption)
 
 
-def share_right(images, captions, task):
-    """
-    {"all": share of pictures that show what was asked, and by shape (c2i) or category (t2i)}; for t2i "all" is the mean
-    over categories.
-    """
-    right = np.array([satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
-    kinds = np.array([kind_of(caption, task) for caption in captions])
-    order = SHAPES if task == "c2i" else CATEGORIES
-    parts = {kind: float(right[kinds == kind].mean()) for kind in order if (kinds == kind).any()}
-    return {"all": float(right.mean() if task == "c2i" else np.mean(list(parts.values())))} | parts
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # What users write: class names or numbers, captions, files of them.
 
@@ -468,124 +451,120 @@ def wordnet_classes():
     return tuple(info.index_to_description(label) for label in range(info.num_classes()))
 
 
-def find_class(text, names):
-    """The label of a class given by name or by number. Raises Mistake with the nearest names."""
+def wordnet_ids():
+    """WordNet's ids of ImageNet's classes in label order: "n01440764"."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def find_class(text, toy):
+    """
+    The label of a class given by name or number; of ImageNet's also by WordNet's id (n01443537) or full name
+    ("goldfish, Carassius auratus"). Raises ValueError with the nearest names, or all labels of an ambiguous name.
+    """
     text = str(text).strip()
+    names = TOY_CLASSES if toy else imagenet_classes()
     if re.fullmatch(r"-?\d+", text):
         if 0 <= int(text) < len(names):
             return int(text)
-        raise Mistake(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
-    lowered = [name.lower() for name in names]
-    if text.lower() in lowered:
-        return lowered.index(text.lower())
-    near = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5)
+        raise ValueError(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
+    known = list(names)
+    labels = [label for label, name in enumerate(known) if name.lower() == text.lower()]
+    if not labels and not toy:  # last, because timm takes seconds to import
+        known = [*known, *wordnet_classes(), *wordnet_ids()]
+        labels = sorted({k % len(names) for k, name in enumerate(known) if name.lower() == text.lower()})
+    if len(labels) == 1:
+        return labels[0]
+    if labels:
+        raise ValueError(f"{text!r} names the classes {' and '.join(map(str, labels))}: give the number of one of them")
+    near = difflib.get_close_matches(text.lower(), [name.lower() for name in known], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the first names are {', '.join(names[:5])}"
-    raise Mistake(f"no class is called {text!r}; {hint}")
+    raise ValueError(f"no class is called {text!r}; {hint}")
+
+
+PROMPT_FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
+PROMPT_KEYS = ("prompt", "prompts", "caption", "captions", "text", "value")
 
 
 def is_prompt_file(prompt):
-    """Whether an entry of --prompts is the name of a file of prompts, and not a prompt itself."""
-    return prompt.endswith((".txt", ".json", ".jsonl"))
+    """Whether an entry of --prompts is a file: it is there, or its name ends like one. Then it is not a caption."""
+    return Path(prompt).suffix.lower() in PROMPT_FILES or (len(prompt) < 1000 and Path(prompt).is_file())
 
 
-def json_line(line, number):
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"line {number}: {error}") from None
-
-
-def read_prompts(path):
+def read_prompt_file(path):
     """
-    The prompts of a file: .txt, one a line; .json, a list; .jsonl, one a line. JSON entries are strings or objects
-    with the text under "prompt", "caption" or "text", or the release's {"conversations": [{"value": text}]}.
-    Raises Mistake for anything else, FileNotFoundError.
+    The prompts of a file: .txt, one per line; .json, a list, or COCO's {"annotations": [...]}; .jsonl, one per line;
+    .csv and .tsv, the column called prompt, caption or text, or the only one. JSON entries are strings, or objects with
+    the text under one of these names, or the release's {"conversations": [{"value": text}]}. UTF-8, or UTF-16 with its
+    mark. Raises ValueError for anything else, FileNotFoundError.
     """
-    path = Path(path)
+    path, kind = Path(path), Path(path).suffix.lower()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file")
+    if kind not in PROMPT_FILES:
+        raise ValueError(f"{path} is a file; a file of prompts ends in {', '.join(PROMPT_FILES)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that Windows puts first
-        lines = text.split("\n")  # splitlines would also split at U+2028, which JSON allows inside a string
-        if path.suffix == ".txt":
-            entries = lines
-        elif path.suffix == ".json":
-            entries = json.loads(text)
-        elif path.suffix == ".jsonl":
-            entries = [json_line(line, k) for k, line in enumerate(lines, 1) if line.strip()]
+        content = path.read_bytes()
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if kind == ".txt":
+            entries = text.splitlines()
+        elif kind in (".csv", ".tsv"):
+            entries = column_of_prompts(text, "," if kind == ".csv" else "\t")
         else:
-            raise Mistake("a prompt file ends in .txt, .json or .jsonl")
-        if not isinstance(entries, list):
-            raise Mistake("the file must hold a list of prompts")
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError; a thousand brackets
-        raise Mistake(f"{path}: {error}") from None
-    prompts = []
-    for k, entry in enumerate(entries, 1):
-        if isinstance(entry, dict):
-            turns = entry.get("conversations")
-            entry = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else entry
-            entry = next((entry[key] for key in ("prompt", "caption", "text", "value") if key in entry), None)
-        if not isinstance(entry, str):
-            raise Mistake(f"{path}: entry {k} is neither a string nor an object with a prompt, caption or text")
-        if entry.strip():
-            prompts.append(entry.strip())
+            entries = json_entries(text)
+        prompts = [prompt_of(entry, k) for k, entry in enumerate(entries, 1)]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: a file of prompts must be in UTF-8") from None
+    except (ValueError, csv.Error, RecursionError) as error:  # also JSONDecodeError; a thousand brackets
+        raise ValueError(f"{path}: {error}") from None
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise Mistake(f"{path}: no prompts in it")
+        raise ValueError(f"{path}: no prompts in it")
     return prompts
 
 
-# What a caption loses before T5 reads it, in this order. LlamaGen inherited the cleaning from DeepFloyd IF: captions
-# from the web need it; of plain ones it changes case, quotes, hyphens and spacing, and the features with them.
-_FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-_NOISE = [(re.compile(pattern), instead) for pattern, instead in (
-    # web addresses, but for what follows a "?"
-    (r"\b((https?|www):(/{1,3}|[a-z\d%])|[a-z\d.\-]+\.(com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@))", ""),
-    (r"@\w+\b", ""),  # handles
-    ("[\u31c0-\u9fff]+", ""),  # Chinese characters and their like, which this T5 does not know
-    ("[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58"
-     "\ufe63\uff0d]+", "-"),  # every kind of dash
-    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
-    ("[\u2018\u2019]", "'"),
-    (r"\d{1,3}(\.\d{1,3}){3}", " "),  # IP addresses
-    (r"\d:\d\d\s+$|#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
-    (r"\\n", " "),  # a newline that somebody escaped
-    (rf"\S+\.({_FILE_ENDINGS})", ""),  # file names
-    ("[\"']{2,}", '"'),  # doubled punctuation
-    (r"\.{2,}", " "),
-    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
-)]  # fmt: skip
-_REMAINS = [(re.compile(pattern), instead) for pattern, instead in (
-    (r"\b[a-z]{1,3}\d{3,15}\b", ""),  # codes of articles: jc6640
-    (r"\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),
-    (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),  # shop talk
-    (rf"\b({_FILE_ENDINGS})(\simages?)?", ""),
-    (r"\bpage\s+\d+\b", ""),
-    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes: 30x40
-    (r"\b\s+:\s+", ": "),
-    (r"(\D[,./])\b", r"\1 "),  # "red,blue" is read as "red, blue"
-    (r"\s+", " "),
-    (r"^\s*[\"'](.+)[\"']\s*$", r"\1"),  # quotes around it all
-    (r"^\s*['_,\-:;]|['_,\-:+]\s*$|^\s*\.\S+\s*$", ""),  # loose ends
-)]  # fmt: skip
+def column_of_prompts(text, delimiter):
+    """The prompts of a table whose first line names its columns, or of a single column without a name."""
+    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+    names = [name.strip().lower() for name in rows[0]] if rows else []
+    for key in PROMPT_KEYS:
+        if key in names:
+            return [row[names.index(key)] for row in rows[1:] if len(row) > names.index(key)]
+    if len(names) != 1:
+        raise ValueError(f"none of its columns ({', '.join(names)}) is called prompt, caption or text")
+    return [row[0] for row in rows]
 
 
-def clean_caption(caption):
-    """A caption as LlamaGen's text encoder was given it: lower-cased and cleaned, twice."""
-    import ftfy
+def json_entries(text):
+    """The entries of a JSON list, of COCO's annotations, or of one JSON value per line."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        lines = [line for line in text.split("\n") if line.strip()]  # splitlines would also split at U+2028
+        if len(lines) < 2:
+            raise
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            raise error from None
+    if isinstance(found, dict):
+        return found.get("annotations", [found])
+    if not isinstance(found, list):
+        raise ValueError("the file must hold a list of prompts")
+    return found
 
-    for _ in range(2):  # the second time removes what the first one uncovered
-        caption = urllib.parse.unquote_plus(caption).strip().lower().replace("<person>", "person")
-        caption = html.unescape(re.sub("<[^<>]*>", "", caption))  # tags, then entities
-        for pattern, instead in _NOISE:
-            caption = pattern.sub(instead, caption)
-        if len(re.findall("[-_]", caption)) > 3:  # this-is-my-holiday-picture
-            caption = re.sub("[-_]", " ", caption)
-        caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
-        for pattern, instead in _REMAINS:
-            caption = pattern.sub(instead, caption)
-        caption = caption.strip()
-    return caption
+
+def prompt_of(entry, number):
+    """The text of an entry (a string, or an object that holds it). Raises ValueError with the entry's number."""
+    if isinstance(entry, dict):
+        turns = entry.get("conversations")
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            entry = turns[0]
+        entry = next((entry[key] for key in PROMPT_KEYS if key in entry), None)
+    if not isinstance(entry, str):
+        raise ValueError(f"entry {number} is neither a string nor an object with a prompt, caption or text")
+    return entry
 
 
 def demo():

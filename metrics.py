@@ -22,8 +22,8 @@ import torch
 class Figure(NamedTuple):
     """
     A figure with its influence function (K,): how much each of K units, mostly pictures, moves it, times K, to first
-    order. The spread of this gives the standard error, and the spread of the difference between two policies' pictures
-    of the same random numbers that of the difference: as a bootstrap does it, without drawing anything again.
+    order. Its spread gives the standard error. For two policies with the same random numbers, the spread of the
+    difference of their influences gives the standard error of the difference. A bootstrap agrees, at a higher cost.
     """
 
     value: float
@@ -54,9 +54,9 @@ def mean_of_figures(figures, groups):
 
 def compare(runs, base=None, paired=True):
     """
-    {metric: (mean over runs, standard error or None)} of runs, a list of {metric: Figure or reason}, less that of
-    `base` where it is given; of the metrics that all of them have. The error of several runs also holds their spread.
-    Paired: unit k of all had the same prompt and the same random numbers, so what is common to them cancels.
+    {metric: (mean over runs, standard error or None)} of runs, a list of {metric: Figure or reason}, minus that of
+    `base` where it is given, for the metrics that all of them have. The error of several runs includes their spread.
+    Paired: unit k of all had the same prompt and the same random numbers, so what they share cancels.
     """
     found = {}
     for metric in runs[0]:
@@ -168,13 +168,13 @@ def inception_score(logits, chunk=5000):
     return Figure(float(np.mean(scores)), np.concatenate(influence) * len(logits) / len(scores))
 
 
-def class_distance(features, asked):
+def class_distance(features, prompts):
     """
     Mean distance between the features (n, E) of two pictures of one class or prompt, then over the classes of which
-    there are two pictures or more: how much variety is left. asked: n labels or captions. None if there is no such
+    there are two pictures or more: how much variety is left. prompts: n labels or captions. None if there is no such
     class. Its units, for the standard error, are the classes.
     """
-    labels = np.unique(np.asarray(asked), return_inverse=True)[1]
+    labels = np.unique(np.asarray(prompts), return_inverse=True)[1]
     order = np.argsort(labels, kind="stable")
     classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     means = [torch.pdist(torch.as_tensor(features[k])).double().mean().item() for k in classes if len(k) > 1]
@@ -218,16 +218,16 @@ def neighbours(features, reference):
     return (few, few) if few else precision_recall(features, reference.features)
 
 
-def feature_figures(found, references, asked):
+def feature_figures(found, references, prompts):
     """
-    {name of metric: figure or reason} of the features that a stream has found: for a toy in those of CLIP and of the
-    tokenizer's encoder; in Inception's as ADM does (arXiv 2105.05233), with KID and the distance in class beside.
+    {name of metric: figure or reason} of the features in `found`: for a toy those of CLIP and of the tokenizer's
+    encoder; Inception's as ADM does (arXiv 2105.05233), with KID and the distance in class beside.
     """
     figures, alone = {}, "no class or prompt has two pictures"
     for name in [name for name in ("CLIP", "latents") if name in found]:
         figures[f"Frechet, {name}"] = frechet(found[name], references[name])
         figures[f"precision, {name}"], figures[f"recall, {name}"] = neighbours(found[name], references[name])
-        figures[f"distance in class, {name}"] = class_distance(found[name], asked) or alone
+        figures[f"distance in class, {name}"] = class_distance(found[name], prompts) or alone
     if "pool" in found:
         pool = found["pool"]
         if "pool" in references:
@@ -239,7 +239,7 @@ def feature_figures(found, references, asked):
             figures["precision"], figures["recall"] = neighbours(pool, reference)
             few = too_few(len(pool), len(reference.features), FEWEST)
             figures["KID"] = few or kernel_distance(pool, reference.features)
-        figures["distance in class"] = class_distance(pool, asked) or alone
+        figures["distance in class"] = class_distance(pool, prompts) or alone
     return figures
 
 

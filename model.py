@@ -8,9 +8,9 @@ tokens. c2i conditions on a class (P = 1, a row of an embedding table), t2i on T
 two-layer projection). Both know "no condition" as well, which classifier-free guidance needs: the last row of the
 table, or learned features.
 
-The policy is `guide`, the head, `policy_logprobs`: guidance, then temperature. The sampler (`generate`) and the scorer
-(grpo.token_logprobs) both call them, so what is trained is what was sampled. Filtering by top-k or top-p exists
-for sampling pictures only.
+The policy is `guide`, then the head, then `policy_logprobs`: guidance before temperature. The sampler (`generate`) and
+the scorer (grpo.token_logprobs) share these functions, so what is trained is what was sampled. Filtering by top-k or
+top-p is only for drawing pictures.
 
 Module attributes bear LlamaGen's own parameter names, so that official files load without conversion.
 Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C width, H heads, D = C/H, V codes.
@@ -48,11 +48,11 @@ class ModelConfig:
 
 class Linear(nn.Linear):
     """
-    nn.Linear without bias. For a single position of a few sequences on a CPU the float32 product is taken as W x^T, not
-    x W^T: decoding a token costs what reading the weights costs, and this way round MKL reads them in order (1.4 times
-    as fast for 16 sequences of GPT-B; at the toy's 64 the copy of the result costs more than it saves).
+    nn.Linear without bias. With `adapters` (at the end of this file) it adds the product of two thin matrices to its
+    weight: up (n_out, rank), down (rank, n_in).
 
-    With `adapters` there is a product of two thin matrices beside the weight: up (n_out, rank), down (rank, n_in).
+    Decoding one position of a few sequences on a CPU takes as long as reading the weights. W x^T instead of x W^T lets
+    MKL read them in order: 1.4 times as fast for 16 sequences of GPT-B. For the toy's 64 the extra copy costs more.
     """
 
     def __init__(self, n_in, n_out):
@@ -76,9 +76,9 @@ def rope_2d(config, base=10000):
     The 2D rotary embedding (arXiv 2104.09864, over rows and columns) as complex factors e^(i angle), (L, D/2): the
     first half of the angles comes from a token's row, the second from its column.
 
-    At the conditioning positions the *factor* is 0, not the angle, so queries and keys are zero vectors there. Every
-    image token therefore gives all positions of the text the same attention score, 0: which word matters, and the
-    order of words, must already be in the text features.
+    At the conditioning positions the *factor* is 0, not the angle, so queries and keys are zero vectors there. All
+    positions of the text therefore get the same attention score, 0, from every image token. Word order, and which word
+    matters, must already be in the text features.
     """
     half = config.dim // config.n_head // 2
     frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # (D/4,)
@@ -90,7 +90,7 @@ def rope_2d(config, base=10000):
 
 
 def rotate(x, rope):
-    """Turns channel pairs (2i, 2i+1) of x (..., S, D), read as complex numbers, by rope (S, D/2)."""
+    """Rotates the channel pairs (2i, 2i+1) of x (..., S, D), read as complex numbers, by rope (S, D/2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., S, D/2), interleaved
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
@@ -104,16 +104,16 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache=None, place=None):
         """
-        x (B, S, C) are positions of the sequence; rope (S, D/2); mask (B, 1, S, keys), or None for causal. With a cache
-        (2, B, H, keys, D), keys and values are written into it at the positions `place` (S,), and all of it is read.
+        x (B, S, C): S positions of the sequence; rope (S, D/2); mask (B, 1, S, keys), or None for causal. With a cache
+        (2, B, H, keys, D), keys and values are written to its positions `place` (S,), and the whole cache is read.
         """
         B, S, C = x.shape
         qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
         (q, k), v = rotate(qkv[:2], rope), qkv[2]  # each (B, H, S, D)
         if cache is not None:
             k, v = cache.index_copy_(3, place, torch.stack((k, v)).to(cache.dtype))
-        # Without a text mask the mask is causal. A single new query stands last and may see all keys: no mask at all.
-        with torch.autocast(x.device.type, enabled=False):  # in the cache's precision, which may be the finer
+        # A single new query stands last and may see all keys, so it needs no causal mask.
+        with torch.autocast(x.device.type, enabled=False):  # in the cache's precision, which may be the higher one
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None and S > 1)
         return self.wo(y.transpose(1, 2).reshape(B, S, C))
 
@@ -181,8 +181,8 @@ class CaptionEmbedding(nn.Module):
 
 class Transformer(nn.Module):
     """
-    cond is (B,) int64 labels for c2i and (B, P, caption_dim) text features for t2i; cond_mask (B, P), t2i only, is
-    True where there is text. In a t2i mask key j is visible to query i if (j <= i and j is not padding) or i == j.
+    cond is (B,) int64 labels for c2i and (B, P, caption_dim) text features for t2i. cond_mask (B, P) is True where
+    there is text; a class is never padding, so c2i ignores it. None means that nothing is padding.
     """
 
     def __init__(self, config):
@@ -194,35 +194,40 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
         self.register_buffer("rope", rope_2d(config), persistent=False)
-        self.checkpoint_layers = False  # True: the backward pass makes most of each block anew, see `keep_attention`
-        self.compile_steps = False  # True: `generate` compiles its steps; more speed after minutes of compiling
+        self.checkpoint_layers = False  # True: the backward pass recomputes most of each block, see `keep_attention`
+        self.compile_steps = False  # True: `generate` compiles its steps; faster after minutes of compiling
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
 
     def mask(self, cond_mask):
-        """cond_mask (B, P) -> (B, 1, L, L), True where attention is allowed; None stays None, which means causal."""
-        if cond_mask is None:
+        """
+        cond_mask (B, P) -> (B, 1, L, L), True where attention is allowed, or None where plain causal attention says the
+        same. With text, key j is visible to query i if (j <= i and j is not padding) or i == j.
+        """
+        if self.config.task == "c2i" or cond_mask is None:
             return None
+        return self.padded_causal_mask(cond_mask)
+
+    def padded_causal_mask(self, cond_mask):
         total = len(self.rope)
-        real = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, L)
+        visible = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, L)
         ones = torch.ones(total, total, dtype=torch.bool, device=cond_mask.device)
-        return ((ones.tril() & real[:, None]) | torch.eye(total, dtype=torch.bool, device=ones.device))[:, None]
+        return ((ones.tril() & visible[:, None]) | torch.eye(total, dtype=torch.bool, device=ones.device))[:, None]
 
     def with_null(self, cond, cond_mask):
-        """The batch followed by itself without its condition (the mask stays): what guidance needs, in one pass."""
-        cond_mask = None if cond_mask is None else torch.cat([cond_mask, cond_mask])
-        return torch.cat([cond, self.cls_embedding.null(cond)]), cond_mask
+        """The batch followed by itself without its condition (same mask), so that guidance takes one forward pass."""
+        return torch.cat([cond, self.cls_embedding.null(cond)]), torch.cat([cond_mask, cond_mask])
 
     def embed(self, cond):
         """
-        The conditioning positions (B, P, C), float32. Autocast leaves cap_proj's output in bfloat16; then
-        `generate` would run the text in bfloat16 and `forward`, which joins it to float32 token embeddings, in float32.
+        The conditioning positions (B, P, C), float32. Autocast would leave cap_proj's output in bfloat16. `generate`
+        would then run the text in bfloat16, and `forward`, which joins it to float32 token embeddings, in float32.
         """
         return self.cls_embedding(cond).float()
 
     def head(self, hidden):
-        """Normed states (..., C) -> logits (..., V), float32 under bfloat16 autocast too: softmax needs the digits."""
+        """Normed states (..., C) -> logits (..., V), float32 even under bfloat16 autocast: softmax needs the digits."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.output(hidden)
 
@@ -234,7 +239,7 @@ class Transformer(nn.Module):
         return self.head(self.hidden(cond, tokens, cond_mask))
 
     def hidden(self, cond, tokens, cond_mask=None):
-        """As `forward`, up to the head: (B, T, C), float32, normed."""
+        """Like `forward`, up to the head: states (B, T, C), float32, normed."""
         x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, L-1, C)
         S, mask = x.shape[1], self.mask(cond_mask)
         mask = None if mask is None else mask[..., :S, :S]
@@ -257,28 +262,31 @@ class Transformer(nn.Module):
         distribution they were drawn from gave them. N = B * group_size: rows that share a condition follow each other.
 
         cfg_scale     above 1 guides every token (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale
-        cfg_interval  k >= 0 guides token 0 and the next k + 1 only; -1 guides all
-        temperature   0 takes the likeliest token (log-probabilities then are those of temperature 1)
+        cfg_interval  k >= 0 guides only token 0 and the next k + 1; -1 guides all
+        temperature   0 takes the likeliest token (log-probabilities are then those of temperature 1)
         top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
         noise         (N, T) numbers in [0, 1), one per token, from `image_noise`; None draws fresh ones
-        group_size    G, images per condition: the conditioning positions are computed once for all of them
+        group_size    G, images per condition; the conditioning positions are computed once for all of them
 
         Memory: the cache takes 2 * layers * N * L * C floats, twice that with guidance.
         """
         config, N, P, L = self.config, len(cond) * group_size, self.config.cond_len, len(self.rope)
+        if cond_mask is None:
+            cond_mask = torch.ones(len(cond), P, dtype=torch.bool, device=self.rope.device)
         noise = (torch.rand(N, config.num_tokens) if noise is None else noise).to(self.rope.device)
         if cfg_scale > 1:
             cond, cond_mask = self.with_null(cond, cond_mask)
         x = self.embed(cond)  # (B or 2B, P, C)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        layers, block, lengths = self.layers, Block.forward, range(P + 1, L + 1)
-        if self.compile_steps:  # each length of the cache is compiled: a few, and a mask hides what is not filled
+        layers, block, lengths, mask = self.layers, Block.forward, range(P + 1, L + 1), self.mask(cond_mask)
+        if self.compile_steps:
             layers, block = [rounded(layer, dtype) for layer in layers], compiled_block()
+            # Each cache length is compiled separately. So there are only four; the mask hides what is not filled yet.
             lengths = [-(-L * quarter // 4) for quarter in (1, 2, 3, 4)]
-            cond_mask = x.new_ones(x.shape[:2]) if cond_mask is None else cond_mask
+            mask = self.padded_causal_mask(cond_mask)
         shape = (config.n_layer, 2, len(x), config.n_head, P, config.dim // config.n_head)
-        mask, prefix = self.mask(cond_mask), torch.zeros(shape, dtype=cache_dtype(kind), device=x.device)
+        prefix = torch.zeros(shape, dtype=cache_dtype(kind), device=x.device)
         for layer, layer_cache in zip(layers, prefix, strict=True):
             rows = None if mask is None else mask[..., :P, :P]
             x = layer(x, self.rope[:P], rows, layer_cache, torch.arange(P, device=x.device))
@@ -288,36 +296,36 @@ class Transformer(nn.Module):
         cache[..., :P, :] = prefix.repeat_interleave(group_size, 2)
         tokens = torch.empty(N, config.num_tokens, dtype=torch.long, device=x.device)
         logprobs = torch.empty(N, config.num_tokens, device=x.device)
-        # where the newest token stands, (1,), on the device: the host never has to wait for it, and a graph can count
+        # the newest token's position, (1,), stays on the device: the host never waits for it, and a graph can count it
         newest, graphs = torch.zeros(1, dtype=torch.long, device=x.device), {}
-        drawn = newest, tokens, logprobs, noise, temperature, top_k, top_p
-        self.draw(x, cfg_scale, *drawn)
+        state = newest, tokens, logprobs, noise, temperature, top_k, top_p
+        self.draw(x, cfg_scale, *state)
         for i in range(1, config.num_tokens):
             filled = next(length for length in lengths if length >= P + i)
             scale = cfg_scale if cfg_interval < 0 or i <= cfg_interval + 1 else 1.0
             if (filled, scale) in graphs:
                 graphs[filled, scale].replay()
                 continue
-            step = partial(self.step, layers, block, cache[..., :filled, :], mask, scale, *drawn)
+            step = partial(self.step, layers, block, cache[..., :filled, :], mask, scale, *state)
             step()
             if self.compile_steps and kind == "cuda":
                 graphs[filled, scale] = record(step)
         return tokens, logprobs
 
-    def step(self, layers, block, cache, mask, scale, newest, tokens, *drawn):
-        """Puts the newest token into the sequence, which fills one more place of the cache, and draws the next one."""
+    def step(self, layers, block, cache, mask, scale, newest, tokens, *state):
+        """Feeds the newest token, which fills one more position of the cache, and draws the next one."""
         place = newest + self.config.cond_len
         x = self.tok_embeddings(tokens.index_select(1, newest))  # (N, 1, C)
-        x = x.repeat(cache.shape[2] // len(tokens), 1, 1)  # guided: both halves of the batch go on with the same token
+        x = x.repeat(cache.shape[2] // len(tokens), 1, 1)  # guided: both halves continue with the same token
         rope = self.rope.index_select(0, place)
         rows = None if mask is None else mask.index_select(2, place)[..., : cache.shape[4]]
         for layer, layer_cache in zip(layers, cache, strict=True):
             x = block(layer, x, rope, rows, layer_cache, place)
         newest += 1
-        self.draw(x, scale, newest, tokens, *drawn)
+        self.draw(x, scale, newest, tokens, *state)
 
     def draw(self, x, scale, newest, tokens, logprobs, noise, temperature, top_k, top_p):
-        """Draws the token at `newest` from the last of the states x (N or 2N, S, C)."""
+        """Draws the token at position `newest` from the last of the states x (N or 2N, S, C)."""
         hidden = self.norm(x[:, -1].float())
         if len(x) > len(tokens):
             hidden = guide(hidden, scale) if scale > 1 else hidden[: len(tokens)]
@@ -333,9 +341,9 @@ class Transformer(nn.Module):
 
 def keep_attention(dim, context, op, *inputs, **options):
     """
-    Selective activation checkpointing (arXiv 2205.05198): of a block of width C = dim keep what attention and its
-    products (C to 3C, C to C) made. The feed-forward, which holds half of a block's activations for two products, and
-    all that is cheap are computed anew in the backward pass.
+    Selective activation checkpointing (arXiv 2205.05198) for a block of width C = dim. Keeps the results of attention
+    and of its products (C to 3C, C to C). The backward pass recomputes the feed-forward, which holds half of a block's
+    activations, and everything that is cheap.
     """
     shapes = (dim, dim), (dim, 3 * dim)
     keep = "attention" in str(op) or (op == torch.ops.aten.mm.default and tuple(inputs[1].shape) in shapes)
@@ -344,23 +352,23 @@ def keep_attention(dim, context, op, *inputs, **options):
 
 @cache
 def compiled_block():
-    """A block of `step`, compiled once for all layers of one shape; needs a C++ compiler, on GPUs Triton too."""
-    torch._dynamo.config.recompile_limit = 64  # shapes: four lengths for each number of images; the default is 8
+    """A block of `step`, compiled once for all layers of one shape. Needs a C++ compiler, on GPUs also Triton."""
+    torch._dynamo.config.recompile_limit = 64  # four cache lengths for each number of images; the default is 8
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # rotate runs as is
     return torch.compile(Block.forward, dynamic=False)
 
 
 def cache_dtype(kind):
     """
-    Of cached keys and values on a device of this kind ("cpu", "cuda"): what autocast makes of them, except on a CPU,
-    whose attention takes twice as long for a single query in bfloat16 as in float32.
+    The cache's dtype on a kind of device ("cpu", "cuda"): that of autocast, except on a CPU, where attention for a
+    single query takes twice as long in bfloat16 as in float32.
     """
     half = kind != "cpu" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if half else torch.float32
 
 
 def rounded(layer, dtype):
-    """A copy of a block whose matrices are what autocast to `dtype` would make of them at every use."""
+    """A copy of a block with its matrices in `dtype`, as autocast would cast them at every use."""
     layer = copy.deepcopy(layer)
     for module in layer.modules():
         if isinstance(module, Linear):
@@ -369,40 +377,17 @@ def rounded(layer, dtype):
 
 
 def record(step):
-    """A CUDA graph of `step`, whose some hundred launches are then one. Recording computes nothing."""
+    """A CUDA graph of `step`: one launch instead of some hundred. Recording computes nothing."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     return graph
 
 
-def adapters(model, rank, generator):
-    """
-    LoRA (arXiv 2106.09685): freezes the model, and gives each matrix of its blocks a change of low rank to learn, which
-    is 0 at first.
-    """
-    model.requires_grad_(False)
-    for module in model.layers.modules():
-        if isinstance(module, Linear):
-            like = dict(dtype=module.weight.dtype, device=module.weight.device)
-            down = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-            module.down = nn.Parameter(down.to(**like))
-            module.up = nn.Parameter(torch.zeros(module.out_features, rank, **like))
-
-
-def merged(weights):
-    """A state_dict with its adapters added to their matrices."""
-    plain = {name: value for name, value in weights.items() if not name.endswith((".up", ".down"))}
-    for name in [name.removesuffix("up") for name in weights if name.endswith(".up")]:
-        plain[f"{name}weight"] = plain[f"{name}weight"] + weights[f"{name}up"] @ weights[f"{name}down"]
-    return plain
-
-
 def image_noise(images, num_tokens, *seed):
     """
-    Uniform numbers in [0, 1), (n, T) float32, on the CPU, for the images with these indices: row k is a function of
-    (*seed, images[k]) and of nothing else. So the same images come out however many are drawn at once, on whatever
-    device, and by however many processes.
+    Uniform numbers in [0, 1), (n, T) float32, on the CPU. Row k depends on (*seed, images[k]) alone. So an image stays
+    the same whatever the batch size, the device and the number of processes.
     """
     rows = [np.random.default_rng([*seed, int(k)]).random(num_tokens, dtype=np.float32) for k in images]
     return torch.from_numpy(np.stack(rows))
@@ -411,7 +396,8 @@ def image_noise(images, num_tokens, *seed):
 def guide(hidden, cfg_scale):
     """
     Guidance (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale, of normed states (2N, ..., C), conditional half
-    first, -> (N, ..., C). LlamaGen mixes logits. The head is linear, so this is the same with one head product for two.
+    first, -> (N, ..., C). LlamaGen mixes logits. The head is linear, so mixing states gives the same and saves one of
+    the two head products.
     """
     cond, uncond = hidden.chunk(2)
     return uncond + (cond - uncond) * cfg_scale
@@ -424,8 +410,8 @@ def policy_logprobs(logits, temperature=1.0):
 
 def sample_row(logp, u):
     """
-    One draw per row from log-probabilities (B, V), with u (B,) in [0, 1) -> (B,), int64: inverts the distribution
-    function, so that one random number is enough, where torch.multinomial draws V.
+    One draw per row from log-probabilities (B, V), with u (B,) in [0, 1) -> (B,), int64. Inverts the cumulative
+    distribution, so one random number is enough; torch.multinomial draws V.
     """
     mass = logp.exp().cumsum(-1)  # (B, V)
     # right=True: a draw of exactly 0 must not fall on a token of probability 0
@@ -449,8 +435,33 @@ def keep_likeliest(logp, top_k=0, top_p=1.0):
     return logp
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685), --lora-rank: for those who have one GPU of 24 GB
+
+
+def adapters(model, rank, generator):
+    """
+    Freezes the model and adds a learnable change of rank `rank`, 0 at first, to each matrix of its blocks.
+    """
+    model.requires_grad_(False)
+    for module in model.layers.modules():
+        if isinstance(module, Linear):
+            like = dict(dtype=module.weight.dtype, device=module.weight.device)
+            down = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
+            module.down = nn.Parameter(down.to(**like))
+            module.up = nn.Parameter(torch.zeros(module.out_features, rank, **like))
+
+
+def merged(weights):
+    """A state_dict with its adapters added to their matrices."""
+    plain = {name: value for name, value in weights.items() if not name.endswith((".up", ".down"))}
+    for name in [name.removesuffix("up") for name in weights if name.endswith(".up")]:
+        plain[f"{name}weight"] = plain[f"{name}weight"] + weights[f"{name}up"] @ weights[f"{name}down"]
+    return plain
+
+
 def demo():
-    """What the toy base wants to write next, and that the cached pass and the full one agree."""
+    """What the toy base expects next, and that sampling with the cache agrees with one full pass."""
     import data
     from zoo import load_model
 
@@ -459,15 +470,15 @@ def demo():
     tokens, logprobs = model.generate(label, noise=image_noise([0], 64, 0))  # (1, T) each
     with torch.no_grad():
         full = policy_logprobs(model(label, tokens))[0]  # (T, V)
-    print(f"{name}: 64 tokens are written one after the other, in rows of 8. Before some of them the model expects:")
+    print(f"{name}: 64 tokens, written one by one, in rows of 8. What the model expects before some of them:")
     for t in (0, 20, 36, 63):
         top = full[t].topk(4)
         likely = "  ".join(f"{k:3d} {full[t, k].exp():4.0%}" for k in top.indices.tolist())
         entropy, drawn = -(full[t].exp() * full[t]).sum(), f"{tokens[0, t]}, p {logprobs[0, t].exp():.0%}"
         print(f"  token {t:2d}: {likely}   entropy {entropy:.2f} nats; drawn {drawn}")
     gap = (full.gather(1, tokens[0, :, None])[:, 0] - logprobs[0]).abs().max()
-    print(f"log-probability of the picture: {logprobs.sum():.1f} nats; with the cache, token by token, and in one full "
-          f"pass its tokens' differ by {gap:.1e} at most")  # fmt: skip
+    print(f"log-probability of the picture: {logprobs.sum():.1f} nats")
+    print(f"largest difference between sampling with the cache and one full pass: {gap:.1e} nats per token")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,39 @@
 """
-Several processes as one. torchrun starts them, on one machine or several:
+Several processes as one: one per GPU, on one machine or several.
 
     torchrun --nproc-per-node 8 -- train.py --model llamagen-xl-384
     torchrun --nproc-per-node 8 -- train.py --model llamagen-3b-384 --shard
     torchrun --nproc-per-node 8 -- evaluate.py --ckpt out/llamagen-xl-384 --num 50000
 
-The lone -- is needed, because torchrun takes --num for a flag of its own.
+The lone -- is needed, because torchrun would take --num for a flag of its own. srun and mpirun can start them as well.
 
-Plain `python` is a world of one, in which every function here returns what it was given. Otherwise each process draws,
-judges and learns from its own prompts, whole groups of them. Judgements are gathered, so that every process compares
-all N images and logs what one process would have logged; gradients are averaged once per update. Random numbers belong
-to images, not to processes, so any number of processes draws the same pictures, and goes on with each other's runs.
+Plain `python` is a world of one, in which every function here returns its argument. Otherwise each process samples,
+judges and learns from its own prompts, whole groups of them. Scores are gathered, so every process compares all N
+images and logs what one process would have logged. Gradients are averaged once per update. Random numbers belong to
+images, not to processes. So any number of processes draws the same images, and can resume each other's runs.
 
-Only the first process writes files and speaks, unless another one fails.
+Only the first process writes files and prints.
 """
 
 import os
-import signal
 import sys
 import time
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+LAUNCHERS = [  # rank, number of processes, rank on its machine, as srun and mpirun set them
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+]
 
 
 def rank():
-    """Which process this is; 0 writes and speaks."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """Which process this is. 0 writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
@@ -37,11 +42,23 @@ def world():
 
 
 def start(device):
-    """Joins the processes that torchrun started, if it did. Returns this one's device: `device`, or its own GPU."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    """
+    Joins the other processes if WORLD_SIZE says that there are any, whoever started them. Returns this process's
+    device: `device`, or a GPU of its own. Raises RuntimeError if the others never come.
+    """
+    env = os.environ
+    for own_rank, size, local_rank in LAUNCHERS:
+        if "WORLD_SIZE" not in env and int(env.get(size, 1)) > 1:
+            env.update(RANK=env[own_rank], WORLD_SIZE=env[size], LOCAL_RANK=env.get(local_rank, env[own_rank]))
+    if int(env.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
+    env.setdefault("MASTER_ADDR", "127.0.0.1")  # of several machines each has to be told where the first one is
+    env.setdefault("MASTER_PORT", "29500")
+    if not dist.is_torchelastic_launched():  # it may be a scheduler's variables that nobody meant
+        print(f"waiting for all of {env['WORLD_SIZE']} processes at {env['MASTER_ADDR']}:{env['MASTER_PORT']}; "
+              "to run as one, unset WORLD_SIZE", flush=True)  # fmt: skip
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{env.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if rank() > 0:
@@ -51,15 +68,15 @@ def start(device):
 
 def share(n):
     """
-    The indices in range(n) that are this process's. All processes have the same number of them, because sharded models
-    work only together: where n does not divide, the last ones do some of the first again.
+    This process's indices in range(n). All processes get the same number, because sharded models only work together.
+    Where n does not divide, the last processes repeat some of the first indices.
     """
     size = -(-n // world())
     return [k % n for k in range(rank() * size, (rank() + 1) * size)]
 
 
 def gather(x, n=None):
-    """The rows (m, ...) of all processes, one process after the other; the first n of them."""
+    """The rows (m, ...) of all processes in the order of their ranks; the first n of them."""
     if world() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -68,7 +85,7 @@ def gather(x, n=None):
 
 
 def average(metrics):
-    """{name: number}, the same on all processes: floats are averaged, counts were the same already."""
+    """{name: number}, the same on all processes. Floats are averaged; integers are the same already."""
     if world() == 1:
         return metrics
     names = [name for name, value in metrics.items() if isinstance(value, float)]
@@ -90,14 +107,15 @@ def average_and_clip(model, most):
     """
     Averages the gradients over the processes, scales them to a norm of at most `most`, and returns the norm before.
 
-    By hand, because DistributedDataParallel averages only what went through its own forward, and our loss calls
-    `hidden` and `head`: it would train each process for itself, without a word. Sharded gradients are averaged already.
+    By hand, because DistributedDataParallel averages only what went through its own forward. Our loss calls `hidden`
+    and `head`, so each process would silently train for itself. Sharded gradients are averaged already.
     """
     for p in model.parameters():
         if world() > 1 and p.grad is not None and not isinstance(p.grad, DTensor):
             dist.all_reduce(p.grad)
             p.grad /= world()
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), most))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def is_alone(error):
@@ -106,10 +124,8 @@ def is_alone(error):
 
 
 def wait_to_speak():
-    """What goes wrong for all is said once, by the first process: the others wait until torchrun has ended them."""
+    """An error that all processes meet is printed by the first one. torchrun ends it as soon as another one ends."""
     if rank() > 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
         time.sleep(2)
 
 
@@ -119,15 +135,15 @@ def wait_to_speak():
 
 def shard(model):
     """
-    FSDP (arXiv 2304.11277): each process keeps its part of every weight, and with it of gradients and of AdamW's
-    moments. A block's weights are gathered when it is used; a rollout gathers all of them once, not once per token.
+    FSDP (arXiv 2304.11277): each process keeps its part of all weights, gradients and AdamW moments. A block's weights
+    are gathered when it is used. A rollout gathers all of them once, not once per token.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    for method in ("with_null", "hidden", "generate"):  # what is called from outside and reads weights
+    for method in ("with_null", "hidden", "generate"):  # called from outside, and they read weights
         register_fsdp_forward_method(model, method)
     model.generate = partial(generate_gathered, model, model.generate)
 
@@ -143,27 +159,16 @@ def generate_gathered(model, generate, *args, **kwargs):
             layer.reshard()
 
 
-def whole(state):
-    """A state_dict, or any part of one, with its sharded tensors gathered. All processes must call it."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    return state.full_tensor() if isinstance(state, DTensor) else state
+def full_state(model, optimizer):
+    """(weights, optimizer state) by parameter name, whole and on the CPU. All processes must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # takes a second to import
+
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def part_of(value, like):
-    """The part of a whole tensor that belongs where the sharded tensor `like` is; all of it if that is not sharded."""
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+def load_full_state(model, optimizer, weights, optimizer_state):
+    """Puts what `full_state` returned into a model and its optimizer, sharded or not."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-
-def load(state, model, optimizer):
-    """Puts a whole state (policy, optimizer) into a model and its optimizer, sharded or not."""
-    own = model.state_dict()
-    model.load_state_dict({name: part_of(value, own[name]) for name, value in state["policy"].items()})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {
-        k: {name: part_of(value, parameters[k]) if value.dim() else value for name, value in entry.items()}
-        for k, entry in state["optimizer"]["state"].items()
-    }  # the one without dimension counts steps
-    optimizer.load_state_dict(state["optimizer"] | dict(state=moments))
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=options)

@@ -1,22 +1,17 @@
 """
-A page per run, to look at: one HTML file with everything inside, which opens without a network.
+Grids and pages of a run: one HTML file with everything inside, which opens without a network.
 
     python report.py out/c2i                    # writes out/c2i/report.html; train.py does so too when it ends
     python report.py out/seed0 out/seed1 out/x  # several runs on one page, out/compare.html
     python report.py base.json tuned.json --out frontier.png  # tables of evaluate.py: accuracy against diversity
 
-Runs whose flags are equal except for the seed are one line with a band. A run's page shows its flags, a curve for each
-metric with what is healthy, the same prompts and seeds as training goes on, one picture as it is written token by
-token, by base and tuned model from the same random numbers, and the table of evaluate.py where there is one. Charts are
-plain SVG in the colours of the page, so they are sharp at any size and readable in the dark.
+A run's page shows its settings, a curve for each metric with its healthy range, the same prompts and seeds during
+training, one picture as base and tuned model write it token by token from the same random numbers, and the table of
+evaluate.py where there is one. In a comparison, runs whose settings are equal except for the seed are one line with a
+band.
 
-Shapes: T image tokens.
+Shapes: n pictures, T image tokens.
 """
-
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
 
 import base64
 import html
@@ -25,15 +20,19 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+import data
 import zoo
-from data import Mistake
 from model import image_noise
+from rewards import judge_images
+from sample import draw, interleave, label_images, save_grid
 from tokenizer import to_uint8
+from zoo import Mistake
 
 NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band or None)
     "reward": ("rises, then levels off", None),
@@ -44,20 +43,19 @@ NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band o
     "ratio": ("1 with one update per batch", (0.99, 1.01)),
     "clip_frac": ("0 with one update per batch, below 0.2 with several", (0, 0.2)),
     "sampler_gap": ("below 1e-4 in float32, a few per cent in bfloat16", None),
-    "grad_norm": ("steady; it is cut to 1", None),
-    "loss": ("beta times kl with one update per batch and no --credit-coef", None),
+    "grad_norm": ("steady; it is clipped to 1", None),
+    "loss": ("beta times kl with one update per batch", None),
     "equal_groups": ("near 0: such groups teach nothing", (0, 0.2)),
-    "advantage_max": ("at most (G-1)/sqrt(G), 2.5 for 8 samples, where they are divided by their spread", None),
+    "advantage_max": ("at most (G-1)/sqrt(G), 2.5 for 8 samples, where the spread divides it", None),
 }
 STYLE = """
-:root { color-scheme: light dark; --line: #2563eb; --soft: #94a3b855; --good: #16a34a22 }
-@media (prefers-color-scheme: dark) { :root { --line: #60a5fa; --good: #22c55e2a } }
+:root { color-scheme: light dark; --soft: #94a3b855 }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 0 16px 48px;
   overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)) }
 figure { margin: 0; border: 1px solid var(--soft); border-radius: 8px; padding: 8px } figcaption { font-size: .85rem }
-svg { width: 100%; height: auto; display: block } svg text { fill: currentColor; font-size: 11px }
+svg { width: 100%; height: auto; display: block }
 img { max-width: 100%; height: auto } input[type=range] { width: 100% }
 .wide, pre { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 td, th { border-bottom: 1px solid var(--soft); padding: 2px 8px; text-align: right; white-space: nowrap }
@@ -92,6 +90,72 @@ for (const box of document.querySelectorAll('[data-writer]')) {
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures of a run
+
+
+def shown_prompts(args):
+    """The labels or captions of every grid of a run, and the number of its columns."""
+    if not args.pool:
+        return data.balanced_captions(24), len(data.CATEGORIES)  # a category per column
+    # all of the toy's classes, two of its colours per row; of large pictures a page
+    prompts = args.pool[:: -(-len(args.pool) // (40 if zoo.is_toy(args.model) else 16))]
+    return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
+
+
+def draw_shown(args, policy, tokenizer, encode):
+    """Pictures (n, 3, H, W) in [0, 1] of the same prompts and seeds each time, and their captions."""
+    prompts, _ = shown_prompts(args)
+    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
+    # one seed whatever --seed is, so that grids of runs compare
+    images, _ = draw(policy, tokenizer, encode, prompts, seed=1234, decode_batch=args.micro_batch, **sampling)
+    return images, zoo.captions_of(args.model, prompts, args.class_names)
+
+
+def draw_grid(args, policy, tokenizer, encode, judges, name, title):
+    """
+    Draws args.out/NAME: below each picture its caption, for a toy the verifier's mark, and the judges' scores. Returns
+    the pictures (n, 3, H, W).
+    """
+    images, captions = draw_shown(args, policy, tokenizer, encode)
+    scores, _ = judge_images(judges, images.to(args.device), captions)
+    labels = label_images(args.model, images, captions)
+    for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
+        verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
+        labels[k] += "\n" + "\u00a0 ".join(verdicts)
+    _, columns = shown_prompts(args)
+    save_grid(args.out / name, images, labels, columns, title=title)
+    return images
+
+
+def finish_run(args, policies, before, tokenizer, encode, judges):
+    """
+    After training: after.png, before-after.png, curves.png and the page. policies: {"base": model, "tuned": model};
+    before: the pictures of before.png, or None where the run was resumed. All processes must call it.
+    """
+    if before is None:
+        before, _ = draw_shown(args, policies["base"], tokenizer, encode)
+    title = f"after {args.steps} steps of GRPO"
+    after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
+    prompts, columns = shown_prompts(args)
+    captions = zoo.captions_of(args.model, prompts, args.class_names)
+    labels = [label_images(args.model, before, captions, "before: ")]
+    labels += [label_images(args.model, after, captions, "after: ")]
+    pictures, texts = interleave([before, after], labels, columns)
+    save_grid(args.out / "before-after.png", pictures, texts, columns, title=f"before above {title}")
+    write_curves(args.out)
+    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature)
+    with zoo.autocast(args.device, args.dtype):
+        written = writers(policies, tokenizer, encode, captions[-1], prompts[-1], **sampling)
+    write_run(args.out, written)
+    print(f"Look at {args.out}/report.html, or before-after.png and curves.png; "
+          f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Curves
+
+
 def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts. Raises FileNotFoundError, Mistake."""
     path = folder / "metrics.jsonl"
@@ -102,87 +166,121 @@ def read_metrics(folder):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Charts
+class Series(NamedTuple):
+    """One line of a panel; all arrays have the length of x."""
+
+    label: str
+    x: np.ndarray
+    line: np.ndarray
+    dots: np.ndarray = None
+    low: np.ndarray = None  # low to high is drawn as a band
+    high: np.ndarray = None
 
 
-def chart(title, note, series, band=None, x_name="step"):
-    """
-    An SVG in a <figure>. series: [(label, x, y, low or None, high or None)], arrays; low to high is drawn as a band.
-    Values that are not finite are left out.
-    """
-    width, height, left, bottom, top = 320, 190, 46, 26, 8
-    flat = lambda arrays: np.concatenate([np.asarray(a, float).ravel() for a in arrays if a is not None])  # noqa: E731
-    xs, ys = flat([s[1] for s in series]), flat([part for s in series for part in s[2:]])
-    ys = ys[np.isfinite(ys)] if np.isfinite(ys).any() else np.zeros(1)
-    (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys.min(), ys.max())
-    pad = 0.05 * (y1 - y0) or abs(y1) * 0.1 or 1
-    y0, y1, x1 = y0 - pad, y1 + pad, x1 if x1 > x0 else x0 + 1
-    at_x = lambda x: left + (x - x0) / (x1 - x0) * (width - left - 8)  # noqa: E731
-    at_y = lambda y: top + (y1 - min(max(y, y0), y1)) / (y1 - y0) * (height - top - bottom)  # noqa: E731
-    path = lambda x, y: " ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b in zip(x, y, strict=True) if math.isfinite(b))  # noqa: E731
-    drawn = []
-    if band:
-        drawn.append(f'<rect x="{left}" width="{width - left - 8}" y="{at_y(band[1]):.1f}" '
-                     f'height="{max(0, at_y(band[0]) - at_y(band[1])):.1f}" fill="var(--good)"/>')  # fmt: skip
-    for k in range(3):
-        y = y0 + pad + k / 2 * (y1 - y0 - 2 * pad)
-        drawn.append(f'<line x1="{left}" x2="{width - 8}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}" stroke="var(--soft)"/>'
-                     f'<text x="{left - 4}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:.2g}</text>')  # fmt: skip
-    for k, (label, x, y, low, high) in enumerate(series):
-        colour = "var(--line)" if len(series) == 1 else f"hsl({k * 137 % 360} 65% 50%)"
-        if low is not None:
-            drawn.append(f'<polygon points="{path(x, low)} {path(x[::-1], high[::-1])}" fill="{colour}" opacity=".2"/>')
-        drawn.append(f'<polyline points="{path(x, y)}" fill="none" stroke="{colour}" stroke-width="1.6">'
-                     f"<title>{html.escape(label)}</title></polyline>")  # fmt: skip
-    drawn.append(f'<text x="{left}" y="{height - 8}">{x0:.3g}</text>'
-                 f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">{x1:.3g}</text>'
-                 f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{x_name}</text>')  # fmt: skip
-    title, note = html.escape(title), html.escape(note)
-    return f"""<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(drawn)}</svg>
-        <figcaption><b>{title}</b> {note}</figcaption></figure>"""
+def draw_panel(axes, title, series, healthy=None, x_name="step"):
+    """Draws a panel: for each Series its dots, its line and its band, and the healthy range (low, high) in green."""
+    for k, one in enumerate(series):
+        colour = f"C{k}"
+        if one.dots is not None:
+            axes.plot(one.x, one.dots, ".", color=colour, markersize=2, alpha=0.4)
+        if one.low is not None:
+            axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(one.x, one.line, color=colour, linewidth=1.3, label=one.label)
+    if healthy:
+        axes.set_ylim(axes.get_ylim())  # the range must not widen the axis
+        axes.axhspan(*healthy, color="tab:green", alpha=0.12, linewidth=0)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x_name, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.2)
 
 
 def smooth(values):
-    """A running mean over a twentieth of the run, of the values that are finite."""
-    values = np.asarray(values, float)
-    half = max(1, len(values) // 20) // 2
-    with np.errstate(invalid="ignore"):
-        return np.array([np.nanmean(values[max(0, k - half) : k + half + 1]) for k in range(len(values))])
+    """A running mean over a tenth of the run, of the values that are finite."""
+    half = max(1, len(values) // 10) // 2
+    windows = [values[max(0, k - half) : k + half + 1] for k in range(len(values))]
+    means = [window[np.isfinite(window)].mean() if np.isfinite(window).any() else np.nan for window in windows]
+    return np.array(means)
 
 
 def column(rows, key):
     return np.array([row.get(key, np.nan) for row in rows], float)
 
 
+def keys_of(rows):
+    """All metrics of a run, also those that its first step lacks."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def curve(rows, key):
+    values = column(rows, key)
+    return Series(key, column(rows, "step"), smooth(values), dots=values)
+
+
+def write_curves(folder):
+    """curves.png from metrics.jsonl: reward, KL, entropy and for a toy the share right."""
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    titles = dict(reward="reward", kl="KL to the reference, nats/token", entropy="entropy, nats/token")
+    if "right" in keys_of(rows):
+        titles["right"] = "share right, by the verifier"
+    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 3), layout="constrained")
+    for panel, (key, title) in zip(axes, titles.items(), strict=True):
+        draw_panel(panel, title, [curve(rows, key)])
+    zoo.write_whole(folder / "curves.png", lambda path: figure.savefig(path, dpi=90))
+    plt.close(figure)
+
+
+def panel_svg(title, note, series, healthy=None, x_name="step"):
+    """A panel as an SVG inside a <figure>, with its note below. Grey text is readable on light and dark pages."""
+    import matplotlib.pyplot as plt
+
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
+    with plt.rc_context(grey | {"svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure, axes = plt.subplots(figsize=(3.6, 2.3), layout="constrained")
+        draw_panel(axes, title, series, healthy, x_name)
+        if 1 < len(series) < 9:
+            axes.legend(fontsize=6, framealpha=0)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata=dict(Date=None))
+        plt.close(figure)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    return f"<figure>{svg}<figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption></figure>"
+
+
 def charts(rows):
-    """One chart for each metric of a run: those with a note first, then the judges and the seconds."""
-    keys = [key for key in NOTES if key in rows[0]]
-    keys += [key for key in rows[0] if key.endswith("_mean")]
-    keys += [key for key in rows[0] if key not in keys and key != "step" and not key.endswith(("_std", "_not_finite"))]
-    steps, made = column(rows, "step"), []
+    """A panel for each metric of a run: those with a note first, then the judges, then the seconds."""
+    found = keys_of(rows)
+    keys = [key for key in NOTES if key in found]
+    keys += [key for key in found if key.endswith("_mean")]
+    keys += [key for key in ("lr", "peak_memory_gb") if key in found]
+    panels = []
     for key in keys:
-        values = column(rows, key)
-        if np.isfinite(values).any():
-            note, band = NOTES.get(key, ("", None))
-            spread = (np.minimum(values, smooth(values)), np.maximum(values, smooth(values)))
-            made.append(chart(key, note, [(key, steps, smooth(values), *spread)], band))
-    return f'<div class="charts">{"".join(made)}</div>'
+        if np.isfinite(column(rows, key)).any():
+            note, healthy = NOTES.get(key, ("", None))
+            panels.append(panel_svg(key, note, [curve(rows, key)], healthy))
+    parts = [key for key in found if key.startswith("seconds_") or key.endswith("_seconds")]
+    if parts:
+        lines = [curve(rows, key)._replace(dots=None, label=key.replace("seconds_", "")) for key in parts]
+        panels.append(panel_svg("seconds", "of each part of a step, and of each judge", lines))
+    return f'<div class="charts">{"".join(panels)}</div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures inside a page
 
 
 def data_uri(image):
-    """A PIL image as the text of an <img>: WebP, lossless if it is small."""
+    """A PIL image as the source of an <img>: WebP, lossless if it is small."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "WEBP", quality=85, lossless=image.width * image.height < 400_000, method=4)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def slides(folder):
-    """The grids of a run: before and after side by side, then all behind one slider, at most ten from between."""
+    """The grids of a run: before and after side by side, then all behind a slider, at most ten of those between."""
     between = sorted((folder / "samples").glob("step_*.png"))
     if len(between) > 10:  # for the size of the page
         between = [between[k] for k in np.linspace(0, len(between) - 1, 10).round().astype(int)]
@@ -195,7 +293,7 @@ def slides(folder):
     ends = [path for path in paths if path.stem in ("before", "after")]
     pair = "".join(f'<figure><img alt="" src="{data_uri(Image.open(path))}">{path.stem}</figure>' for path in ends)
     slider = f'<input type="range" aria-label="moment of training" min="0" max="{len(paths) - 1}" value="0">'
-    title = "<h2>The same prompts and seeds as training goes on</h2>"
+    title = "<h2>The same prompts and seeds during training</h2>"
     slides = f"{title}<div data-slides>{slider}<b></b>{figures}</div>" if paths else ""
     return f'<h2>Before and after</h2><div class="pair">{pair}</div>{slides}' if pair else slides
 
@@ -203,9 +301,9 @@ def slides(folder):
 @torch.no_grad()
 def writing(model, tokenizer, cond, cond_mask, **sampling):
     """
-    One picture as it is written: its tokens (T,), and a sheet of pictures, eight in a row, one for each moment: all of
-    0 to T tokens for a toy, nine moments else, because a large tokenizer needs a second for each on a CPU. Cells that
-    are not written yet are grey; the decoder, which looks at all cells at once, sees the last token repeated there.
+    One picture as it is written: its tokens (T,), the number of moments, and a sheet of pictures, eight in a row, one
+    per moment: after 0 to T tokens for a toy; nine moments else, because a large tokenizer takes a second for each on a
+    CPU. Cells not written yet are grey; the decoder, which sees all cells at once, gets the last token repeated there.
     """
     tokens, _ = model.generate(cond, cond_mask, noise=image_noise([0], model.config.num_tokens, 7), **sampling)
     T, side = tokens.shape[1], math.isqrt(tokens.shape[1])
@@ -226,9 +324,9 @@ def writing(model, tokenizer, cond, cond_mask, **sampling):
     return tokens[0].tolist(), n, sheet
 
 
-def writers(policies, tokenizer, encode, prompt, asked, **sampling):
+def writers(policies, tokenizer, encode, caption, prompt, **sampling):
     """The section in which {name: model} write the same prompt from the same random numbers."""
-    boxes, (cond, cond_mask) = "", encode([asked])
+    boxes, (cond, cond_mask) = "", encode([prompt])
     for name, model in policies.items():
         tokens, moments, sheet = writing(model, tokenizer, cond, cond_mask, **sampling)
         size = f"background-size:800% {math.ceil(moments / 8) * 100}%"
@@ -236,7 +334,7 @@ def writers(policies, tokenizer, encode, prompt, asked, **sampling):
             <div class="frame" style="{size};background-image:url('{data_uri(sheet)}')"></div>
             <div class="words" data-tokens="{json.dumps(tokens)}"></div></div>"""
     slider = f'<input type="range" aria-label="moments" min="0" max="{moments - 1}" value="{moments - 1}">'
-    return f"""<h2>One picture, token by token: {html.escape(prompt)}</h2>
+    return f"""<h2>One picture, token by token: {html.escape(caption)}</h2>
         <div data-writer data-tokens="{len(tokens)}"><button>play</button> {slider}
         <div class="writers">{boxes}</div></div>"""
 
@@ -256,11 +354,11 @@ def facts(rows, flags):
     tenth = max(1, len(rows) // 10)
     said = [f"{len(rows)} steps"]
     for key in ("reward", "right"):
-        if key in rows[0]:
+        if key in keys_of(rows):
             first, last = (column(part, key).mean() for part in (rows[:tenth], rows[-tenth:]))
             said.append(f"{key} {first:.3f} to {last:.3f} (means of the first and the last {tenth} steps)")
-    shown = "\n".join(f"{name:20} {value}" for name, value in flags.items() if value not in (None, "None", False))
-    return f"<p>{'; '.join(said)}</p><details><summary>flags</summary><pre>{html.escape(shown)}</pre></details>"
+    shown = "\n".join(f"{name:20} {value}" for name, value in flags.items() if value != "None")
+    return f"<p>{'; '.join(said)}</p><details><summary>settings</summary><pre>{html.escape(shown)}</pre></details>"
 
 
 def newest_table(folder):
@@ -269,10 +367,9 @@ def newest_table(folder):
     if not tables:
         return {}, {}
     with zoo.reading(tables[-1], "evaluate the run again, or delete it"):
-        found = json.loads(tables[-1].read_text())
-        return {name: dict(figures) for name, figures in found["columns"].items()}, dict(
-            found.get("standard_errors", {})
-        )
+        table = json.loads(tables[-1].read_text())
+        columns = {name: dict(figures) for name, figures in table["columns"].items()}
+        return columns, dict(table.get("standard_errors", {}))
 
 
 def evaluation(folder):
@@ -291,7 +388,7 @@ def evaluation(folder):
 
 
 def read_flags(folder):
-    """{flag: value} of a run, as train.py wrote them; {} of one that is older than that."""
+    """{setting: value} of a run, as train.py wrote them."""
     path = folder / "flags.json"
     with zoo.reading(path, "delete it: the page can do without"):
         return dict(json.loads(path.read_text())) if path.exists() else {}
@@ -306,108 +403,146 @@ def write_run(folder, written="", path=None):
 
 
 def write_comparison(folders, path):
-    """One page for several runs; runs whose flags are equal except for the seed are one line, with a band."""
+    """One page for several runs; runs whose settings are equal except for the seed are one line with a band."""
     groups = {}
-    for folder in map(Path, folders):
-        flags = {k: v for k, v in read_flags(folder).items() if k not in ("seed", "out")}
-        groups.setdefault(json.dumps(flags, sort_keys=True), []).append((folder, read_metrics(folder)))
-    lines, made = [], []
+    for folder in folders:
+        flags = {name: value for name, value in read_flags(folder).items() if name != "seed"}
+        groups.setdefault(json.dumps(flags, sort_keys=True), []).append((folder.name, read_metrics(folder)))
+    runs = []  # [(label, [rows of each seed])]
     for members in groups.values():
-        label = " ".join(folder.name for folder, _ in members)
         length = min(len(rows) for _, rows in members)
-        lines.append((label, [rows[:length] for _, rows in members]))
-    for key in [key for key in NOTES if any(key in runs[0][0] for _, runs in lines)]:
-        series = []
-        for label, runs in lines:
-            values = np.stack([smooth(column(rows, key)) for rows in runs])
-            if np.isfinite(values).all():
-                series.append((label, column(runs[0], "step"), values.mean(0), values.min(0), values.max(0)))
-        made += [chart(key, NOTES[key][0], series)] if series else []
-    both = [(label, np.mean([smooth(column(r, "kl")) for r in runs], 0),
-             np.mean([smooth(column(r, "reward")) for r in runs], 0), None, None) for label, runs in lines]  # fmt: skip
-    made.append(chart("reward against KL", "what a nat of distance bought", both, x_name="kl"))
-    recall = recall_points(folders)
+        runs.append((" ".join(name for name, _ in members), [rows[:length] for _, rows in members]))
+    panels = []
+    for key in NOTES:
+        series = [band_of(label, seeds, key) for label, seeds in runs if any(key in row for row in seeds[0])]
+        if series:
+            panels.append(panel_svg(key, NOTES[key][0], series))
+    bought = []
+    for label, seeds in runs:
+        kl, reward = (np.mean([smooth(column(rows, key)) for rows in seeds], 0) for key in ("kl", "reward"))
+        bought.append(Series(label, kl, reward))
+    panels.append(panel_svg("reward against KL", "what a nat of distance bought", bought, x_name="kl"))
+    recall = recall_lines(folders)
     if recall:
-        made.append(chart("right against recall", "newest evaluation, from the base", recall, x_name="recall"))
-    names = "".join(
-        f'<li style="color:hsl({k * 137 % 360} 65% 50%)">{html.escape(label)}</li>'
-        for k, (label, _) in enumerate(lines)
-    )
-    text = page("AR-GRPO: runs compared", f"<ul>{names}</ul>", f'<div class="charts">{"".join(made)}</div>')
+        panels.append(panel_svg("right against recall", "newest evaluation, from the base", recall, x_name="recall"))
+    text = page("AR-GRPO: runs compared", f'<div class="charts">{"".join(panels)}</div>')
     zoo.write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
-def recall_points(folders):
-    """[(run, recall of base and tuned, right of base and tuned, None, None)] of the runs that were evaluated."""
-    found = []
-    for folder in map(Path, folders):
-        keys = "recall, latents", "right: all"
-        columns = [figures for figures in newest_table(folder)[0].values() if set(keys) <= set(figures)]
+def band_of(label, seeds, key):
+    """The mean of several seeds' smoothed curves, with the band from the lowest to the highest."""
+    values = np.stack([smooth(column(rows, key)) for rows in seeds])
+    return Series(label, column(seeds[0], "step"), values.mean(0), low=values.min(0), high=values.max(0))
+
+
+def recall_lines(folders):
+    """For each run that was evaluated: share right against recall in latents, from the base to the tuned policy."""
+    lines = []
+    for folder in folders:
+        needed = {"recall, latents", "right: all"}
+        columns = [figures for figures in newest_table(folder)[0].values() if needed <= set(figures)]
         if len(columns) > 1:
-            pair = [np.array([figures[key] for figures in columns[:2]]) for key in keys]
-            found.append((folder.name, *pair, None, None))
-    return found
+            recall, right = (np.array([figures[key] for figures in columns[:2]]) for key in sorted(needed))
+            lines.append(Series(folder.name, recall, right))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The frontier
 
 
 def write_frontier(paths, place):
     """
-    What accuracy costs, as a picture: each table of evaluate.py is a line through its policies, with standard errors;
-    tables of a base are a line through its guidance scales, one through its best-of-N, and one of other temperatures.
-    On the left the share right against recall in latents, which no reward sees; on the right against the judges'
-    weighted sum: below the line of best-of-N, which raises the reward without touching a weight, the judges are being
-    hacked. A row per task. Raises Mistake.
+    What accuracy costs, as a figure: each table of evaluate.py is a line through its policies, with standard errors;
+    tables of a base are a line through its guidance scales, one through its best-of-N, one of other temperatures. On
+    the left the share right against recall in latents, which no reward sees. On the right against the judges' weighted
+    sum: a policy below the line of best-of-N, which raises the reward without touching a weight, is hacking the judges.
+    A row per task. Raises Mistake.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     if place.suffix not in (".png", ".svg", ".pdf"):
         raise Mistake(f"--out {place}: the figure's name ends in .png, .svg or .pdf")
-    tables = {}
+    tasks = {}  # {task: {label of a line: [(name of a point, {metric: (value, standard error)})]}}
     for path in paths:
         with zoo.reading(path, "give a .json that evaluate.py wrote"):
             table = json.loads(path.read_text())
-            kind = ", best of N" * (table["best_of"] > 1) + ", cooler or hotter" * (table["temperature"] != 1)
-            own = path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
-            label = own if table["tuned"] else f"base{kind}"
-            heat = "" if table["temperature"] == 1 else f", temperature {table['temperature']:g}"
-            lines = tables.setdefault(table["task"], {})
-            lines[label] = lines.get(label, []) + [(name + heat, figures) for name, figures in points_of(table)]
-    if not any("right: all" in f for lines in tables.values() for points in lines.values() for _, f in points):
+            lines = tasks.setdefault(table["task"], {})
+            lines.setdefault(line_label(table, path), []).extend(points_of(table))
+    points = [figures for lines in tasks.values() for line in lines.values() for _, figures in line]
+    if not any("right: all" in figures for figures in points):
         raise Mistake("none of these tables says how many pictures are right: only the toys' do")
-    figure, rows = plt.subplots(len(tables), 2, figsize=(11, 4.6 * len(tables)), squeeze=False)
-    for row, (task, lines) in zip(rows, tables.items(), strict=True):
-        for axes, key in zip(row, ("recall, latents", "reward: weighted sum"), strict=True):
-            for k, (label, points) in enumerate(lines.items()):
-                found = [(name, f[key], f["right: all"]) for name, f in points if {key, "right: all"} <= set(f)]
-                if found:
-                    names, xs, ys = zip(*found, strict=True)
-                    (x, dx), (y, dy) = np.transpose(xs), np.transpose(ys)
-                    style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
-                    axes.errorbar(x, y, dy, dx, label=label, **style)
-                    for name, *at in zip(names, x, y, strict=True):  # every other line's above, so that fewer collide
-                        axes.annotate(name, at, fontsize=6, xytext=(3, 3 if k % 2 else -8), textcoords="offset points")
-            axes.set(xlabel=key, ylabel=f"right, {task}")
-            axes.grid(alpha=0.3)
+    figure, rows = plt.subplots(len(tasks), 2, figsize=(11, 4.6 * len(tasks)), squeeze=False, layout="constrained")
+    for row, (task, lines) in zip(rows, tasks.items(), strict=True):
+        draw_frontier(row[0], lines, "recall, latents", f"right, {task}")
+        draw_frontier(row[1], lines, "reward: weighted sum", f"right, {task}")
         row[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.draw_without_rendering()  # settles the layout, on which free places for labels depend
+    for axes in rows.flat:
+        place_labels(axes)
     zoo.write_whole(place, lambda path: figure.savefig(path, dpi=110, format=place.suffix[1:]))
     plt.close(figure)
 
 
+def line_label(table, path):
+    """The name of the line that a table of evaluate.py belongs to."""
+    if table["tuned"]:
+        return path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
+    kind = ", best of N" if table["best_of"] > 1 else ""
+    return f"base{kind}" + (", cooler or hotter" if table["temperature"] != 1 else "")
+
+
+def draw_frontier(axes, lines, key, ylabel):
+    """Draws {label: points} with their errors, and puts each point's name at the point, for `place_labels` to move."""
+    for k, (label, points) in enumerate(lines.items()):
+        found = [(name, *f[key], *f["right: all"]) for name, f in points if {key, "right: all"} <= set(f)]
+        if found:
+            names, x, dx, y, dy = zip(*found, strict=True)
+            style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
+            axes.errorbar(x, y, np.array(dy, float), np.array(dx, float), label=label, **style)
+            for name, *point in zip(names, x, y, strict=True):
+                axes.annotate(name, point, fontsize=6, xytext=(0, 0), textcoords="offset points", color=f"C{k}")
+    axes.set(xlabel=key, ylabel=ylabel)
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+
+
+def place_labels(axes):
+    """Moves each annotation to the nearest place around its point where it meets neither another one nor the border."""
+    taken = [axes.get_legend().get_window_extent()] if axes.get_legend() else []
+    labels = [text for text in axes.texts if text.get_text()]
+    spots = [axes.transData.transform(label.xy) for label in labels]
+    distances = [(r, angle) for r in (7, 12, 18, 26, 36, 48, 64, 84) for angle in range(0, 360, 30)]
+    for label in labels:
+        for r, angle in distances:
+            dx, dy = r * math.cos(math.radians(angle)), r * math.sin(math.radians(angle))
+            label.set(position=(dx, dy), ha="left" if dx > 1 else "right" if dx < -1 else "center", va="center")
+            box = label.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*s) for s in spots):
+                break
+        if r > 20:  # far from its point: a thin line leads there
+            axes.annotate("", label.xy, (dx, dy), textcoords="offset points", arrowprops=dict(arrowstyle="-", lw=0.3))
+        taken.append(box)
+
+
 def points_of(table):
     """[(name, {metric: (value, standard error)})] of the policies in a table of evaluate.py (tuned if any)."""
-    folders = {f"tuned {k}": Path(path).parent.name for k, path in enumerate(table["tuned"], 1)}
-    drawn = [(column, *column.split(", ", 1)) for column in table["columns"] if column.startswith(("base, ", "tuned"))]
-    drawn = [each for each in drawn if each[1] != "base" or not folders]
-    several, found = len({setting for _, _, setting in drawn}) > 1, []
-    for column, which, setting in drawn:
-        folder = folders.get(which if len(folders) > 1 else "tuned 1")
-        name = ", ".join([folder] * bool(folder) + [setting] * (several or not folder))
-        figures, errors = table["columns"][column], table["standard_errors"][column]
-        found.append((name, {key: (figures[key], errors[key]) for key in errors}))
-    return found
+    folders = [Path(path).parent.name for path in table["tuned"]]
+    heat = "" if table["temperature"] == 1 else f", temperature {table['temperature']:g}"
+    wanted = "tuned" if folders else "base"
+    columns = [name for name in table["columns"] if name.startswith(wanted)]
+    settings = [name.split(", ", 1)[1] for name in columns]
+    points = []
+    for name, setting in zip(columns, settings, strict=True):
+        label = setting
+        if folders:  # "tuned, cfg 1", or "tuned 2, cfg 1" of several
+            number = name.split(", ")[0].removeprefix("tuned").strip() or "1"
+            folder = folders[int(number) - 1]
+            label = f"{folder}, {setting}" if len(set(settings)) > 1 else folder
+        figures, errors = table["columns"][name], table["standard_errors"][name]
+        points.append((label + heat, {key: (figures[key], errors[key]) for key in errors}))
+    return points
 
 
 def parse_args(argv=None):
@@ -427,25 +562,27 @@ def run(args):
     elif len(args.runs) == 1:
         (folder,) = args.runs
         path = args.out or folder / "report.html"
-        write_run(folder, write_pictures(folder), path)
+        write_run(folder, written_by(folder), path)
     else:
         path = args.out or args.runs[0].parent / "compare.html"
         write_comparison(args.runs, path)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-def write_pictures(folder):
-    """The section of `writers` for the policy in the folder; empty if there is none, or no prompt to ask it for."""
+def written_by(folder):
+    """The section of `writers` for the policy in the folder; empty if there is none, or no prompt to give it."""
     if not (folder / "policy.safetensors").exists():
         return ""
     name, path, header = zoo.find_policy(folder)
     if not zoo.is_toy(name) and zoo.MODELS[name].config.task == "t2i":
         return ""
     encode = partial(zoo.load_encoder(name), pad=header["text_pad"])
-    policies = {"base": zoo.load_model(name, header["base"]), "tuned": zoo.load_model(name, path)}
-    asked = zoo.read_asked(name)[0]
+    base, _ = zoo.find_base(name, header)
+    policies = {"base": zoo.load_model(name, base), "tuned": zoo.load_model(name, path)}
+    prompt = zoo.read_prompts(name)[0]
     sampling = dict(cfg_scale=header["cfg_scale"], temperature=header["temperature"])
-    return writers(policies, zoo.load_tokenizer(name), encode, zoo.captions_of(name, [asked])[0], asked, **sampling)
+    caption = zoo.captions_of(name, [prompt])[0]
+    return writers(policies, zoo.load_tokenizer(name), encode, caption, prompt, **sampling)
 
 
 def main(argv=None):

@@ -1,5 +1,5 @@
 """
-Draws pictures: load, encode what is asked, generate tokens, decode, save a labelled grid.
+Draws pictures: load, encode the prompts, generate tokens, decode, save a labelled grid.
 
     python sample.py                                              # the toy base, at once
     python sample.py --ckpt out/c2i --compare                     # base above tuned, same seeds
@@ -11,14 +11,9 @@ Draws pictures: load, encode what is asked, generate tokens, decode, save a labe
     python sample.py --model llamagen-b-256 --print-files         # the official models: which files, from where
     python sample.py --model llamagen-b-256 --classes goldfish "golden retriever"
 
-One can ask for classes by name or number (c2i), or for captions or a file of them (t2i). Every picture has its own
-random numbers, a function of --seed and its place in the list: base and tuned model draw from the same ones.
+Prompts are classes by name or number (c2i), or captions or files of them (t2i). Every picture has its own random
+numbers, a function of --seed and its place in the list, so base and tuned model draw from the same ones.
 """
-
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C amid the imports below ends in their traceback
 
 from functools import partial
 from pathlib import Path
@@ -31,70 +26,110 @@ from tqdm import tqdm
 import data
 import parallel
 import zoo
-from data import Mistake
 from model import image_noise
-from rewards import BEST_BY, add_judge_flags, judge_images, judge_options, load_judges, parse_rewards, weighted_sum
+from rewards import (
+    BEST_BY,
+    add_judge_flags,
+    fill_missing,
+    judge_images,
+    judge_options,
+    load_judges,
+    parse_rewards,
+    weighted_sum,
+)
 from tokenizer import to_uint8, to_unit
+from zoo import Mistake
 
 
 @torch.no_grad()
 def draw(
-    model, tokenizer, encode, asked, seed=0, first=0, batch_size=64, decode_batch=64, dtype="float32", progress=False,
+    model,
+    tokenizer,
+    encode,
+    prompts,
+    seed=0,
+    first=0,
+    batch_size=64,
+    decode_batch=64,
+    dtype="float32",
+    progress=False,
     **sampling,
-):  # fmt: skip
+):
     """
-    One picture for each entry of `asked`: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as
-    the model was trained (partial(encode, pad="right") where that is the right side). `sampling` goes to
-    Transformer.generate, under autocast to `dtype`. Picture k is a function of seed (a number or several), first + k
-    and the entry, so a long list can be drawn in pieces. progress: a bar on stderr, with the time left.
+    One picture per prompt: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as the model was
+    trained (partial(encode, pad="right") where that is the right side). `sampling` goes to Transformer.generate, under
+    autocast to `dtype`. Picture k depends on seed (a number or several), first + k and its prompt alone, so a long list
+    can be drawn in pieces. progress: a bar on stderr, with the time left.
     """
     device, T = model.output.weight.device, model.config.num_tokens
-    parts = torch.tensor(parallel.share(len(asked))).split(batch_size)  # of several processes each draws a share
-    images, tokens, hidden = [], [], not progress or parallel.rank() > 0
-    with tqdm(total=T * len(parts), unit="token", leave=False, disable=hidden) as bar:
+    batches = torch.tensor(parallel.share(len(prompts))).split(batch_size)  # each process draws its share
+    images, tokens = [], []
+    hidden = not progress or parallel.rank() > 0
+    with tqdm(total=T * len(batches), unit="token", leave=False, disable=hidden) as bar:
         # generate normalises once per token; what a hook returns would replace the output
         hook = model.norm.register_forward_hook(lambda *_: bar.update() and None)
-        for mine in parts:
-            cond, cond_mask = encode([asked[k] for k in mine])
-            noise = image_noise(first + mine, T, *np.atleast_1d(seed).tolist())
+        for rows in batches:
+            cond, cond_mask = encode([prompts[k] for k in rows])
+            noise = image_noise(first + rows, T, *np.atleast_1d(seed).tolist())
             with zoo.autocast(device, dtype):
-                drawn, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
-            images += [to_unit(tokenizer.decode(part)).cpu() for part in drawn.split(decode_batch)]
-            tokens.append(drawn.cpu())
+                batch, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
+            images += [to_unit(tokenizer.decode(part)).cpu() for part in batch.split(decode_batch)]
+            tokens.append(batch.cpu())
         hook.remove()
-    return parallel.gather(torch.cat(images), len(asked)), parallel.gather(torch.cat(tokens), len(asked))
+    return parallel.gather(torch.cat(images), len(prompts)), parallel.gather(torch.cat(tokens), len(prompts))
 
 
-CANDIDATE = 2**31  # follows --seed in the random numbers of a second draw; pictures of training have their step there
+CANDIDATE = 2**31  # follows --seed in the random numbers of further candidates; those of training have their step there
 
 
 @torch.no_grad()
 def draw_best(
-    best_of, judges, weights, captions, model, tokenizer, encode, asked, seed=0, first=0, batch_size=64,
-    progress=False, **options,
-):  # fmt: skip
+    best_of,
+    judges,
+    weights,
+    captions,
+    model,
+    tokenizer,
+    encode,
+    prompts,
+    seed=0,
+    first=0,
+    batch_size=64,
+    progress=False,
+    **options,
+):
     """
-    As draw, and of `best_of` candidates for each entry of `asked` the one that the judges like best: the largest
-    weighted sum, where a value that is missing has no say. Candidate 0 is what draw draws; candidate j of picture k is
-    a function of seed, first + k and j. progress: a bar of candidates.
+    Like `draw`, but draws `best_of` candidates per prompt and keeps the one with the highest weighted reward; a missing
+    score has no say. Candidate 0 is what `draw` draws; candidate j of picture k depends on seed, first + k and j.
+    progress: a bar of candidates.
     """
     if best_of == 1:
-        return draw(model, tokenizer, encode, asked, seed, first, batch_size, progress=progress, **options)
-    kept, total, hidden = [], len(asked) * best_of, not progress or parallel.rank() > 0
-    with tqdm(total=total, unit="picture", desc=f"best of {best_of}", leave=False, disable=hidden) as bar:
-        for some in torch.arange(len(asked)).split(batch_size * parallel.world()):
-            mine, drawn, judged = some[parallel.share(len(some))], [], []  # of several processes each judges a share
+        return draw(model, tokenizer, encode, prompts, seed, first, batch_size, progress=progress, **options)
+    images, tokens = [], []
+    hidden = not progress or parallel.rank() > 0
+    with tqdm(total=len(prompts) * best_of, unit="picture", leave=False, disable=hidden) as bar:
+        for batch in torch.arange(len(prompts)).split(batch_size * parallel.world()):
+            batch_prompts, start = [prompts[k] for k in batch], int(batch[0])
+            rows = parallel.share(len(batch))  # each process judges its share
+            row_captions = [captions[start + k] for k in rows]
+            candidates, rewards = [], []
             for j in range(best_of):
-                entries, own = [asked[k] for k in some], (seed, CANDIDATE, j) if j else seed
-                drawn.append(draw(model, tokenizer, encode, entries, own, first + int(some[0]), batch_size, **options))
-                images = drawn[j][0][mine - some[0]].to(model.output.weight.device)
-                judged.append(judge_images(judges, images, [captions[k] for k in mine])[0])
-                bar.update(len(some))
-            values = {name: torch.stack([found[name] for found in judged], 1) for name in judged[0]}  # (n, best_of)
-            values = {name: parallel.gather(each, len(some)).flatten() for name, each in values.items()}
-            best = weighted_sum(values, weights, best_of).view(-1, best_of).argmax(1).cpu()
-            kept.append([torch.stack(x, 1)[torch.arange(len(some)), best] for x in zip(*drawn, strict=True)])
-    return tuple(torch.cat(x) for x in zip(*kept, strict=True))
+                own_seed = (seed, CANDIDATE, j) if j else seed
+                candidate = draw(
+                    model, tokenizer, encode, batch_prompts, own_seed, first + start, batch_size, **options
+                )
+                candidates.append(candidate)
+                scores, _ = judge_images(judges, candidate[0][rows].to(model.output.weight.device), row_captions)
+                rewards.append(scores)
+                bar.update(len(batch))
+            scores = {}
+            for name in rewards[0]:
+                values = torch.stack([found[name] for found in rewards], 1)  # (n, best_of)
+                scores[name] = fill_missing(parallel.gather(values, len(batch)).flatten(), best_of)
+            best = weighted_sum(scores, weights).view(-1, best_of).argmax(1).tolist()
+            images += [candidates[j][0][k] for k, j in enumerate(best)]
+            tokens += [candidates[j][1][k] for k, j in enumerate(best)]
+    return torch.stack(images), torch.stack(tokens)
 
 
 MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
@@ -102,7 +137,7 @@ MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
 
 
 def label_images(model, images, captions, prefix=""):
-    """A label for each image (n, 3, H, W): `prefix`, its caption, and for a toy whether the verifier finds it right."""
+    """A label for each image (n, 3, H, W): `prefix`, its caption, and for a toy whether the verifier accepts it."""
     labels = [prefix + " ".join(caption.removeprefix("a photo of ").split()) for caption in captions]
     if not zoo.is_toy(model):
         return labels
@@ -111,7 +146,7 @@ def label_images(model, images, captions, prefix=""):
 
 
 def wrap(text, width, font):
-    """The lines in which a text fits into `width` px. A word that is longer goes on in the next line."""
+    """The text in lines of at most `width` px. A word that is longer is cut."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -125,34 +160,27 @@ def wrap(text, width, font):
 
 
 def label_lines(label, width, font, most=4):
-    """
-    The lines of a label: at most `most` for its first line, which may be any caption, and all that the rest needs.
-    """
+    """The lines of a label: at most `most` for its first line, a caption of any length; as many as the rest needs."""
     caption, *rest = label.split("\n")
-    lines = wrap(caption[:500], width, font)  # 500: nobody sees more, and it could be a book
+    lines = wrap(caption[:500], width, font)  # 500: nobody sees more, and it could be a whole book
     lines = lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
     return lines + [line for text in rest for line in wrap(text, width, font)]
 
 
-def label_font(labels, path):
-    """DejaVu Sans, which knows some 6,000 characters of Europe and the Near East; says which of `labels` it lacks."""
+def label_font():
+    """DejaVu Sans, which matplotlib brings along and which knows the languages of Europe and the Near East."""
     import matplotlib
-    from matplotlib.ft2font import FT2Font
 
-    file = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    known = FT2Font(file).get_charmap()
-    if lacking := {c for label in labels for c in label[:500] if ord(c) not in known and c != "\n"}:
-        print(f"{path}: boxes stand for {', '.join(map(repr, sorted(lacking)[:10]))}, which the font does not have")
-    return ImageFont.truetype(file, 10)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
 
 
 def save_grid(path, images, labels, columns, title=""):
     """
-    Writes a PNG of images (n, 3, H, W) in [0, 1], `columns` wide, each with its label below it: a caption, which may
-    begin with a mark, and after a newline what judges say.
+    Writes images (n, 3, H, W) in [0, 1] as a grid `columns` wide, each with its label below it: a caption, which may
+    begin with a mark, and after a newline the judges' scores.
     """
     n, _, height, width = images.shape
-    zoom, font = max(1, 128 // width), label_font([title, *labels], path)
+    zoom, font = max(1, 128 // width), label_font()
     labels = [label_lines(label, width * zoom, font) for label in labels]
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
@@ -172,17 +200,18 @@ def save_grid(path, images, labels, columns, title=""):
     zoo.write_whole(Path(path), sheet.save)
 
 
-def in_turn(drawn, labels, columns):
+def interleave(images, labels, columns):
     """
-    (pictures, labels) of a grid `columns` wide in which a line of each model's pictures stands above the same line of
-    the next one's. drawn: a list of images (n, 3, H, W), one per model; labels: a list of n per model.
+    (images, labels) of a grid `columns` wide in which each row of the first model's images stands above the same row of
+    the next one's. images: a list of (n, 3, H, W), one per model; labels: a list of n per model.
     """
     pictures, texts = [], []
     for k in range(0, len(labels[0]), columns):
-        for images, own in zip(drawn, labels, strict=True):
-            part, own = images[k : k + columns], own[k : k + columns]
-            pictures += [part, torch.ones(columns - len(part), *part.shape[1:])]  # the last line may be short
-            texts += [*own, *[""] * (columns - len(part))]
+        for own_images, own_labels in zip(images, labels, strict=True):
+            row = own_images[k : k + columns]
+            blank = columns - len(row)  # the last row may be short
+            pictures += [row, torch.ones(blank, *row.shape[1:])]
+            texts += own_labels[k : k + columns] + [""] * blank
     return torch.cat(pictures), texts
 
 
@@ -196,13 +225,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is drawn").add_argument
     zoo.add_model_flags(add)
     add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
-    add("--base", metavar="PATH", help="weights of the base for --compare and --blend (default: those that --ckpt "
-        "began from)")  # fmt: skip
+    add("--base", metavar="PATH", help="weights of the base for --compare (default: those that --ckpt began from)")
     add("--print-files", action="store_true", help="only list the files of the model, and where they are expected")
     add("--compare", nargs="*", metavar="PATH", help="draw the base too, and the policies of these folders or files, "
         "above the model of --ckpt, with the same seeds")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
-    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or .txt, .json and .jsonl files of them")
+    add(
+        "--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or files of them (.txt, .csv, .tsv, .json, .jsonl)"
+    )
     add("--num", type=int, default=4, help="images for each class or prompt (default 4)")
     add = parser.add_argument_group("how it is drawn").add_argument
     add("--cfg-scale", type=float, help="guidance; 1 is none (default: what our own --ckpt was trained with; toys 1, "
@@ -213,10 +243,8 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
     add("--seed", type=int, default=0, help="seed of the random numbers that tokens are drawn with (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
-    add("--blend", type=float, default=1.0, metavar="A", help="draw from base + A (--ckpt - base), of the weights: "
-        "nearer to the base the pictures vary more (default 1, --ckpt)")  # fmt: skip
-    add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one that "
-        "the judges like best, by the weighted sum of --rewards (default 1)")  # fmt: skip
+    add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one with "
+        "the highest weighted reward (default 1)")  # fmt: skip
     add("--rewards", help="judge=weight,... that choose for --best-of (default: the toy's clip=1,realism=0.25, else "
         "clip)")  # fmt: skip
     add_judge_flags(add)
@@ -228,51 +256,60 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fills in what the command line left open. Raises Mistake, OSError."""
-    zoo.settle_device(args)
+    """Checks the flags and fills in what depends on others. Raises Mistake, OSError."""
+    zoo.setup_device(args)
     if args.print_files:  # with --model, --ckpt is not looked for: it may be what is missing
         args.model = args.model or zoo.find_policy(args.ckpt, None, args.task)[0]
         return args
-    compare = args.compare is not None
-    if compare and not args.ckpt:
+    if args.compare is not None and not args.ckpt:
         raise Mistake("--compare sets the model of --ckpt against its base, so it needs --ckpt")
-    if args.base and not compare and args.blend == 1:
-        raise Mistake(
-            "--base is what --compare and --blend set beside --ckpt; to draw from it alone, give it as --ckpt"
-        )
-    if args.blend != 1 and not args.ckpt:
-        raise Mistake("--blend mixes the weights of --ckpt with its base's, so it needs --ckpt")
+    if args.base and args.compare is None:
+        raise Mistake("--base is what --compare sets beside --ckpt; to draw from it alone, give it as --ckpt")
     if args.rewards and args.best_of == 1:
         raise Mistake("--rewards choose among candidates: say how many with --best-of N")
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
+    zoo.check_tokenizer(args.model, header, args.vq_ckpt)
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
-    prefix = "" if not compare else f"{Path(args.ckpt).name}: " if args.compare else "tuned: "
-    args.policies = [(prefix, path, args.text_pad or header["text_pad"])]  # (prefix of its labels, weights, padding)
-    if compare or args.blend != 1:
-        _, args.base, base_header = zoo.find_policy(args.base or header["base"], args.model)
-    if compare:  # captions of the others are padded as they were trained, whatever --text-pad says of --ckpt
-        others = [(Path(place).name, *zoo.find_policy(place, args.model)[1:]) for place in args.compare]
-        others = [("base", args.base, base_header), *others]
-        args.policies[:0] = [(f"{name}: ", path, found["text_pad"]) for name, path, found in others]
+    args.policies = compared_policies(args, header)
+    prefix = f"{Path(args.ckpt).name}: " if args.compare else "tuned: " if args.policies else ""
+    args.policies.append((prefix, path, args.text_pad or header["text_pad"]))
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     args.temperature = header["temperature"] if args.temperature is None else args.temperature
     args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1, blend=0)
-    args.judge_weights = parse_rewards(args.rewards or BEST_BY.get(args.model, "clip")) if args.best_of > 1 else {}
-    args.judge_options = judge_options(args, args.model)
+    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    asked = zoo.read_asked(args.model, args.classes, args.prompts)
-    args.asked = [entry for entry in asked for _ in range(args.num)]
+    args.judge_weights = parse_rewards(args.rewards or BEST_BY.get(args.model, "clip")) if args.best_of > 1 else {}
+    args.judge_options = judge_options(args, args.model)
+    prompts = zoo.read_prompts(args.model, args.classes, args.prompts)
+    args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
+    check_outputs(args)
+    return args
+
+
+def compared_policies(args, header):
+    """[(prefix of its labels, weights, padding)] of the base and of those that --compare names. Raises Mistake."""
+    if args.compare is None:
+        return []
+    base, base_header = zoo.find_base(args.model, header, args.base)
+    policies = [("base: ", base, base_header["text_pad"])]
+    for place in args.compare:
+        _, path, own_header = zoo.find_policy(place, args.model)
+        zoo.check_tokenizer(args.model, own_header, args.vq_ckpt)
+        policies.append((f"{Path(place).name}: ", path, own_header["text_pad"]))  # as it was trained
+    return policies
+
+
+def check_outputs(args):
+    """Raises Mistake or OSError if --out or --npz cannot be written: now, not after the drawing."""
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise Mistake(f"--out {args.out}: the grid's name ends in .png, .jpg or .webp")
     if args.npz and args.npz.resolve() == args.out.resolve():
         raise Mistake(f"--out and --npz are both {args.out}")
-    for file in filter(None, (args.out, args.npz)):  # now, not after the drawing
+    for file in filter(None, (args.out, args.npz)):
         if file.is_dir():
             raise Mistake(f"{file} is a folder; --out and --npz name files")
         zoo.make_folder(file.parent)
-    return args
 
 
 def run(args):
@@ -280,33 +317,40 @@ def run(args):
         return zoo.print_files(args.model, args)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
     encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
-    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    options, drawn = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype, progress=True), []
-    captions = zoo.captions_of(args.model, args.asked)
+    options = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype, progress=True)
+    options |= dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    captions = zoo.captions_of(args.model, args.prompts)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
-    best = args.best_of, judges, args.judge_weights, captions
-    for place, (_, path, pad) in enumerate(args.policies, 1):
+    images, labels = [], []
+    for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        if args.blend != 1 and place == len(args.policies):
-            zoo.blend(model, args.model, args.base, args.blend)
-        drawn.append(draw_best(*best, model, tokenizer, partial(encode, pad=pad), args.asked, **options, **sampling))
+        own_images, tokens = draw_best(
+            args.best_of,
+            judges,
+            args.judge_weights,
+            captions,
+            model,
+            tokenizer,
+            partial(encode, pad=pad),
+            args.prompts,
+            **options,
+        )
+        images.append(own_images)
+        labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit
-    if args.npz:  # before the grid, which can be too wide for its format
+    if args.npz:  # before the grid, which can be too wide for its format; of the last policy, --ckpt
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
-        images, tokens = drawn[-1]
-        pixels = to_uint8(images * 2 - 1).permute(0, 2, 3, 1).numpy()
-        arrays = dict(arr_0=pixels, tokens=tokens.numpy()) | {key: np.array(args.asked)}
+        pixels = to_uint8(own_images * 2 - 1).permute(0, 2, 3, 1).numpy()
+        arrays = {"arr_0": pixels, "tokens": tokens.numpy(), key: np.array(args.prompts)}
         zoo.write_whole(args.npz, lambda path: write_npz(path, arrays))
         print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
-    # A line of the grid holds the --num pictures of a class or prompt, or of several; with --compare the base's first.
-    pairs = list(zip(args.policies, drawn, strict=True))
-    labels = [label_images(args.model, images, captions, prefix) for (prefix, _, _), (images, _) in pairs]
+    # a row of the grid holds the --num pictures of one prompt, or of several
     columns = min(len(captions), args.num * max(1, 8 // args.num))
-    grid = in_turn([images for images, _ in drawn], labels, columns)
     chosen = f", best of {args.best_of}" if args.best_of > 1 else ""
-    save_grid(args.out, *grid, columns, f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}{chosen}")
+    title = f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}{chosen}"
+    save_grid(args.out, *interleave(images, labels, columns), columns, title)
     settings = f"cfg {args.cfg_scale:g}, temperature {args.temperature:g}{chosen}"
-    print(f"{args.out}: {len(captions) * len(drawn)} pictures of {args.model}, {settings}")
+    print(f"{args.out}: {len(captions) * len(images)} pictures of {args.model}, {settings}")
 
 
 def main(argv=None):

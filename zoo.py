@@ -1,42 +1,49 @@
 """
-The models: which there are, where their files lie, how they are found, read and loaded.
+The model table, and how weights are found and loaded.
 
-    MODELS                                a row per model: two toys in weights/, LlamaGen's on the Hugging Face hub
-    find_policy                           --ckpt, --model and --task -> the row's name, the weights' path, what they say
-    load_model, load_tokenizer, load_encoder   the three networks of a row, strictly: no weight missing, none unknown
-    captions_of, read_asked               what can be asked of a model, and how the judges are told
+    MODELS                                one row per model: the toys in weights/, LlamaGen's on the Hugging Face hub
+    find_policy, find_base                --ckpt, --model and --task -> the row, the weights, what their header says
+    load_model, load_tokenizer, load_encoder   the three networks of a row, loaded strictly
+    captions_of, read_prompts             what a model can be asked for, and what the judges read about it
     add_model_flags, run_script           what the scripts share on the command line
 
-Files are read as tensors only; nothing in them is ever executed. A file of LlamaGen's or AR-GRPO's needs no conversion.
+Files are read as tensors only; nothing in them is ever executed. LlamaGen's and AR-GRPO's files need no conversion.
 """
 
 import argparse
 import hashlib
+import html
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+import urllib.parse
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import data
 import parallel
-from data import Mistake
 from model import ModelConfig, Transformer, rope_2d
 from tokenizer import VQConfig, VQModel
 
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # also inside pyiqa, which would unpickle whatever is in a file
+# Also inside pyiqa, which would unpickle whatever is in a file. The opposite variable would win over it.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
+os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's backend may not exist here
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Mistake(ValueError):
+    """What the user can mend, in one sentence that says how. The scripts end with it, without a traceback."""
+
 
 SIZES = {  # layers, heads, C              parameters at the grid and vocabulary that the size was released for
     "toy-c2i": (6, 5, 160),  # 2.3M
@@ -47,8 +54,8 @@ SIZES = {  # layers, heads, C              parameters at the grid and vocabulary
     "GPT-XXL": (48, 24, 1536),  # 1.4B
     "GPT-3B": (24, 32, 3200),  # 3.1B
 }
-# @REVISION is the commit of the hub's repository that is downloaded, so that nobody can put another file in its place.
-# Of LlamaGen's two repositories we know no commit, so their newest is taken; of OpenAI's CLIP what open_clip takes.
+# @REVISION is the commit of the hub's repository that is downloaded, so nobody can replace a file. We know no commit of
+# LlamaGen's two repositories, so their newest is taken; of OpenAI's CLIP, what open_clip takes.
 FLAN_T5_XL = "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001"
 VQ_16 = VQConfig(ch_mult=(1, 1, 2, 2, 4))  # 72M, 256 px -> 256 tokens
 VQ_TOY = VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4)  # 1.0M, 64 px -> 64 tokens
@@ -97,8 +104,8 @@ MODELS = {
     "llamagen-t2i-xl-512": _llamagen_t2i(32, "t2i_XL_stage2_512.pt"),
 }
 
-# What the paper's judges load. --judge-files DIR is searched first: for the file, or (clip, qwen) for a folder that
-# bears the repository's name and holds its files.
+# What the paper's judges load. --judge-files DIR is searched first: for the file, or (clip, qwen) for a folder with the
+# repository's name that holds its files.
 JUDGE_FILES = {
     "clip": "hf:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors",
     "hps": "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt",
@@ -117,20 +124,20 @@ def is_toy(name):
 
 @contextmanager
 def reading(what, remedy):
-    """Whatever a library raises inside (each has kinds of its own for what is absent or cut) becomes a Mistake."""
+    """Turns whatever a library raises inside (each has its own errors for a missing or cut file) into a Mistake."""
     try:
         yield
     except (Mistake, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # the first sentence, because libraries explain at length, and torch advises to unpickle whatever it is
-        reason = re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0][:200]
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = text.split(". ")[0][:200]  # the first sentence, because libraries explain at length
         raise Mistake(f"{what} cannot be read ({reason}); {remedy}") from None
 
 
 @contextmanager
 def writing(path):
-    """What libraries make of a full disk, which rarely says of which file, becomes an OSError that names `path`."""
+    """Turns what libraries raise on a full disk, rarely with the file's name, into an OSError that names `path`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -144,10 +151,10 @@ def make_folder(folder):
         pass
 
 
-def write_whole(path, write, keep=None):
+def write_whole(path, write):
     """
-    write(temporary path), then a rename: a run that is killed, or a full disk, leaves the old file or the new. The old
-    one becomes `keep` where that is given. Of several processes the first one writes. Raises OSError.
+    write(temporary path), flush to disk, rename: a killed run or a full disk leaves the old file or the new. Only the
+    first process writes. Raises OSError.
     """
     if parallel.rank() > 0:
         return
@@ -155,67 +162,25 @@ def write_whole(path, write, keep=None):
     try:
         with writing(path):
             write(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-            if keep and path.exists():
-                os.replace(path, keep)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # a full disk need not stay full
 
 
 def save_weights(weights, path, header):
-    """A safetensors file with a header {name: text}, byte for byte the same for the same weights."""
-    save_file(weights, path, metadata=header)
-    with open(path, "r+b") as file:  # the library writes the header's entries in random order
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-
-
-def lock(folder):
-    """
-    Holds `folder` until the returned file is closed, which the end of the process does, however it ends. Raises Mistake
-    if another process holds it. Windows has no such lock.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Mistake(f"another run is writing to {folder}: wait for it, or choose another --out") from None
-    return file
-
-
-def fingerprint(files, known=None):
-    """
-    {name: [size, time of change, sha256]} of files {name: path}; a folder stands for all files in it. Of a file that
-    has the size and time that `known` has, the hash is taken from there: large ones take seconds.
-    """
-    found, known = {}, known or {}
-    for name, path in files.items():
-        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if part.is_file():
-                key = f"{name}/{part.relative_to(path)}" if path.is_dir() else name
-                size_and_time = [part.stat().st_size, part.stat().st_mtime_ns]
-                if known.get(key, [])[:2] == size_and_time:
-                    found[key] = known[key]
-                else:
-                    found[key] = [*size_and_time, file_hash(part)]
-    return found
+    """A safetensors file with a header {name: value}, byte for byte the same for the same weights."""
+    # one entry, because the library writes several in random order
+    save_file(weights, path, metadata={"ar-grpo": json.dumps(header, sort_keys=True)})
+    umask = os.umask(0)
+    os.umask(umask)
+    with suppress(OSError):  # the library makes files that only their owner may read; some file systems have no modes
+        os.chmod(path, 0o666 & ~umask)
 
 
 def hub_place(where):
-    """
-    ("OWNER/REPO", REVISION or None, FILE or "") of "hf:OWNER/REPO/FILE", where @REVISION may follow REPO and the rest
-    may be absent. Raises Mistake.
-    """
+    """("OWNER/REPO", REVISION or None, FILE or "") of "hf:OWNER/REPO@REVISION/FILE". Raises Mistake."""
     form = re.fullmatch(r"(?:hf:)?([^/@]+/[^/@]+)(?:@([^/@]+))?(?:/(.+))?", str(where))
     if not form:
         raise Mistake(f"{where}: neither here nor of the form OWNER/REPO, as the hub has it")
@@ -223,7 +188,7 @@ def hub_place(where):
 
 
 def folder_or_repo(where):
-    """What from_pretrained takes of a folder, of OWNER/REPO or of OWNER/REPO@REVISION: (where, {"revision": ...})."""
+    """What from_pretrained takes for a folder, OWNER/REPO or OWNER/REPO@REVISION: (where, {"revision": ...})."""
     if Path(where).exists() or "@" not in str(where):
         return where, {}
     repo, revision, _ = hub_place(where)
@@ -232,15 +197,19 @@ def folder_or_repo(where):
 
 def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
     """
-    The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in `folder`, or in the Hugging Face
-    hub's cache, downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). @REVISION behind
-    REPO takes the repository as it was at that commit.
-    Raises Mistake, which names the `flag` that takes another file, and FileNotFoundError.
+    The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in `folder` or in the Hugging Face
+    hub's cache, downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). A folder stands
+    for the policy or model inside it. Raises Mistake, which names the `flag` that takes another file, and
+    FileNotFoundError.
     """
     if not str(where).startswith("hf:"):
-        if not Path(where).is_file():
-            raise FileNotFoundError(f"{where}: no such weights file")
-        return Path(where)
+        path = Path(where)
+        for name in ("policy.safetensors", "model.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        if not where or not path.is_file():
+            raise FileNotFoundError(f"{where or repr('')}: no such weights file")
+        return path
     from huggingface_hub import hf_hub_download
 
     repo, revision, file = hub_place(where)
@@ -254,59 +223,92 @@ def find_file(where, flag="--ckpt or --vq-ckpt", folder=None):
 
 def file_hash(path):
     """sha256 of the file at `path`, as 64 hexadecimal digits. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def tokenizer_hash(name):
-    """sha256 of the toy's tokenizer, which pretrain.py may make anew; "" for LlamaGen's, which stay as they are."""
-    return file_hash(MODELS[name].vq_ckpt) if is_toy(name) else ""
+def content_hash(path):
+    """sha256 of a file, or of the names and contents of all files in a folder. Raises OSError."""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = [(str(file.relative_to(path)), file_hash(file)) for file in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def content_of(model, base, vq_ckpt=None, text_encoder=None):
+    """
+    {name: sha256} of the files that a policy is trained with: wherever they lie, and whatever their names, this is how
+    they are known again. A text encoder on the hub is known by its repository and commit. Raises Mistake, OSError.
+    """
+    row = MODELS[model]
+    content = dict(base=content_hash(find_file(base)), tokenizer=content_hash(find_file(vq_ckpt or row.vq_ckpt)))
+    if row.config.task == "t2i":
+        encoder = text_encoder or row.text_encoder
+        content["text encoder"] = content_hash(Path(encoder)) if Path(encoder).exists() else str(encoder)
+    return content
 
 
 def find_policy(ckpt=None, model=None, task=None):
     """
-    (name of MODELS, path of the weights, header) from --ckpt, --model and --task. A folder stands for the policy inside
-    it, and our own files say in their header which model they are. `path` is the row's own where no --ckpt is given.
+    (name of MODELS, path of the weights, header) from --ckpt, --model and --task. Our own files say in their header
+    which model they are. `path` is the row's own where no --ckpt is given.
 
     header: step (0: not a file of ours); text_pad, cfg_scale and temperature that the policy was trained with, or the
-    row's own; base, the weights that it began from, or None where they are no longer there. Raises Mistake if the three
-    disagree, FileNotFoundError.
+    row's own; content, of the files that it was trained with ({}: unknown), and where its base was. Raises Mistake if
+    the three disagree, FileNotFoundError.
     """
     path, found = None, {}
     if ckpt is not None:
-        folder = Path(ckpt)
-        path = find_file(folder / "policy.safetensors" if folder.is_dir() else ckpt)
+        path = find_file(ckpt)
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with reading(path, "it is not whole: fetch it again"), safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
-    written_by = found.get("model") if found.get("model") in MODELS else None
+            with reading(path, "the file is damaged or cut"), safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("ar-grpo", "{}"))
+                header_model = found.get("model")
+    written_by = header_model if found else None
     name = model or written_by or f"toy-{task or 'c2i'}"
     if written_by not in (None, name):
         raise Mistake(f"{path} holds a {written_by} model, not {name}; all weights must be of one model")
     row = MODELS[name]
     if task not in (None, row.config.task):
         raise Mistake(f"--model {name} is a {row.config.task} model, but --task is {task}")
-    found = found if written_by else {}
-    if found and found.get("tokenizer", "") != tokenizer_hash(name):
-        raise Mistake(f"{path} is of another toy world: its tokens belong to another tokenizer than {row.vq_ckpt}; "
-                      "train it again")  # fmt: skip
-    with reading(path, "its header is damaged: fetch it again"):
-        header = dict(
-            step=int(found.get("step", 0)),
-            text_pad=found.get("text_pad", "left"),
-            cfg_scale=float(found.get("cfg_scale", row.cfg_scale)),
-            temperature=float(found.get("temperature", 1)),
-            base=found["base"] if Path(found.get("base", "")).is_file() else None,
-        )
-    return name, path or row.ckpt, header
+    plain = dict(step=0, text_pad="left", cfg_scale=row.cfg_scale, temperature=1.0, content={}, base_path=None)
+    return name, path or row.ckpt, plain | found
+
+
+def find_base(name, header, base=None):
+    """
+    (path, header) of the base that a policy with this header began from: `base`, or where it was in training, or the
+    row's own, whichever has its content. A foreign file does not say what it began from: `base`, or the row's own.
+    Raises Mistake, OSError.
+    """
+    wanted = header["content"].get("base")
+    if wanted is None:
+        return find_policy(base, name)[1:]
+    for place in [base] if base else filter(None, [header["base_path"], MODELS[name].ckpt]):
+        with suppress(FileNotFoundError):
+            if content_hash(find_file(place, "--base")) == wanted:
+                return find_policy(place, name)[1:]
+    where = f"--base {base} is another file" if base else "it is no longer where it was, nor is it the model's own"
+    raise Mistake(
+        f"the base that this policy began from is missing: {where}; give the file with --base (sha256 {wanted})"
+    )
+
+
+def check_tokenizer(name, header, vq_ckpt=None):
+    """Raises Mistake unless the tokenizer in use has the content of the one that the policy was trained with."""
+    wanted, place = header["content"].get("tokenizer"), vq_ckpt or MODELS[name].vq_ckpt
+    if wanted and content_hash(find_file(place)) != wanted:
+        raise Mistake(f"the policy was trained with another tokenizer than {place}: give that one with --vq-ckpt")
 
 
 def part_of(names, prefix):
     """
-    {name in a file: name in the model} of the weights under `prefix`, where a file holds several models as AR-GRPO's do
-    (gpt_model.*, vq_model.* and the frozen ref_model.*, which is the base again); of all of them where it holds one.
+    {name in a file: name in the model}. AR-GRPO's files hold several models (gpt_model.*, vq_model.* and the frozen
+    ref_model.*, which is the base again); of those, only the weights under `prefix`.
     """
     several = ("gpt_model.", "vq_model.", "ref_model.")
     if not prefix or not any(name.startswith(several) for name in names):
@@ -317,70 +319,56 @@ def part_of(names, prefix):
 
 def load_tensors(path):
     """
-    torch.load of tensors and plain values alone, on the CPU, after a look at the checksums that torch.save wrote and
-    torch.load ignores: with a flipped bit it would be another policy. What is returned stays in the file until it
-    is looked at, so that sizes are known before memory is taken. Raises ValueError and torch's own errors.
+    torch.load of tensors and plain values, on the CPU. The tensors stay in the file until they are used, so sizes are
+    known before memory is taken. LlamaGen's training checkpoints also hold an argparse.Namespace, which is harmless.
     """
-    whole = zipfile.is_zipfile(path)  # else the form of torch before 1.6, which has no checksums
-    if whole:
-        with zipfile.ZipFile(path) as parts:
-            if packed := [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]:
-                raise ValueError(f"{packed[0]} is compressed")  # torch never does; it may be of any size
-            if damaged := parts.testzip():
-                raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the form of torch before 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_weights(path, prefix=""):
     """
     The tensors of a .safetensors or official .pt file, by name, on the CPU; of a file that holds several models only
-    those under `prefix`, without it. Raises Mistake when the file is cut, holds more than tensors or is of neither
-    form.
+    those under `prefix`, without it. Raises Mistake if the file is cut, holds more than tensors or has neither form.
     """
     if Path(path).suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with reading(path, "it is not whole: fetch it again"), safe_open(path, framework="pt") as file:
+        with reading(path, "the file is damaged or cut"), safe_open(path, framework="pt") as file:
             return {ours: file.get_tensor(name) for name, ours in part_of(file.keys(), prefix).items()}
-    with reading(path, "it is not whole, or holds more than tensors: fetch it again"):
+    try:
         found = load_tensors(path)
+    except (FileNotFoundError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        stranger = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it also holds a {stranger[1]}, which is not loaded" if stranger else "it is damaged or cut"
+        raise Mistake(f"{path}: {reason}; save its weights alone with torch.save(model.state_dict(), ...)") from None
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
     if not named or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise Mistake(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
+    # what DistributedDataParallel and torch.compile put before every name
+    found = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in found.items()}
     return {ours: found[name] for name, ours in part_of(found, prefix).items()}
-
-
-def check_tensor(value, like, what):
-    """Raises Mistake unless `value` is a plain tensor of the shape and the kind of `like`, and finite."""
-    if value.shape != like.shape:
-        sizes = f"{list(value.shape)}, not {list(like.shape)}"
-        raise Mistake(f"{what} is {sizes}; this is a file of another model or size")
-    if value.is_floating_point() != like.is_floating_point() or value.layout != torch.strided:
-        kind = "floating-point" if like.is_floating_point() else "whole"
-        raise Mistake(f"{what} is not a dense tensor of {kind} numbers")
-    if not value.isfinite().all():
-        raise Mistake(f"{what} holds NaN or infinity; the file is damaged, or of a run that diverged")
 
 
 def load_strict(module, weights, source, ignore=()):
     """
-    Puts `weights` (a dict of tensors) into `module`, in the module's own dtypes. Every name and shape must agree,
-    except names in `ignore`. Raises Mistake with the first offender; `source` is the file's name for the sentence.
+    Puts `weights` (a dict of tensors) into `module`, in the module's own dtypes. Every name and shape must agree, but
+    for names in `ignore`, and every number must be finite. Raises Mistake; `source` is the file's name in it.
     """
-    expected = module.state_dict()
-    weights = {name: value for name, value in weights.items() if name not in ignore}
-    for name in [*expected, *weights]:
-        if name not in weights or name not in expected:
-            kind = "missing" if name in expected else "unknown"
-            raise Mistake(f"{source}: {name} is {kind}; this is a file of another model")
-        with reading(f"{source}: {name}", "it is no plain tensor"):  # what nested or empty ones raise, or 8-bit floats
-            check_tensor(weights[name], expected[name], f"{source}: {name}")
-    # assign: a module built on the meta device gets its memory here; copy: the file may change under the values
-    weights = {name: value.to(expected[name].dtype, copy=True) for name, value in weights.items()}
-    module.load_state_dict(weights, assign=True)
+    dtypes = {name: value.dtype for name, value in module.state_dict().items()}
+    # a copy, because the file may change under the values
+    weights = {k: v.to(dtypes.get(k, v.dtype), copy=True) for k, v in weights.items() if k not in ignore}
+    with reading(source, "it is a file of another model or size"):
+        module.load_state_dict(weights, assign=True)  # assign: a module on the meta device gets its memory here
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise Mistake(f"{source}: {name} holds NaN or infinity; the file is damaged, or of a run that diverged")
     return module
 
 
@@ -401,13 +389,6 @@ def load_model(name, path=None, device="cpu", compile_steps=False):
     return model.eval().to(device)
 
 
-@torch.no_grad()
-def blend(model, name, base, share):
-    """Sets a model's weights to theta_ref + share (theta - theta_ref), theta_ref those at `base`: 1 keeps, 0 undoes."""
-    for own, start in zip(model.parameters(), load_model(name, base).parameters(), strict=True):
-        own.copy_(start.to(own.device).lerp(own, share))
-
-
 def load_tokenizer(name, path=None, device="cpu"):
     """The image tokenizer of the model `name`, frozen, in float32. Raises as `load_model`."""
     path = find_file(path or MODELS[name].vq_ckpt)
@@ -419,13 +400,17 @@ def load_tokenizer(name, path=None, device="cpu"):
 
 def load_encoder(name, path=None, device="cpu"):
     """
-    The function encode(asked, pad="left") of the model `name`: from a list of B labels or B captions to (cond,
-    cond_mask), the transformer's conditioning: labels (B,) and None, or text features (B, P, caption_dim) and (B, P).
+    The function encode(prompts, pad="left") of the model `name`: from B labels or B captions to its conditioning
+    (cond, cond_mask), which is labels (B,) and ones (B, 1), or text features (B, P, caption_dim) and (B, P).
     """
     row = MODELS[name]
     if row.config.task == "t2i":
         return TextEncoder(path or row.text_encoder, row.config, device, row.text_dtype)
-    return lambda labels, pad=None: (torch.tensor(labels, device=device), None)
+
+    def encode_labels(labels, pad=None):
+        return torch.tensor(labels, device=device), torch.ones(len(labels), 1, dtype=torch.bool, device=device)
+
+    return encode_labels
 
 
 class TextEncoder:
@@ -434,7 +419,7 @@ class TextEncoder:
 
     pad="left": LlamaGen's form. The text stands next to the image, because token 0 is predicted from position P - 1,
     and padding features are zero. pad="right": the form of the released AR-GRPO, for weights that were trained with it.
-    Padding stands next to the image and keeps what T5 makes of it, so token 0 is predicted from that.
+    Padding stands next to the image and keeps T5's output there, so token 0 is predicted from that.
 
     path is a folder in transformers' form, or OWNER/REPO or OWNER/REPO@REVISION on the hub. Raises Mistake.
     """
@@ -446,23 +431,23 @@ class TextEncoder:
         logging.disable_progress_bar()  # one per file, amid our own lines
         self.cond_len, self.device = config.cond_len, device
         with reading(f"--text-encoder {path}", "give a folder that holds a T5 encoder, or connect to the internet"):
-            place, at = folder_or_repo(path)
-            self.words = AutoTokenizer.from_pretrained(place, **at)
-            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **at)
+            place, revision = folder_or_repo(path)
+            self.words = AutoTokenizer.from_pretrained(place, **revision)
+            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **revision)
         for name in [*info["missing_keys"], *info["mismatched_keys"]]:  # transformers only warns, and fills in noise
-            raise Mistake(f"--text-encoder {path}: {name} is missing or misshapen; fetch the files again")
+            raise Mistake(f"--text-encoder {path}: {name} is missing or has another shape; fetch the files again")
         if (width := self.t5.config.d_model) != config.caption_dim:
             raise Mistake(f"--text-encoder {path}: its features are {width} wide, the model's {config.caption_dim}")
         self.t5.eval().requires_grad_(False).to(device)
 
     def __call__(self, captions, pad="left"):
-        distinct = list(dict.fromkeys(captions))  # a step may ask for a prompt twice; it is read once
+        distinct = list(dict.fromkeys(captions))  # a repeated caption is read once
         options = dict(max_length=self.cond_len, padding="max_length", truncation=True, return_tensors="pt")
-        found = self.words([data.clean_caption(caption) for caption in distinct], **options).to(self.device)
-        # T5 was trained and is run in its own dtype: under autocast its float32 parts would be rounded too
+        words = self.words([clean_caption(caption) for caption in distinct], **options).to(self.device)
+        # T5 was trained and is run in its own dtype; autocast would round its float32 parts too
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            features = self.t5(found.input_ids, found.attention_mask).last_hidden_state.float()
-        mask = found.attention_mask
+            features = self.t5(words.input_ids, words.attention_mask).last_hidden_state.float()
+        mask = words.attention_mask
         features, mask = left_pad(features, mask) if pad == "left" else (features, mask.bool())
         which = torch.tensor([distinct.index(caption) for caption in captions], device=mask.device)
         return features[which], mask[which]
@@ -476,18 +461,72 @@ def left_pad(features, mask):
     return features * mask[..., None], mask
 
 
+# What is removed from a caption before T5 reads it, in this order. LlamaGen inherited the cleaning from DeepFloyd IF.
+# Captions from the web need it. It also changes case, quotes, hyphens and spacing of plain ones, and so their features.
+_FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+_NOISE = [(re.compile(pattern), instead) for pattern, instead in (
+    # web addresses, but for what follows a "?"
+    (r"\b((https?|www):(/{1,3}|[a-z\d%])|[a-z\d.\-]+\.(com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@))", ""),
+    (r"@\w+\b", ""),  # handles
+    ("[\u31c0-\u9fff]+", ""),  # Chinese characters and their like, which this T5 does not know
+    ("[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58"
+     "\ufe63\uff0d]+", "-"),  # every kind of dash
+    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
+    ("[\u2018\u2019]", "'"),
+    (r"\d{1,3}(\.\d{1,3}){3}", " "),  # IP addresses
+    (r"\d:\d\d\s+$|#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
+    (r"\\n", " "),  # a newline that somebody escaped
+    (rf"\S+\.({_FILE_ENDINGS})", ""),  # file names
+    ("[\"']{2,}", '"'),  # doubled punctuation
+    (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+)]  # fmt: skip
+_REMAINS = [(re.compile(pattern), instead) for pattern, instead in (
+    (r"\b[a-z]{1,3}\d{3,15}\b", ""),  # codes of articles: jc6640
+    (r"\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),
+    (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),  # shop talk
+    (rf"\b({_FILE_ENDINGS})(\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes: 30x40
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),  # "red,blue" is read as "red, blue"
+    (r"\s+", " "),
+    (r"^\s*[\"'](.+)[\"']\s*$", r"\1"),  # quotes around it all
+    (r"^\s*['_,\-:;]|['_,\-:+]\s*$|^\s*\.\S+\s*$", ""),  # loose ends
+)]  # fmt: skip
+
+
+def clean_caption(caption):
+    """A caption as LlamaGen's text encoder reads it: lower-cased and cleaned, twice."""
+    import ftfy
+
+    for _ in range(2):  # the second time removes what the first one uncovered
+        caption = urllib.parse.unquote_plus(caption).strip().lower().replace("<person>", "person")
+        caption = html.unescape(re.sub("<[^<>]*>", "", caption))  # tags, then entities
+        for pattern, instead in _NOISE:
+            caption = pattern.sub(instead, caption)
+        if len(re.findall("[-_]", caption)) > 3:  # this-is-my-holiday-picture
+            caption = re.sub("[-_]", " ", caption)
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+        for pattern, instead in _REMAINS:
+            caption = pattern.sub(instead, caption)
+        caption = caption.strip()
+    return caption
+
+
 def autocast(device, dtype):
     """
-    The precision of sampling and scoring: weights stay float32; with dtype bfloat16 the layers' matrix products are
-    taken in it. Logits, softmax, loss and the tokenizer are float32 always. A context manager.
+    The precision of sampling and scoring, a context manager. Weights stay float32. With dtype bfloat16 the layers'
+    matrix products are taken in it. Logits, softmax, loss and the tokenizer are always float32.
     """
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is asked of a model
+# What a model can be asked for
 
-# One picture of each colour and each shape at least once, so that the first grid shows the whole toy world.
+# Each colour and each shape at least once, so that the first grid shows the whole toy world.
 DEFAULT_CLASSES = ("red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
                    "orange triangle", "white circle")  # fmt: skip
 
@@ -497,37 +536,47 @@ def class_names(model):
     return data.TOY_CLASSES if is_toy(model) else data.imagenet_classes()
 
 
-def captions_of(model, asked, names=None):
+def captions_of(model, prompts, names=None):
     """
     What the judges read: t2i captions as they are, c2i labels as "a photo of a red circle". `names` replaces the
     model's own class names.
     """
     if MODELS[model].config.task == "t2i":
-        return list(asked)
+        return list(prompts)
     names = names or class_names(model)
     # for ImageNet the release's form, without an article
-    return [data.class_caption(names[k]) if is_toy(model) else f"a photo of {names[k]}" for k in asked]
+    return [data.class_caption(names[k]) if is_toy(model) else f"a photo of {names[k]}" for k in prompts]
 
 
-def read_asked(model, classes=None, prompts=None):
-    """What --classes and --prompts ask of a model: a list of labels or of captions. Raises Mistake."""
+def read_prompts(model, classes=None, prompts=None):
+    """What --classes and --prompts ask a model for: a list of labels or of captions. Raises Mistake, OSError."""
     task = MODELS[model].config.task
     if (prompts if task == "c2i" else classes) is not None:
         flag, other = ("--prompts", "--classes") if task == "c2i" else ("--classes", "--prompts")
         raise Mistake(f"{model} is a {task} model: it takes {other}, not {flag}")
-    if task == "c2i":
-        classes = classes or (DEFAULT_CLASSES if is_toy(model) else range(8))
-        return [data.find_class(c, class_names(model)) for c in classes]
-    if not prompts and not is_toy(model):
-        raise Mistake(f"{model} needs --prompts: captions, or .txt, .json and .jsonl files of them")
-    found = []
-    for prompt in prompts or data.balanced_captions(6):
-        found += data.read_prompts(prompt) if data.is_prompt_file(prompt) else [prompt]
-    # the toy's in the one form that its text encoder has read; refuses what would draw nonsense
-    return [data.toy_caption(caption) for caption in found] if is_toy(model) else found
+    if task == "t2i" and not prompts and not is_toy(model):
+        raise Mistake(f"{model} needs --prompts: captions, or files of them")
+    try:
+        if task == "c2i":
+            classes = classes or (DEFAULT_CLASSES if is_toy(model) else range(8))
+            return [data.find_class(name, is_toy(model)) for name in classes]
+        captions = []
+        for prompt in prompts or data.balanced_captions(6):
+            captions += data.read_prompt_file(prompt) if data.is_prompt_file(prompt) else [prompt]
+        if is_toy(model):  # in the one form that its text encoder knows; refuses what would draw nonsense
+            return [data.toy_caption(caption) for caption in captions]
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+    empty = [caption for caption in captions if not clean_caption(caption)]
+    if empty:
+        print(f"left out, because nothing of it remains after T5's cleaning: {empty[0]!r} ({len(empty)} in all)")
+    captions = [caption for caption in captions if caption not in empty]
+    if not captions:
+        raise Mistake("--prompts: no caption is left")
+    return captions
 
 
-def fixed_asked(model, n):
+def fixed_prompts(model, n):
     """The n labels or captions that every evaluation of a model uses: all in turn."""
     config = MODELS[model].config
     return [k % config.num_classes for k in range(n)] if config.task == "c2i" else data.balanced_captions(n)
@@ -537,30 +586,10 @@ def fixed_asked(model, n):
 # The command line, as far as the scripts share it
 
 
-class Parser(argparse.ArgumentParser):
-    def parse_args(self, argv=None):
-        for text in sys.argv[1:] if argv is None else argv:
-            if not text or (text.startswith("--") and text.endswith("=")):  # it would stand for the default
-                self.error("an argument is empty; is a variable of the shell not set?")
-        return super().parse_args(argv)
-
-
-def script_parser(doc):
-    """
-    An argparse parser that prints `doc` as it is and takes neither abbreviated flags nor empty arguments; all scripts
-    have --quiet.
-    """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--quiet", action="store_true", help="print nothing except what ends the run early")
-    return parser
-
-
-@contextmanager
-def silence():
-    """Nothing that is printed inside, by us, by libraries or by progress bars, is seen."""
-    nowhere = open(os.devnull, "w")  # noqa: SIM115  never closed: loggers that are made inside keep it
-    with redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+def script_parser(doc=None, **options):
+    """An argparse parser that prints `doc` as it is and takes no abbreviated flags."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False, **options)
 
 
 def add_model_flags(add):
@@ -574,16 +603,16 @@ def add_model_flags(add):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="device to run on (default: the GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the layers' matrix products; weights, logits "
-        "and loss are float32 (default bfloat16 on a GPU, and for LlamaGen on a processor with instructions for it; "
+        "and loss are float32 (default: bfloat16 on a GPU, and for LlamaGen on a processor with instructions for it; "
         "else float32)")  # fmt: skip
-    add("--compile", action="store_true", help="compile the steps of sampling, which takes a minute or more and a C++ "
+    add("--compile", action="store_true", help="compile the steps of sampling: takes a minute or more and a C++ "
         "compiler, and pays off in long runs on a GPU")  # fmt: skip
 
 
-def settle_device(args):
+def setup_device(args):
     """
-    Joins the processes of torchrun if there are any, and has GPUs take float32 convolutions in float32. Raises Mistake
-    unless torch can put a tensor on --device and choose its precision there.
+    Joins the other processes if there are any, and has GPUs take float32 convolutions in float32. Raises Mistake unless
+    torch can put a tensor on --device and choose its precision there.
     """
     torch.backends.cudnn.allow_tf32 = False  # the tokenizer's and the judges'; True is torch's default
     with reading(f"--device {args.device}", "leave it out to take what there is"):
@@ -597,8 +626,8 @@ def settle_device(args):
 def quick_dtype(name, device):
     """
     The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor with instructions
-    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32, while the toy's
-    products are too small to gain. Weights that do not learn (--lora-rank) gain less: they are rounded at every use.
+    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32. The toy's
+    products are too small to gain.
     """
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
     quick = not is_toy(name) and (able.get("avx512_bf16") or able.get("amx_bf16"))
@@ -618,7 +647,7 @@ def peak_memory_gb(device):
 
 
 def check_range(args, **least):
-    """Raises Mistake unless each flag is finite and at least the number that is given for it. None is left alone."""
+    """Check that each flag is finite and >= its minimum; skip flags that are None. Raises Mistake."""
     for name, low in least.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
@@ -650,45 +679,17 @@ def print_files(name, args):
         print(f"{'':13}{state}; downloaded on first use, or give {flag}")
 
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-STOPS = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's SIGHUP stays ignored
-
-
-@contextmanager
-def at_the_first_signal():
-    """Inside, where the main thread waits for what may never come, the first signal ends the script already."""
-    before = {number: signal.signal(number, interrupt) for number in STOPS}
-    yield
-    for number, handler in before.items():  # not after a signal: a second one then ends the process at once
-        signal.signal(number, handler)
-
-
-def interrupt(number, frame):
-    for each in STOPS:  # a second signal ends the process wherever it is, without a word
-        signal.signal(each, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
-
-
-def die_of(number, sentence):
-    """Ends the process as the signal would have: a shell loop around the script then stops too."""
-    if parallel.rank() == 0:
-        print(f"\n{sentence}", file=sys.stderr, flush=True)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
-def run_script(parse_args, run, argv=None, stopped=lambda args: "stopped"):
+def run_script(parse_args, run, argv=None):
     """
-    run(parse_args(argv)). What the user can mend, a Mistake or an OSError, ends in its own sentence and exit code 1;
-    Ctrl-C, SIGTERM and SIGHUP end in what stopped(args) returns. Anything else is a bug, of ours or of a reader who
-    changed the code, and keeps its traceback.
+    run(parse_args(argv)). What the user can mend, a Mistake or an OSError, ends in its own sentence and exit code 1.
+    Anything else is a bug, ours or that of a reader who changed the code, and keeps its traceback.
     """
-    script, args = Path(sys.modules[run.__module__].__file__).name, None
-    before = {number: signal.signal(number, interrupt) for number in STOPS}
+    script = Path(sys.modules[run.__module__].__file__).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
     try:
-        args = parse_args(argv)
-        with silence() if args.quiet else nullcontext():
-            run(args)
+        run(parse_args(argv))
     except (Mistake, OSError) as error:
         text = str(error)  # may quote a file of the user's that is no caption but a book
         parallel.wait_to_speak()
@@ -696,9 +697,7 @@ def run_script(parse_args, run, argv=None, stopped=lambda args: "stopped"):
     except RuntimeError as error:
         if not parallel.is_alone(error):
             raise
-        sys.exit(f"{script}: another process of this run has ended, so this one is {stopped(args)}")
-    except KeyboardInterrupt as error:
-        die_of(error.args[0] if error.args else signal.SIGINT, f"{script}: {stopped(args)}")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sys.exit(f"{script}: another process of this run has ended; --resume continues from the last save")
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(130)
