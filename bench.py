@@ -55,7 +55,7 @@ def alternate(versions, repeat, device):
     for fn in versions.values():
         fn()
     rounds = [{name: seconds(fn, device) for name, fn in versions.items()} for _ in range(repeat)]
-    return {name: [each[name] for each in rounds] for name in versions}
+    return {name: [times[name] for times in rounds] for name in versions}
 
 
 def ratio(over, under):

@@ -400,8 +400,8 @@ def find_objects(image):
     return found, stray
 
 
-def _fits(seen, asked):
-    return seen["shape"] == asked[2] and asked[1] in (None, seen["colour"])
+def _fits(seen, wanted):
+    return seen["shape"] == wanted[2] and wanted[1] in (None, seen["colour"])
 
 
 def satisfies(image, caption):

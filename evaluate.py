@@ -178,7 +178,7 @@ def draw_column(number, name, args, model, tokenizer, encode, cfg, judges, capti
         tokens = open_array(files[1], (n, row.config.num_tokens), np.int32, -1)
         entropy = open_array(files[2], (n,), np.float64, np.nan)
         done = int((tokens[:, 0] >= 0).sum())  # tokens are written last, so what has tokens is complete
-    start = parallel.largest(done)
+    start, busy = parallel.largest(done), zoo.BusyHint()
     with tqdm(total=n, initial=start, desc=name, unit="picture", disable=parallel.rank() > 0) as bar:
         while start < n:
             stop = min(start + args.batch_size * parallel.world(), n)
@@ -198,6 +198,8 @@ def draw_column(number, name, args, model, tokenizer, encode, cfg, judges, capti
                     tokens.flush()
             bar.update(stop - start)
             start = stop
+            if args.device == "cpu" and parallel.world() == 1:
+                busy.check()
     parallel.largest(0)  # the first process has written everything
     return np.load(files[0], mmap_mode="r"), np.load(files[2])
 

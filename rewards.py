@@ -548,7 +548,9 @@ def qwen_judge(device, options, names):
     if url:
         options["qwen_model"] = server_model(url, options["qwen_model"])
         ask = partial(ask_server, url=url, model=options["qwen_model"], answer=answer, timeout=options["judge_timeout"])
-        return partial(qwen_values, names=names, answer=answer, ask=lambda *questions: asyncio.run(ask(*questions)))
+        judge = partial(qwen_values, names=names, answer=answer, ask=lambda *questions: asyncio.run(ask(*questions)))
+        judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after the first rollout
+        return judge
     model, processor = load_qwen(options["judge_files"], device)
     if answer == "probability":  # now, not after the first batch
         for name in names:

@@ -71,6 +71,7 @@ class Run:
         for number in stop_signals():
             signal.signal(number, self.ask_to_stop)
         self.start_clock()
+        self.busy = zoo.BusyHint()
 
     # time
 
@@ -95,6 +96,8 @@ class Run:
         self.lap("report")
         if parallel.rank() == 0:
             self.log(metrics)
+        if self.args.device == "cpu" and parallel.world() == 1:
+            self.busy.check()
         if (step + 1) % SAMPLE_EVERY == 0:
             grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         stopping = parallel.largest(self.signal)  # a signal may have reached any of the processes
@@ -135,11 +138,11 @@ class Run:
     def ask_to_stop(self, number, frame):
         """The first signal lets the step end in a save; a second one stops at once."""
         now = time.monotonic()
-        if self.signal and now > self.asked + 1:  # torchrun repeats a Ctrl-C that has reached all processes already
+        if self.signal and now > self.asked_at + 1:  # torchrun repeats a Ctrl-C that has reached all processes already
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if not self.signal:
-            self.signal, self.asked = number, now
+            self.signal, self.asked_at = number, now
             tqdm.write("this step will be finished and saved; a second signal stops at once")
 
     def close(self):

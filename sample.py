@@ -321,7 +321,7 @@ def run(args):
     options |= dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     captions = zoo.captions_of(args.model, args.prompts)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
-    images, labels = [], []
+    images, labels, busy = [], [], zoo.BusyHint()
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
         own_images, tokens = draw_best(
@@ -338,6 +338,8 @@ def run(args):
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit
+        if args.device == "cpu" and parallel.world() == 1:
+            busy.check()
     if args.npz:  # before the grid, which can be too wide for its format; of the last policy, --ckpt
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
         pixels = to_uint8(own_images * 2 - 1).permute(0, 2, 3, 1).numpy()

@@ -1768,8 +1768,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(url))))  # (H, W, 3)
         (level,) = set(pixels[..., 0].ravel().tolist())
         time.sleep(0 if level else Server.delay)
-        assert not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
-        assert question["model"] == "tiny" and self.headers["Authorization"] == "Bearer secret"
+        assert len(pixels) == 64 or (
+            not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
+        )  # 64: the first try
+        assert question["model"] in Server.models and self.headers["Authorization"] == "Bearer secret"
         message = dict(role="assistant", content=f'{{"score": {level // 51}}}' if level < 255 else "I do not know.")
         choice = dict(index=0, message=message, finish_reason="stop", logprobs=None)
         if question.get("top_logprobs"):
@@ -1814,15 +1816,16 @@ def test_a_server_may_answer_for_qwen(server_url):
 
 def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
     """Catches: a step that hangs with its server; a refusal that is repeated in silence; the first of several models."""
-    Server.delay = 5
     options = dict(qwen_server=server_url, qwen_answer="json", judge_timeout=1)
     judges, start = rewards.load_judges(["qwen-match"], options=options), time.monotonic()
+    Server.delay = 5
     assert redness(judges) == pytest.approx([3, NAN, NAN, 1], nan_ok=True)  # late, and the one that cannot be read
     assert time.monotonic() - start < 3 and threading.active_count() < 12
-    Server.refusal = [(400, "Cannot request more than 5 logprobs.")] * 4
+    Server.refusal, Server.delay = [(400, "Cannot request more than 5 logprobs.")] * 4, 0
     with pytest.raises(Mistake, match="more than 5 logprobs"):
-        redness(judges)
-    assert Server.refusal is not None
+        rewards.load_judges(["qwen-match"], options=options)
+    assert len(Server.refusal) == 3  # before any rollout, and not again
+    Server.refusal = []
     Server.models = ["llama3.2:1b", "qwen2.5vl:3b"]
     with pytest.raises(Mistake, match=r"llama3\.2:1b, qwen2\.5vl:3b.*--qwen-model"):
         rewards.load_judges(["qwen-match"], options=dict(qwen_server=server_url))
@@ -2251,7 +2254,7 @@ def test_train_sample_evaluate_and_report_run(task, tmp_path, monkeypatch, thin_
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
     assert list(columns) == ["base, cfg 1", "tuned, cfg 1", "renders, round trip"]
     base = columns["base, cfg 1"]
-    assert columns["renders, round trip"]["right: all"] > 0.9 and base["recall, latents"] > 0
+    assert columns["renders, round trip"]["right: all"] > 0.9 and 0 <= base["recall, latents"] < 1
     total = base["reward: clip"] + 0.25 * base["reward: realism"]  # what the run was trained by
     assert base["reward: weighted sum"] == pytest.approx(total, rel=1e-6)
     assert_the_page_is_whole_safe_and_small(run)

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import urllib.parse
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -632,6 +633,27 @@ def quick_dtype(name, device):
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
     quick = not is_toy(name) and (able.get("avx512_bf16") or able.get("amx_bf16"))
     return "bfloat16" if device.startswith("cuda") or quick else "float32"
+
+
+class BusyHint:
+    """
+    Says once that another program keeps the processor busy. Threads wait for each other: on two cores of which one is
+    busy, two threads take twice as long as one. The number is not changed here, because sums would round differently.
+    """
+
+    def __init__(self):
+        self.wall, self.cpu, self.said = time.perf_counter(), time.process_time(), False
+
+    def check(self):
+        """Looks at the time since the last check that was 5 s ago or more."""
+        wall, cpu, threads = time.perf_counter() - self.wall, time.process_time() - self.cpu, torch.get_num_threads()
+        if self.said or wall < 5:
+            return
+        if threads > 1 and cpu < 0.8 * wall * threads:
+            print(f"another program keeps the processor busy: {threads} threads get {cpu / wall:.1f} cores; as long as "
+                  f"it runs, OMP_NUM_THREADS={threads - 1} in front of the command is faster")  # fmt: skip
+            self.said = True
+        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
 
 
 def peak_memory_gb(device):
