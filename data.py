@@ -1,10 +1,10 @@
 """
-What can be asked for: the toy world's classes and captions, ImageNet's class names, files of prompts.
+What a model can be asked for: the toy world's classes and captions, ImageNet's class names, files of prompts.
 
-The toy world is 64x64 renders of coloured shapes on dark grey backgrounds, small enough that a laptop can learn
-to draw it and simple enough that a program can say, without any neural network, whether a picture shows what its
-caption asks. That program is the *verifier*, `satisfies(image, caption)`. It only evaluates: training against it
-would turn the study of learned judges into a study of a perfect one.
+The toy world is 64x64 renders of coloured shapes on dark grey backgrounds. It is small enough for a laptop to learn,
+and simple enough that a program without any neural network can check whether a picture shows its caption. That program
+is the *verifier*, `satisfies(image, caption)`. It only evaluates. Training against it would turn the study of learned
+judges into a study of a perfect one.
 
     c2i   40 classes, 5 shapes x 8 colours: "red circle"
     t2i   57 captions in the six categories of GenEval (arXiv 2310.11513), 3 shapes x 2 colours:
@@ -12,11 +12,11 @@ would turn the study of learned judges into a study of a perfect one.
           colour          a photo of a red circle          position   a photo of a circle left of a square
           two objects     a photo of a circle and a square binding    a photo of a red circle and a blue square
 
-The bases imitate a corpus as careless as the web's (CORPUS): a fifth of c2i's pictures show something else than their
-caption says, another fifth is badly made. Maximum likelihood learns all of that. What people want is the rest, and that
-is what judges and reinforcement learning are for.
+The bases imitate a corpus as careless as the web's (CORPUS): a fifth of c2i's pictures show something other than their
+caption, another fifth is badly made. Maximum likelihood learns all of that. People want the rest, and that is what
+judges and reinforcement learning are for.
 
-Everything is drawn from the generator that the caller passes: same generator state, same pictures, no files.
+All randomness comes from the generator that the caller passes: same generator state, same pictures, no files.
 
     python data.py        # what the verifier says of right and wrong captions; out/data.png: twelve pictures of CORPUS
 """
@@ -46,15 +46,14 @@ TOY_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPE
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Captions. One grammar makes them, reads them and turns them wrong.
+# Captions. One grammar writes them, reads them and makes wrong ones.
 
 
 def parse(caption):
     """
-    The toy caption as (objects, relation): objects is a list of (count, colour or None, shape), relation one of
-    RELATIONS or None. "A photo of" and articles may be left out, so class names parse too.
-
-    Raises ValueError, naming the part that is not in the toy world's grammar.
+    A toy caption as (objects, relation): objects is a list of (count, colour or None, shape), relation one of RELATIONS
+    or None. "A photo of" and articles are optional, so class names parse too. Raises ValueError that names the part
+    outside the toy world's grammar.
     """
     text = re.sub(r"^(a|the)?\s*(photo|picture) of\s+", "", caption.lower().strip().rstrip("."))
     found = re.split(rf"\s+(and|{'|'.join(RELATIONS)})\s+", text)
@@ -81,7 +80,7 @@ def parse(caption):
 
 
 def write(objects, relation):
-    """The caption that `parse` reads as this, in the one form that the toy's text encoder and CLIP know."""
+    """The inverse of `parse`, in the one form that the toy's text encoder and CLIP know."""
     names, phrases = {n: word for word, n in COUNTS.items()}, []
     for n, colour, shape in objects:
         plural = "" if n == 1 else "es" if shape.endswith("s") else "s"
@@ -103,7 +102,7 @@ def category_of(caption):
 
 def reading_order(caption):
     """
-    As `parse`, with the objects in the order of the picture, left or top one first: "A right of B" shows B left of A.
+    Like `parse`, with the objects in the picture's order, left or top one first: "A right of B" shows B left of A.
     Raises ValueError where `parse` does.
     """
     objects, relation = parse(caption)
@@ -114,7 +113,7 @@ def reading_order(caption):
 
 def meaning(caption):
     """
-    A caption's sense, the same for captions that say the same ("A left of B" and "B right of A"). Two captions of one
+    A caption's meaning, equal for captions that say the same ("A left of B" and "B right of A"). Two captions of one
     category with different meanings exclude each other. Raises ValueError where `parse` does.
     """
     objects, relation = reading_order(caption)
@@ -139,14 +138,14 @@ T2I_CAPTIONS = {category: _captions_of(category) for category in CATEGORIES}
 
 
 def class_caption(name):
-    """What the judges are told about a class: the official code's "a photo of {class}", with its article."""
+    """What the judges read about a class: the official code's "a photo of {class}", with its article."""
     return f"a photo of {'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def toy_caption(caption):
     """
-    A user's caption as the t2i toy knows it: "a red circle" becomes "a photo of a red circle". Raises ValueError if
-    it is none of the 57, with those that come nearest.
+    A user's caption in the t2i toy's form: "a red circle" becomes "a photo of a red circle". Raises ValueError with the
+    nearest captions if it is none of the 57.
     """
     known = [caption for captions in T2I_CAPTIONS.values() for caption in captions]
     try:
@@ -163,21 +162,21 @@ def toy_caption(caption):
 
 
 def sample_captions(n, rng, categories=CATEGORIES):
-    """n t2i captions, every category equally often in expectation. rng: numpy Generator."""
+    """n t2i captions, all categories equally often in expectation. rng: numpy Generator."""
     picks = (T2I_CAPTIONS[categories[k]] for k in rng.integers(len(categories), size=n))
     return [captions[rng.integers(len(captions))] for captions in picks]
 
 
 def balanced_captions(n):
-    """The n captions that evaluation uses: fixed, the six categories in turn, each walking through its captions."""
+    """The n fixed captions of evaluation: the six categories in turn, each cycling through its captions."""
     order = {c: np.random.default_rng(0).permutation(T2I_CAPTIONS[c]) for c in CATEGORIES}
     return [str(order[c := CATEGORIES[k % 6]][k // 6 % len(order[c])]) for k in range(n)]
 
 
 def wrong_caption(caption, rng):
     """
-    A caption that is false of every right picture of `caption`, wrong in one attribute: colour, shape, number or
-    position, colours swapped between objects. What a judge must tell apart, and what the verifier is tested on.
+    A caption that is false for every right picture of `caption`, wrong in one attribute: colour, shape, number,
+    position, or colours swapped between objects. Judges must tell the two apart, and the verifier is tested on them.
     """
     (objects, relation), t2i = parse(caption), caption in T2I_CAPTIONS[category_of(caption)]
     shapes, colours = (T2I_SHAPES, T2I_COLOURS) if t2i else (SHAPES, tuple(COLOURS))
@@ -203,7 +202,7 @@ def wrong_caption(caption, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Renders. A shape is a signed distance in px (negative inside); clipping 0.5 - distance to [0, 1] anti-aliases it.
+# Renders. A shape is a signed distance in px (negative inside). Clipping 0.5 - distance to [0, 1] anti-aliases it.
 
 _AREA = {  # of a shape of radius 1
     "circle": np.pi, "square": 1.7**2, "triangle": 3**1.5 * 0.62**2, "cross": 8 * 0.34 - 4 * 0.34**2,
@@ -213,7 +212,7 @@ _ROWS, _COLS = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5  # 
 
 
 def coverage(shape, dx, dy, radius):
-    """How much of each pixel the shape covers, in [0, 1]; dx, dy: from the shape's centroid to the pixels, px."""
+    """The share of each pixel that the shape covers; dx, dy: from the shape's centroid to the pixels, px."""
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
     elif shape == "square":
@@ -249,9 +248,10 @@ def _layout(n, relation, rng):
         radius = rng.uniform(14, 20)
         room = 31 - 1.25 * radius  # 1.25: the triangle's top is 1.24 radii above its centroid
         return [(32 + rng.uniform(-room, room), 32 + rng.uniform(-room, room), radius)]
-    # Several objects have one size and few places, and where the caption does not say, the one named first stands left
-    # or on top. With all of that at random the t2i base drew well-formed pairs but the right ones in half of them only:
-    # which object comes next then depends on caption and picture together, which 3,600 steps did not teach it.
+    # Several objects have one size and few places. Where the caption does not say, the first one named is left or on
+    # top. With all of this at random, the t2i base drew well-formed pairs, but only half of them showed the right
+    # objects: which object comes next then depends on caption and picture together, and 3,600 steps did not teach it
+    # that.
     if n == 2:
         sign = RELATIONS[relation or ("left of", "above")[rng.integers(2)]]
         side = rng.integers(-1, 2, size=2) * 6  # px across the axis
@@ -265,8 +265,8 @@ def _layout(n, relation, rng):
 
 def kinds_of(caption, rng):
     """
-    The objects that a picture of `caption` shows, a (colour, shape) each; colours that the caption leaves open are
-    drawn from rng. Objects of one kind share a colour. Raises ValueError where `parse` does.
+    The objects in a picture of `caption`, as (colour, shape). Colours that the caption leaves open come from rng.
+    Objects of one kind share a colour. Raises ValueError where `parse` does.
     """
     objects, _ = parse(caption)
     palette = COLOURS if len(objects) == 1 and objects[0][2] not in T2I_SHAPES else T2I_COLOURS
@@ -276,8 +276,8 @@ def kinds_of(caption, rng):
 
 def paint(kinds, relation, rng, halve=False):
     """
-    A picture (3, 64, 64) in [0, 1] of up to four objects (colour, shape) in one of RELATIONS or None. halve: half of
-    each object is missing, beyond a line through its centroid.
+    A picture (3, 64, 64) in [0, 1] of up to four objects (colour, shape) in one of RELATIONS or None. halve: removes
+    half of each object, beyond a line through its centroid.
     """
     image = np.repeat(_background(rng)[None].astype(np.float32), 3, axis=0)
     for (colour, shape), (x, y, radius) in zip(kinds, _layout(len(kinds), relation, rng), strict=True):
@@ -291,16 +291,16 @@ def paint(kinds, relation, rng, halve=False):
 
 def render(captions, rng):
     """
-    One picture a caption, (N, 3, 64, 64) float32 in [0, 1]; what a caption leaves open (colours, sizes, places,
-    background) is drawn from rng. Raises ValueError where `parse` does.
+    One picture per caption, (N, 3, 64, 64) float32 in [0, 1]. What a caption leaves open (colours, sizes, places,
+    background) comes from rng. Raises ValueError where `parse` does.
     """
     return np.stack([paint(kinds_of(caption, rng), parse(caption)[1], rng) for caption in captions])
 
 
 def render_crowds(captions, rng):
     """
-    As `render`, with objects too many: three or four, so chosen that the picture is right for no t2i caption. What a
-    judge of captions must have seen: trained on right pictures alone, it took four circles for very much a circle.
+    Like `render`, with too many objects: three or four, such that the picture is right for no t2i caption. The CLIP
+    needs them in training. Without them it scored four circles as very much a circle.
     """
     images = []
     for caption in captions:
@@ -315,7 +315,7 @@ def render_crowds(captions, rng):
 # ---------------------------------------------------------------------------------------------------------------
 # A corpus like the web's
 
-CORPUS = {  # which share of a base's training pictures is what: c2i, and t2i, whose captions have more to get wrong
+CORPUS = {  # shares of a base's training pictures: c2i, and t2i, whose captions have more to get wrong
     "as captioned": (0.60, 0.76),
     "another attribute": (0.20, 0.12),  # shape, colour, number or relation, or the colours are swapped
     "pulled out of shape": (0.05, 0.03),
@@ -327,7 +327,7 @@ SPOILT = tuple(CORPUS)[2:]  # badly made, whatever the caption
 
 
 def careless(caption, way, rng):
-    """The picture (3, 64, 64) in [0, 1] that stands beside `caption` if it is of the sort `way` of CORPUS."""
+    """The corpus's picture (3, 64, 64) in [0, 1] beside `caption`, of the sort `way` of CORPUS."""
     shown = wrong_caption(caption, rng) if way == "another attribute" else caption
     kinds, relation = kinds_of(shown, rng), parse(shown)[1]
     if way == "stray object":
@@ -353,7 +353,7 @@ def corpus(captions, rng, ways=tuple(CORPUS), task="c2i"):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The verifier. Reads a picture with geometry alone: what is bright, in which pieces, of which shape and colour.
+# The verifier. It reads a picture with geometry alone: which pixels are bright, in which pieces, shapes and colours.
 
 MIN_PIXELS = 40  # a component below this is stray; the smallest object drawn has about 200
 MAX_STRAY = 0.02  # of the picture's pixels
@@ -363,8 +363,8 @@ MIN_PURITY = 0.80  # share of an object's pixels whose nearest colour is the obj
 
 def find_objects(image):
     """
-    The objects in a picture (3, 64, 64) in [0, 1], as a list of dicts (shape, colour, x, y in px, iou, purity),
-    and the number of bright pixels that belong to none.
+    The objects in a picture (3, 64, 64) in [0, 1], as a list of dicts (shape, colour, x, y in px, iou, purity), and the
+    number of bright pixels that belong to no object.
     """
     image = np.asarray(image, np.float32)
     brightest = image.max(0)
@@ -406,8 +406,8 @@ def _fits(seen, wanted):
 
 def satisfies(image, caption):
     """
-    Whether the picture (3, 64, 64) in [0, 1], array or CPU tensor, shows exactly what the caption asks: these
-    objects and no others, well formed, of these colours, in this relation. Raises ValueError where `parse` does.
+    Whether the picture (3, 64, 64) in [0, 1], array or CPU tensor, shows exactly what the caption says: these objects
+    and no others, well formed, in these colours and this relation. Raises ValueError where `parse` does.
     """
     objects, relation = parse(caption)
     found, stray = find_objects(image)
@@ -421,19 +421,19 @@ def satisfies(image, caption):
         if _fits(first, objects[0]) and _fits(second, objects[1]):
             dx, dy = first["x"] - second["x"], first["y"] - second["y"]
             along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
-            # As GenEval: the offset along the asked axis must be the clear one.
+            # As in GenEval: the offset along the caption's axis must be the larger one.
             if relation is None or (abs(along) > abs(across) and np.sign(along) == sum(RELATIONS[relation])):
                 return True
     return False
 
 
 def kind_of(caption, task):
-    """How shares are broken down: by a class's shape (c2i) or a caption's category (t2i). Raises as `parse`."""
+    """The row of a table that a caption belongs to: a class's shape (c2i) or a category (t2i). Raises as `parse`."""
     return parse(caption)[0][0][2] if task == "c2i" else category_of(caption)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What users write: class names or numbers, captions, files of them.
+# What users write: class names or numbers, captions, files of captions
 
 
 def imagenet_classes():
@@ -444,7 +444,7 @@ def imagenet_classes():
 
 
 def wordnet_classes():
-    """The same in WordNet's words, as the official AR-GRPO asks its judges: "tench, Tinca tinca". 622 names differ."""
+    """The same in WordNet's words, as the official AR-GRPO gives them to its judges: "tench, Tinca tinca"."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
@@ -568,7 +568,7 @@ def prompt_of(entry, number):
 
 
 def demo():
-    """Renders and what the verifier says of them; twelve pictures of the corpus."""
+    """Renders and the verifier's verdicts; twelve pictures of the corpus."""
     import torch
 
     from sample import save_grid

@@ -1,5 +1,5 @@
 """
-How good are pictures? Pure functions of features: arrays in, figures with standard errors out.
+Measures of pictures. Pure functions of features: arrays in, figures with standard errors out.
 
     frechet_distance     FID, sFID: distance of two Gaussians fitted to features (arXiv 1706.08500, 2103.03841)
     precision_recall     how many samples look like references, and the reverse (arXiv 1904.06991)
@@ -10,7 +10,7 @@ How good are pictures? Pure functions of features: arrays in, figures with stand
 
     python metrics.py    # two clouds of features
 
-evaluate.py says which features of which pictures they are taken of. Shapes: n pictures, m references, E features each.
+evaluate.py chooses the features and the pictures. Shapes: n pictures, m references, E features each.
 """
 
 from typing import NamedTuple
@@ -37,14 +37,14 @@ class Figure(NamedTuple):
 
 
 def mean_of(values):
-    """The mean of values (K,); those that are not finite are left out."""
+    """The mean of the finite values among values (K,)."""
     finite = np.isfinite(values)
     mean = values[finite].mean()
     return Figure(float(mean), np.where(finite, values - mean, 0) * len(values) / finite.sum())
 
 
 def mean_of_figures(figures, groups):
-    """The mean of {group: figure of its pictures}, each group weighing the same; groups (n,) says which is whose."""
+    """The mean of {group: figure of its pictures}, all groups with the same weight; groups (n,) has their members."""
     influence = np.empty(len(groups))
     for group, figure in figures.items():
         own = groups == group
@@ -182,7 +182,7 @@ def class_distance(features, prompts):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Which figures, and when there are too few pictures for one: a text in its place says why.
+# Which figures are computed. Where there are too few pictures for one, a text in its place says so.
 
 FEWEST = 48  # pictures, below which precision, recall and KID mean nothing
 

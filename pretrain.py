@@ -3,7 +3,6 @@ Makes every weight of the toy world from nothing: the tokenizer, the two base tr
 
     python pretrain.py                       # everything, in order; writes weights/
     python pretrain.py --stages clip         # one of the stages; later ones read what earlier ones wrote
-    python pretrain.py --out /tmp/w --resume # go on with a run that was stopped, at the stage that it was in
     python pretrain.py --quick --out /tmp/w  # a few steps of each: does it run?
 
 Nobody needs this to use the project: its results are in weights/, each with a JSON that says how it was made and how
@@ -21,7 +20,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -46,7 +44,7 @@ from zoo import Mistake
 
 
 def world_captions(n, rng):
-    """n captions, half of them of c2i's classes, half of t2i's: tokenizer and judges serve both tasks."""
+    """n captions, half from c2i's classes and half from t2i: tokenizer and judges serve both tasks."""
     names = [data.TOY_CLASSES[k] for k in rng.integers(len(data.TOY_CLASSES), size=n - n // 2)]
     return [data.class_caption(name) for name in names] + data.sample_captions(n // 2, rng)
 
@@ -62,7 +60,7 @@ def dtype_here():
 
 
 def set_lr(optimizer, step, steps, lr, warmup=50):
-    """Linear warm-up, a cosine down to a fiftieth after five sixths of the steps, then level."""
+    """Linear warm-up, a cosine down to a fiftieth at five sixths of the steps, then constant."""
     done = min(1, step / (steps * 5 / 6))
     now = lr * min(1, (step + 1) / warmup) * (0.51 + 0.49 * math.cos(math.pi * done))
     for group in optimizer.param_groups:
@@ -74,30 +72,8 @@ def save_half(state, path):
     save_file({k: v.detach().half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
 
 
-def save_part(args, name, done, rng, history, modules):
-    """Every 500 steps: all that a long stage needs to go on after `done` steps, in NAME.part."""
-    if done % 500 == 0:
-        part = dict(done=done, rng=json.dumps(rng.bit_generator.state), history=history)
-        torch.save(part | dict(modules=[module.state_dict() for module in modules]), args.out / f"{name}.part.new")
-        os.replace(args.out / f"{name}.part.new", args.out / f"{name}.part")
-
-
-def load_part(args, name, rng, history, modules):
-    """With --resume: puts rng, history and modules where NAME.part left them. Returns the steps done."""
-    path = args.out / f"{name}.part"
-    if not (args.resume and path.exists()):
-        return 0
-    with zoo.reading(path, "delete it, and its stage begins anew"):
-        part = zoo.load_tensors(path)
-    rng.bit_generator.state = json.loads(part["rng"])
-    history |= part["history"]
-    for module, state in zip(modules, part["modules"], strict=True):
-        module.load_state_dict(state)
-    return part["done"]
-
-
 def put_in_place(folder):
-    """Makes NAME.new NAME, and returns that. Stages end with it, so that one that is stopped leaves the old weights."""
+    """Renames NAME.new to NAME, and returns that. Stages end with it, so a stopped stage leaves the old weights."""
     place = folder.with_suffix("")
     shutil.copytree(folder, place, dirs_exist_ok=True)
     shutil.rmtree(folder)
@@ -111,7 +87,6 @@ def report(args, name, path, figures, seed, seconds):
         threads=torch.get_num_threads(), figures=figures, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )  # fmt: skip
     (args.out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.out / f"{name}.part").unlink(missing_ok=True)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {seconds:.0f} s, {json.dumps(figures)}")
 
 
@@ -122,11 +97,11 @@ def report(args, name, path, figures, seed, seconds):
 @torch.no_grad()
 def revive(codebook, counts, latents, error):
     """
-    Gives codes that are hardly used a new place: the latent of a cell that was drawn badly, chosen in proportion to
-    its squared error (restarts of unused codes: Jukebox, arXiv 2005.00341, section 3.1). Without it a code that is
-    nobody's nearest gets no gradient, ever, and the toy's book ends with half of its words unused.
+    Moves codes that are hardly used to the latents of badly decoded cells, chosen in proportion to their squared error
+    (restarts of unused codes: Jukebox, arXiv 2005.00341, section 3.1). A code that is no latent's nearest never gets a
+    gradient, and without restarts half of the toy's codebook ends up unused.
 
-    counts (V,): how often each code was used of late; latents (B, T, D); error (B, T).
+    counts (V,): recent uses of each code; latents (B, T, D); error (B, T).
     """
     dead = counts < 0.02 * counts.float().mean()
     if dead.any():
@@ -136,8 +111,9 @@ def revive(codebook, counts, latents, error):
 
 def train_vq(args, steps=7500, batch=32, lr=1e-3, seed=1):
     """
-    VQGAN's loss (arXiv 2012.09841, eq. 4) without LPIPS, whose weights would be a download, and without the adversary,
-    which drew halos around the objects: reconstruction + codebook |sg(z) - e|^2 + 0.25 commitment |z - sg(e)|^2.
+    VQGAN's loss (arXiv 2012.09841, eq. 4) without LPIPS, whose weights would be a download, and without the
+    discriminator, which caused halos around the objects: reconstruction + codebook |sg(z) - e|^2 + 0.25 commitment |z -
+    sg(e)|^2.
     """
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
@@ -197,8 +173,8 @@ def psnr(a, b):
 
 def write_words(folder):
     """
-    Saves the tokenizer of the toy's captions, one token a word, in the form that transformers reads. The end of text
-    has the highest number because CLIP pools the text where the number is highest.
+    Saves the tokenizer of the toy's captions, one token per word, in transformers' form. The end of text has the
+    highest id, because CLIP pools the text at its highest id.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -217,7 +193,7 @@ def write_words(folder):
 
 
 def slots(caption):
-    """What a picture shows, read in order, as six class numbers: count, colour, shape, colour, shape, relation."""
+    """A picture's content in reading order, as six class numbers: count, colour, shape, colour, shape, relation."""
     objects, relation = data.reading_order(caption)
     (count, colour, shape), (_, colour2, shape2) = (*objects, (0, None, None))[:2]
     choices = [(None, *data.COLOURS), data.SHAPES, (None, *data.COLOURS), (None, *data.SHAPES), (None, *data.RELATIONS)]
@@ -227,14 +203,14 @@ def slots(caption):
 
 def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
     """
-    The toy's text encoder: a two-layer T5 with random weights learns, from captions alone, to parse. From the features
-    at every word's position a linear layer must read off what the picture will show, in the order of the caption.
-    FLAN-T5 brings as much to LlamaGen.
+    The toy's text encoder: a two-layer T5 with random weights learns to parse, from captions alone. A linear layer must
+    read the picture's content, in the order of the caption, from the features at every word. FLAN-T5 brings as much to
+    LlamaGen.
 
-    At every position, because image tokens attend to all of the text alike (see model.rope_2d). In order, because a T5
-    that knows only which two objects there are leaves the transformer to guess the first of them: a picture then has
-    the same log-probability for "a and b" as for "b and a", and bindings stay at chance. A T5 that learned only through
-    the pictures left even colours at chance after 1,200 steps.
+    At every word, because image tokens attend equally to all of the text (see model.rope_2d). In order, because a T5
+    that knows only which two objects there are leaves the transformer to guess which comes first. A picture then has
+    the same log-probability for "a and b" as for "b and a", and bindings stay at chance. A T5 trained only through the
+    pictures left even colours at chance after 1,200 steps.
     """
     from transformers import T5Config, T5EncoderModel
 
@@ -275,10 +251,10 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
 
 def train_base(args, name, steps, batch, lr, seed):
     """
-    Maximum likelihood on tokens, the condition dropped with probability 0.1. Half of the steps see clean renders, the
-    other half the careless corpus, which the base ends up imitating. (From the corpus alone the c2i base was right in
-    20% of its samples after 4,600 steps; from clean renders in 75% after 1,500.) The last sixth keeps the smallest
-    learning rate: how little it lowers the held-out loss says that more would not help.
+    Maximum likelihood on tokens, the condition dropped with probability 0.1. The first half of the steps sees clean
+    renders, the second half the careless corpus, which the base ends up imitating. (From the corpus alone 20% of the
+    c2i base's samples were right after 4,600 steps; from clean renders 75% after 1,500.) The last sixth keeps the
+    smallest learning rate. It hardly lowers the held-out loss, so more steps would not help.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -288,8 +264,7 @@ def train_base(args, name, steps, batch, lr, seed):
     held_out = [corpus_batch(name, tokenizer, 48, unseen) for _ in range(args.eval_images // 48)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
     history = dict(losses=[], fakes=[], held_out={}, seconds=0.0)
-    done = load_part(args, name, rng, history, (model, optimizer))
-    for step in (bar := trange(done, steps, desc=name, initial=done, total=steps)):
+    for step in (bar := trange(steps, desc=name)):
         began = time.time()
         set_lr(optimizer, step, steps, lr)
         prompts, tokens = corpus_batch(name, tokenizer, batch, rng, clean=step < steps // 2)
@@ -308,14 +283,12 @@ def train_base(args, name, steps, batch, lr, seed):
             bar.set_postfix(nats=f"{np.mean(history['losses'][-20:]):.3f}", refresh=False)
         if step + 1 in (steps // 2, steps * 5 // 6, steps):
             history["held_out"][step + 1] = round(mean_loss(model, encode, held_out), 4)
-        # What the realism judge will learn to tell from real pictures: the clumsy drawings of a base that has hardly
-        # begun, and those of the finished one.
+        # the realism judge's negatives: pictures of a base that has hardly begun, and of the finished one
         if step + 1 in (steps // 10, steps):
             with torch.no_grad():
                 prompts = sample_prompts(name, args.eval_images, rng)
                 history["fakes"].append(draw(model, tokenizer, encode, prompts, seed=step)[1])
         history["seconds"] += time.time() - began
-        save_part(args, name, step + 1, rng, history, (model, optimizer))
     np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(history["fakes"]).numpy().astype(np.uint16))
     path = args.out / f"{name}.safetensors"
     save_half(model.state_dict(), path)
@@ -325,7 +298,7 @@ def train_base(args, name, steps, batch, lr, seed):
 
 @torch.no_grad()
 def corpus_batch(name, tokenizer, n, rng, clean=False):
-    """n random labels or captions and the tokens (n, T) of the pictures, clean or careless, that stand beside them."""
+    """n random labels or captions and the tokens (n, T) of their pictures, clean or careless."""
     prompts = sample_prompts(name, n, rng)
     paint = data.render if clean else partial(data.corpus, task=zoo.MODELS[name].config.task)
     images = paint(zoo.captions_of(name, prompts), rng)
@@ -378,10 +351,10 @@ CLIP_CONFIG = {
 
 def exclusive_losses(logits, captions, texts):
     """
-    CLIP's two cross-entropies where captions repeat and can be true together. A pair (image, text) is positive if the
-    image's caption means the same, negative if it is of the same category and means otherwise, and is left out
-    between categories ("a circle" is also true of "a red circle"). Each positive is set against the negatives of its
-    row, then of its column, never against other positives.
+    CLIP's two cross-entropies for captions that repeat and can be true together. A pair (image, text) is positive if
+    the image's caption means the same, negative if it has the same category and another meaning, and ignored between
+    categories ("a circle" is also true of "a red circle"). Each positive competes with the negatives of its row, then
+    of its column, never with other positives.
 
     logits (B, M) of B images and M texts; captions: B strings, or None for an image that no text is true of.
     """
@@ -396,9 +369,8 @@ def exclusive_losses(logits, captions, texts):
 
 def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
     """
-    A CLIP on round trips of renders, made to see what GRPO needs seen: each image meets captions wrong in one
-    attribute (NegCLIP, arXiv 2210.01936; without them CLIP learns no left and right), each caption badly made images
-    and crowded ones.
+    A CLIP on round trips of renders. Images meet captions that are wrong in one attribute (NegCLIP, arXiv 2210.01936;
+    without them CLIP learns no left and right), and captions meet badly made and crowded images.
     """
     import open_clip
 
@@ -448,8 +420,8 @@ def read_tokens(path):
 
 def train_realism(args, steps=1000, batch=48, lr=1e-3, seed=5):
     """
-    The judge of looks learns to tell round trips of clean renders, "real", from badly made pictures of the corpus and
-    from what the two bases drew: cross-entropy, half of a batch real, a quarter each of the others.
+    The judge of looks learns to tell round trips of clean renders ("real") from badly made pictures of the corpus and
+    from samples of the two bases: cross-entropy, half of a batch real, a quarter each of the others.
     """
     torch.manual_seed(seed)
     rng, start = np.random.default_rng(seed), time.time()
@@ -487,8 +459,8 @@ def train_realism(args, steps=1000, batch=48, lr=1e-3, seed=5):
 
 def measure(args):
     """
-    Adds to the reports what needs bases and judges both, on the float16 weights that are shipped: how many of a base's
-    fixed samples are right, and each judge's AUC, the chance that it puts a right one above a wrong one.
+    Adds the figures that need bases and judges, on the float16 weights that are shipped: the share of a base's fixed
+    samples that are right, and each judge's AUC, the chance that it puts a right one above a wrong one.
     """
     from scipy.stats import mannwhitneyu
 
@@ -519,7 +491,7 @@ def measure(args):
 
 @torch.no_grad()
 def right_above_wrong(clip, tokenizer, n, seed=1004):
-    """Per category, the share of n round trips whose caption `clip` puts above one that is wrong in one attribute."""
+    """By category, the share of n round trips whose caption `clip` puts above one that is wrong in one attribute."""
     rng, figures = np.random.default_rng(seed), {}
     for category in data.CATEGORIES:
         captions = data.sample_captions(n, rng, [category])
@@ -555,21 +527,17 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order (default: all)")
     add("--out", type=Path, default=zoo.WEIGHTS, help="folder to write to (default: weights/)")
-    add("--resume", action="store_true", help="skip the first of the stages, as far as --out has their reports")
     add("--quick", action="store_true", help="five steps per stage and few images: a check that it runs; needs --out")
     args = parser.parse_args(argv)
-    if (args.quick or args.resume) and args.out.resolve() == zoo.WEIGHTS.resolve():
-        raise Mistake("--quick and --resume need --out: weights/ holds the shipped weights, all of them finished")
+    if args.quick and args.out.resolve() == zoo.WEIGHTS.resolve():
+        raise Mistake("--quick needs --out: weights/ holds the shipped weights")
     args.eval_images = 48 if args.quick else 1024
     return args
 
 
 def run(args):
     zoo.make_folder(args.out)
-    stages = list(args.stages)
-    while args.resume and stages and (args.out / f"toy-{stages[0]}.json").exists():
-        print(f"{args.out}/toy-{stages.pop(0)}.json is there: this stage is done")
-    for stage in stages:
+    for stage in args.stages:
         STAGES[stage](args, **(dict(steps=5) if args.quick and stage != "measure" else {}))
 
 

@@ -43,18 +43,9 @@ from zoo import Mistake
 
 @torch.no_grad()
 def draw(
-    model,
-    tokenizer,
-    encode,
-    prompts,
-    seed=0,
-    first=0,
-    batch_size=64,
-    decode_batch=64,
-    dtype="float32",
-    progress=False,
+    model, tokenizer, encode, prompts, seed=0, first=0, batch_size=64, decode_batch=64, dtype="float32", progress=False,
     **sampling,
-):
+):  # fmt: skip
     """
     One picture per prompt: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as the model was
     trained (partial(encode, pad="right") where that is the right side). `sampling` goes to Transformer.generate, under
@@ -84,20 +75,9 @@ CANDIDATE = 2**31  # follows --seed in the random numbers of further candidates;
 
 @torch.no_grad()
 def draw_best(
-    best_of,
-    judges,
-    weights,
-    captions,
-    model,
-    tokenizer,
-    encode,
-    prompts,
-    seed=0,
-    first=0,
-    batch_size=64,
-    progress=False,
-    **options,
-):
+    best_of, judges, weights, captions, model, tokenizer, encode, prompts, seed=0, first=0, batch_size=64,
+    progress=False, **options,
+):  # fmt: skip
     """
     Like `draw`, but draws `best_of` candidates per prompt and keeps the one with the highest weighted reward; a missing
     score has no say. Candidate 0 is what `draw` draws; candidate j of picture k depends on seed, first + k and j.
@@ -324,17 +304,8 @@ def run(args):
     images, labels, busy = [], [], zoo.BusyHint()
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        own_images, tokens = draw_best(
-            args.best_of,
-            judges,
-            args.judge_weights,
-            captions,
-            model,
-            tokenizer,
-            partial(encode, pad=pad),
-            args.prompts,
-            **options,
-        )
+        what = captions, model, tokenizer, partial(encode, pad=pad), args.prompts
+        own_images, tokens = draw_best(args.best_of, judges, args.judge_weights, *what, **options)
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit

@@ -4,13 +4,13 @@ The image tokenizer: LlamaGen's VQGAN (arXiv 2406.06525, section 2.1; VQGAN: arX
     image (3, H, W) -> encoder -> (z, h, w) -> quant_conv -> (D, h, w) -> nearest code of V -> tokens (h*w,)
     tokens (h*w,) -> code vectors (D, h, w) -> post_quant_conv -> decoder -> image (3, H, W)
 
-The transformer never sees a pixel and the tokenizer never sees a class: `encode` and `decode` are all that the two
-share. Both the code vectors and the encoder's output are l2-normalised before they are compared, so "nearest" is
-"highest cosine"; with D = 8 that keeps nearly all of LlamaGen's codebook in use, and half of the toy's.
+The transformer never sees a pixel, and the tokenizer never sees a class. They share only `encode` and `decode`. Code
+vectors and encoder output are l2-normalised before they are compared, so "nearest" means "highest cosine". With D = 8
+this keeps nearly all of the codebook in use.
 
-Module attributes bear LlamaGen's own names so that official files load without conversion. Where we differ: `patch`
-(1 in every official model). The toy folds 4x4 pixels into channels before the first convolution, because on a CPU
-convolutions over many pixels and few channels run at a tenth of the speed of those over few pixels and many.
+Module attributes have LlamaGen's own names, so official files load without conversion. We add `patch` (1 in every
+official model): the toy folds 4x4 pixels into channels before the first convolution, because on a CPU convolutions over
+many pixels and few channels run at a tenth of the speed of those over few pixels and many channels.
 
 Shapes: B images, H x W px, h x w = T tokens, D = codebook_dim, V = codebook_size.
 """
@@ -82,7 +82,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks (and, at the coarsest level, attention blocks) of one resolution, then the resampling."""
+    """One resolution: residual blocks, attention blocks at the coarsest level, then the resampling."""
 
     def __init__(self, c_in, c_out, n_blocks, attention, resample):
         super().__init__()
@@ -196,7 +196,7 @@ def to_uint8(images):
 
 
 def demo():
-    """A picture, its tokens (printed), and what the tokens turn back into (out/tokenizer.png)."""
+    """A picture, its tokens (printed), and the picture decoded from them (out/tokenizer.png)."""
     import numpy as np
     from PIL import Image
 
@@ -214,7 +214,9 @@ def demo():
     os.makedirs("out", exist_ok=True)
     Image.fromarray(pair).resize((512, 256), Image.NEAREST).save("out/tokenizer.png")
     error = (output.clamp(-1, 1) - image).square().mean()
-    print(f"out/tokenizer.png: the picture, and what these words turn back into ({10 * torch.log10(4 / error):.1f} dB)")
+    print(
+        f"out/tokenizer.png: the picture, and the one decoded from these words ({10 * torch.log10(4 / error):.1f} dB)"
+    )
 
 
 if __name__ == "__main__":
