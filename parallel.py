@@ -22,7 +22,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 LAUNCHERS = [  # rank, number of processes, rank on its machine, as srun and mpirun set them
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
@@ -111,11 +110,16 @@ def average_and_clip(model, most):
     and `head`, so each process would silently train for itself. Sharded gradients are averaged already.
     """
     for p in model.parameters():
-        if world() > 1 and p.grad is not None and not isinstance(p.grad, DTensor):
+        if world() > 1 and p.grad is not None and not is_sharded(p.grad):
             dist.all_reduce(p.grad)
             p.grad /= world()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, without the second that importing this class takes."""
+    return hasattr(tensor, "full_tensor")
 
 
 def is_alone(error):
