@@ -61,6 +61,7 @@ from rewards import (
     OPTIONS,
     add_judge_flags,
     clip_image_features,
+    held_out,
     judge_images,
     judge_options,
     load_clip,
@@ -337,7 +338,9 @@ def score_batch(pixels, captions, tools, device):
         found |= inception_features(shrunk(pixels), tools.inception)
     scores, _ = judge_images(tools.judges, images.to(device), captions)
     scores = {judge: values.cpu().double() for judge, values in scores.items()}
-    found |= {f"reward: {judge}": values for judge, values in scores.items()}
+    for judge, values in scores.items():
+        label = f"{judge} (held out)" if judge in held_out(tools.weights) else judge
+        found[f"reward: {label}"] = values
     if len(scores) > 1:
         found["reward: weighted sum"] = weighted_sum(scores, tools.weights)
     return found

@@ -29,7 +29,7 @@ from PIL import Image
 import data
 import zoo
 from model import image_noise
-from rewards import judge_images
+from rewards import held_out, judge_images, parse_rewards
 from sample import draw, interleave, label_images, save_grid
 from tokenizer import to_uint8
 from zoo import Mistake
@@ -251,8 +251,10 @@ def panel_svg(title, note, series, healthy=None, x_name="step"):
     return f"<figure>{svg}<figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption></figure>"
 
 
-def charts(rows):
+def charts(rows, flags):
     """A panel for each metric of a run: those with a note first, then the judges, then the seconds."""
+    held = [f"{judge}_mean" for judge in held_out(parse_rewards(flags.get("rewards", "clip")))]
+    notes = NOTES | dict.fromkeys(held, ("held out: it has no say, so what it says is evidence", None))
     found = keys_of(rows)
     keys = [key for key in NOTES if key in found]
     keys += [key for key in found if key.endswith("_mean")]
@@ -260,7 +262,7 @@ def charts(rows):
     panels = []
     for key in keys:
         if np.isfinite(column(rows, key)).any():
-            note, healthy = NOTES.get(key, ("", None))
+            note, healthy = notes.get(key, ("", None))
             panels.append(panel_svg(key, note, [curve(rows, key)], healthy))
     parts = [key for key in found if key.startswith("seconds_") or key.endswith("_seconds")]
     if parts:
@@ -398,8 +400,9 @@ def read_flags(folder):
 def write_run(folder, written="", path=None):
     """The page at `path` or FOLDER/report.html; `written` is the section of `writers`. Raises Mistake, OSError."""
     folder, rows = Path(folder), read_metrics(Path(folder))
-    parts = facts(rows, read_flags(folder)), slides(folder), written, evaluation(folder)
-    text = page(f"AR-GRPO: {folder}", *parts, "<h2>Curves</h2>", charts(rows))
+    flags = read_flags(folder)
+    parts = facts(rows, flags), slides(folder), written, evaluation(folder)
+    text = page(f"AR-GRPO: {folder}", *parts, "<h2>Curves</h2>", charts(rows, flags))
     zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(text, encoding="utf-8"))
 
 

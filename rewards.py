@@ -86,6 +86,11 @@ def parse_rewards(text):
     return weights
 
 
+def held_out(weights):
+    """The judges of weight 0: they are logged and have no say."""
+    return [name for name, weight in weights.items() if weight == 0]
+
+
 def load_judges(names, device="cpu", options=None):
     """
     {name: judge} for the names of a --rewards; those that share a model are one entry, under the model's name.

@@ -52,6 +52,7 @@ from model import adapters, image_noise
 from rewards import (
     add_judge_flags,
     fill_missing,
+    held_out,
     judge_images,
     judge_options,
     load_judges,
@@ -270,6 +271,8 @@ def begin(args, run, policy, grid):
           f"{args.updates_per_batch} update(s) per batch, {args.steps - run.first_step} steps")  # fmt: skip
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
+    for name in held_out(args.judge_weights):
+        print(f"held out: {name}, which is logged and has no say")
     return grid("before.png", "before: the base model") if run.first_step == 0 else None
 
 
