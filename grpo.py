@@ -96,15 +96,15 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
-def token_logprobs(model, cond, tokens, cond_mask, cfg_scale=1.0, temperature=1.0, reference=None):
+def token_logprobs(model, cond, tokens, cond_mask, cfg_scale=1.0, temperature=1.0, ref_model=None, ref_states=None):
     """
     Log-probability of every token (N, T), from one teacher-forced pass (a doubled batch with guidance).
 
     Returns logprobs (N, T), nats, with gradient; the entropy (N, T), nats, of the distribution that is scored, without
-    gradient; and None, or with reference = (ref_model, its policy_states) `exact_kl` (N, T), nats, with gradient.
+    gradient; and None, or with a ref_model and its policy_states `exact_kl` (N, T), nats, with gradient.
     """
     states = policy_states(model, cond, tokens, cond_mask, cfg_scale)
-    return score_states(model, states, tokens, temperature, reference)
+    return score_states(model, states, tokens, temperature, ref_model, ref_states)
 
 
 @torch.no_grad()
@@ -128,13 +128,13 @@ def policy_states(model, cond, tokens, cond_mask, cfg_scale=1.0):
     return guide(model.hidden(cond, tokens.repeat(2, 1), cond_mask), cfg_scale)  # (2N, T, C) -> (N, T, C)
 
 
-def score_states(model, states, tokens, temperature=1.0, reference=None):
+def score_states(model, states, tokens, temperature=1.0, ref_model=None, ref_states=None):
     """
     Like token_logprobs, from states (N, T, C). Logits (N, T, V) would be the largest tensors of training. So they are
     made for some positions at a time, and made again for the backward pass.
     """
     at_once = max(1, CHUNK // (len(tokens) * model.config.vocab_size))
-    ref_model, ref_states = reference or (None, states)  # without a reference its states are not read
+    ref_states = states if ref_model is None else ref_states  # not read without a reference
     if at_once >= tokens.shape[1]:
         return score_positions(model, states, tokens, temperature, ref_model, ref_states)
     logprobs, entropies, kls = [], [], []
@@ -147,7 +147,7 @@ def score_states(model, states, tokens, temperature=1.0, reference=None):
         logprobs.append(logprob)
         entropies.append(entropy)
         kls.append(kl)
-    return torch.cat(logprobs, 1), torch.cat(entropies, 1), torch.cat(kls, 1) if reference else None
+    return torch.cat(logprobs, 1), torch.cat(entropies, 1), torch.cat(kls, 1) if ref_model else None
 
 
 def score_positions(model, states, tokens, temperature, ref_model, ref_states):
@@ -228,19 +228,45 @@ def token_weights(guided, unguided, most=2.0):
     return weights / weights.mean(1, keepdim=True).clamp(min=1e-3)
 
 
-def demo():
-    """One group of eight, from rewards to the push that each image's tokens get."""
-    rewards = torch.tensor([0.91, 0.74, 0.88, 0.62, 0.95, 0.70, 0.81, 0.59])
+def demo(prompt="red ring", seed=11):
+    """One group of eight from the toy base, and one update on it alone: out/group.png."""
+    from pathlib import Path
+
+    import data
+    import report
+    import zoo
+    from model import image_noise
+    from rewards import judge_images, load_judges, weighted_sum
+    from tokenizer import to_unit
+
+    policy, tokenizer = zoo.load_model("toy-c2i"), zoo.load_tokenizer("toy-c2i")
+    cond, cond_mask = zoo.load_encoder("toy-c2i")([data.TOY_CLASSES.index(prompt)])
+    rollout = sample_groups(policy, cond, cond_mask, 8, image_noise(range(8), 64, seed))
+    with torch.no_grad():
+        images = to_unit(tokenizer.decode(rollout.tokens))  # (8, 3, 64, 64)
+    captions = [data.class_caption(prompt)] * 8
+    scores, _ = judge_images(load_judges(["clip", "realism"]), images, captions)
+    rewards = weighted_sum(scores, {"clip": 1, "realism": 0.25})
     advantages = group_advantages(rewards, 8)
-    logprobs = torch.full((8, 1), -2.0, requires_grad=True)  # T = 1; policy = old policy = reference, as at step 0
-    loss, stats = grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), advantages)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0)
+    logprobs, _, _ = token_logprobs(policy, rollout.cond, rollout.tokens, rollout.cond_mask)
+    loss, stats = grpo_loss(logprobs, rollout.logprobs, rollout.logprobs, advantages)
     loss.backward()
-    print(f"eight pictures of one prompt: mean reward {rewards.mean():.3f}, std {rewards.std():.3f}")
-    print("image  reward  advantage  d loss / d log-probability")
+    optimizer.step()
+    after, _ = score_tokens(policy, rollout, 8)
+    print(f"{captions[0]}: loss {stats['loss']:.4f}, ratio {stats['ratio']:.4f}: only its gradient counts")
     for i in range(8):
-        push = "its tokens become likelier" if advantages[i] > 0 else "its tokens become less likely"
-        print(f"{i:5d}  {rewards[i]:6.2f}  {advantages[i]:+9.2f}  {logprobs.grad[i, 0]:+10.3f}   {push}")
-    print(f"loss {stats['loss'].abs():.4f}, ratio {stats['ratio']:.0f}, KL {stats['kl']:.0f}: the gradient counts")
+        change = (after - logprobs)[i].mean().item()
+        print(
+            f"picture {i}  reward {rewards[i]:.2f}  advantage {advantages[i]:+.2f}  its tokens moved {change:+.3f} nats"
+        )
+    scores = {judge: values.numpy() for judge, values in scores.items()}
+    change = (after - logprobs.detach()).numpy()
+    weights = torch.ones(8, 1).numpy()
+    group = report.Group(captions[0], images.numpy(), scores, rewards.numpy(), advantages.numpy(), change, weights)
+    Path("out").mkdir(exist_ok=True)
+    report.draw_group(group).savefig("out/group.png", dpi=100)
+    print(f"out/group.png. {report.GROUP_NOTE}")
 
 
 if __name__ == "__main__":

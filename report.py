@@ -30,7 +30,8 @@ import data
 import zoo
 from model import image_noise
 from rewards import held_out, judge_images, parse_rewards
-from sample import draw, interleave, label_images, save_grid
+from runs import warnings
+from sample import draw, interleave, label_images, save_grid, write_npz
 from tokenizer import to_uint8
 from zoo import Mistake
 
@@ -150,6 +151,98 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     write_run(args.out, written)
     print(f"Look at {args.out}/report.html, or before-after.png and curves.png; "
           f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One group, dissected
+
+
+class Group(NamedTuple):
+    """What one step did with a group of G pictures."""
+
+    caption: str
+    images: np.ndarray  # (G, 3, H, W) in [0, 1]
+    scores: dict  # {judge: (G,)}
+    rewards: np.ndarray  # (G,)
+    advantages: np.ndarray  # (G,)
+    change: np.ndarray  # (G, T) nats, of each token's log-probability in the update
+    weights: np.ndarray  # (G, T), the tokens' shares of the advantage with --weigh-tokens, or (G, 1)
+
+
+GROUP_NOTE = (
+    "Pictures of one prompt, worst to best by reward. The advantage is the reward compared inside the group. The maps "
+    "show how much the update changed each token's log-probability. One number pushes the whole picture, so background "
+    "tokens move as much as the object's, and a bad patch in a good picture is pushed the wrong way too."
+)
+
+
+def draw_group(group):
+    """A matplotlib figure of a Group: a column per picture; all maps on one scale."""
+    import matplotlib.pyplot as plt
+
+    order, G = np.argsort(group.rewards), len(group.rewards)
+    side = math.isqrt(group.change.shape[1])
+    maps = [("change of log-probability, nats", group.change, "RdBu", np.percentile(abs(group.change), 98))]
+    if group.weights.shape[1] > 1:
+        maps.append(("share of the advantage", group.weights, "Greys", group.weights.max()))
+    heights = [1, 0.7] + [1] * len(maps)
+    figure, rows = plt.subplots(len(heights), G, figsize=(1.5 * G + 1, 1.6 * sum(heights)), height_ratios=heights)
+    figure.subplots_adjust(left=0.06, right=0.9, top=0.82, bottom=0.02, hspace=0.2, wspace=0.06)
+    figure.suptitle(f"One group: {G} samples for “{group.caption}”, worst to best", fontsize=11, y=0.99)
+    largest = abs(group.advantages).max() * 1.6 or 1
+    for column, k in enumerate(order):
+        scores = "\n".join(f"{judge.removeprefix('pyiqa:')} {values[k]:.2f}" for judge, values in group.scores.items())
+        rows[0, column].imshow(group.images[k].transpose(1, 2, 0))
+        rows[0, column].set_title(f"{scores}\nreward {group.rewards[k]:.2f}", fontsize=7)
+        bar, advantage = rows[1, column], group.advantages[k]
+        bar.bar([0], [advantage], color="#2166ac" if advantage > 0 else "#b2182b", width=0.5)
+        bar.axhline(0, color="grey", linewidth=0.6)
+        bar.text(0, advantage, f"{advantage:+.2f}", ha="center", va="bottom" if advantage > 0 else "top", fontsize=8)
+        bar.set(ylim=(-largest, largest), xlim=(-1, 1))
+        for (_, values, colours, top), row in zip(maps, rows[2:], strict=True):
+            low = -top if colours == "RdBu" else 0
+            row[column].imshow(values[k].reshape(side, side), cmap=colours, vmin=low, vmax=top)
+    for axes in rows.flat:
+        axes.set(xticks=[], yticks=[])
+    names = ["drawn and judged", "advantage", "red: less likely\nblue: more likely", "share"]
+    for row, name in zip(rows, names, strict=False):
+        row[0].set_ylabel(name, fontsize=8)
+    for (title, _, _, _), row in zip(maps, rows[2:], strict=True):
+        box = row[-1].get_position()
+        bar = figure.colorbar(row[-1].images[0], cax=figure.add_axes([0.915, box.y0, 0.012, box.height]))
+        bar.ax.tick_params(labelsize=6)
+        bar.set_label(title, fontsize=6)
+    return figure
+
+
+def save_group(path, group):
+    """Keeps a Group as an npz."""
+    arrays = {f"score {judge}": values for judge, values in group.scores.items()}
+    arrays |= {name: value for name, value in group._asdict().items() if name != "scores"}
+    zoo.write_whole(path, lambda place: write_npz(place, arrays))
+
+
+def load_group(path):
+    with zoo.reading(path, "delete it: the page can do without"), np.load(path, allow_pickle=False) as file:
+        scores = {name.removeprefix("score "): file[name] for name in file.files if name.startswith("score ")}
+        fields = {name: file[name] for name in file.files if not name.startswith("score ")}
+        return Group(**fields | dict(scores=scores, caption=str(fields["caption"])))
+
+
+def groups(folder):
+    """The section with the groups of a run's first, middle and last step."""
+    import matplotlib.pyplot as plt
+
+    figures = ""
+    for path in sorted((folder / "samples").glob("group_*.npz")):
+        figure, picture = draw_group(load_group(path)), io.BytesIO()
+        figure.savefig(picture, dpi=80)
+        plt.close(figure)
+        step = int(path.stem.removeprefix("group_"))
+        figures += (
+            f'<figure><img alt="" src="{data_uri(Image.open(picture))}"><figcaption>step {step}</figcaption></figure>'
+        )
+    return f"<h2>One group, dissected</h2><p>{GROUP_NOTE}</p>{figures}" if figures else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -361,7 +454,19 @@ def facts(rows, flags):
             first, last = (column(part, key).mean() for part in (rows[:tenth], rows[-tenth:]))
             said.append(f"{key} {first:.3f} to {last:.3f} (means of the first and the last {tenth} steps)")
     shown = "\n".join(f"{name:20} {value}" for name, value in flags.items() if value != "None")
-    return f"<p>{'; '.join(said)}</p><details><summary>settings</summary><pre>{html.escape(shown)}</pre></details>"
+    ails = "".join(f"<li>step {step}: {html.escape(sentence)}" for step, sentence in ailments(rows, flags))
+    said[-1] += f"</p><ul>{ails}</ul>" if ails else "</p>"
+    return f"<p>{'; '.join(said)}<details><summary>settings</summary><pre>{html.escape(shown)}</pre></details>"
+
+
+def ailments(rows, flags):
+    """[(step, sentence)]: each warning of a run, where it was first given."""
+    found = {}
+    if set(flags) >= {"updates_per_batch", "dtype", "rewards"}:
+        for k in range(len(rows)):
+            for what, sentence in warnings(rows[: k + 1][-41:], flags).items():
+                found.setdefault(what, (rows[k]["step"], sentence))
+    return list(found.values())
 
 
 def newest_table(folder):
@@ -401,7 +506,7 @@ def write_run(folder, written="", path=None):
     """The page at `path` or FOLDER/report.html; `written` is the section of `writers`. Raises Mistake, OSError."""
     folder, rows = Path(folder), read_metrics(Path(folder))
     flags = read_flags(folder)
-    parts = facts(rows, flags), slides(folder), written, evaluation(folder)
+    parts = facts(rows, flags), slides(folder), groups(folder), written, evaluation(folder)
     text = page(f"AR-GRPO: {folder}", *parts, "<h2>Curves</h2>", charts(rows, flags))
     zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(text, encoding="utf-8"))
 

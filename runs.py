@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -124,6 +125,11 @@ class Run:
                 self.events.add_scalar(name, value, metrics["step"])
         self.bar.write(step_line(metrics, self.args.judge_weights, sum(self.seconds.values())))
         self.bar.update()
+        self.history.append(metrics)
+        for what, sentence in warnings(self.history, self.settings).items():
+            if what not in self.said:
+                self.bar.write(f"WARNING: {sentence}")
+                self.said.add(what)
 
     def check_that_it_learns(self, metrics):
         images = self.args.prompts_per_step * self.args.group_size
@@ -195,8 +201,55 @@ class Run:
     def cut_metrics(self):
         """Leaves in metrics.jsonl the lines before the first step: a killed run may have logged more than it saved."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        zoo.write_whole(path, lambda new: new.write_text("".join(lines[: self.first_step])))
+        lines = path.read_text().splitlines(keepends=True)[: self.first_step] if path.exists() else []
+        zoo.write_whole(path, lambda new: new.write_text("".join(lines)))
+        with zoo.reading(path, "delete it and resume: the weights are whole"):
+            self.history = [json.loads(line) for line in lines]
+        self.said = set()
+
+
+def warnings(history, settings):
+    """
+    {what: sentence} about the last step of a run that ails; {} for a healthy one. history: the metrics of its steps so
+    far; settings: those of flags.json.
+    """
+    now, ten = history[-1], history[-10:]
+    found = {}
+    if now["grad_norm"] == 0 and now["equal_groups"] < 1:
+        found["gradient"] = "no gradient arrives: look at what requires_grad, and at the loss"
+    if len(ten) == 10 and all(row["equal_groups"] == 1 for row in ten):
+        found["equal"] = "all rewards of a group were equal for ten steps, which teaches nothing: look at the judges"
+    if settings["updates_per_batch"] == "1" and abs(now["ratio"] - 1) > 1e-3:
+        found["ratio"] = "the ratio is not 1 before the first update: pi_old is not the policy that is scored"
+    if now["sampler_gap"] > (0.1 if settings["dtype"] == "bfloat16" else 1e-3):
+        found["gap"] = (
+            "sampler and scorer differ (sampler_gap): what is trained is not what was sampled; see --score-cfg"
+        )
+    if len(history) > 20 and now["entropy"] < history[-21]["entropy"] / 2:
+        found["entropy"] = "entropy has fallen by half within twenty steps: lower --lr or raise --kl-coef"
+    if now["kl"] > 1:
+        found["kl"] = "the policy is more than a nat per token from its reference: raise --kl-coef or lower --lr"
+    weights = dict(part.partition("=")[::2] for part in settings["rewards"].split(","))
+    for judge, weight in weights.items():
+        if len(ten) == 10 and all(row.get(f"{judge}_std", 0) == 0 for row in ten):
+            found[judge] = f"{judge} was constant or missing for ten steps: look at its scores"
+        if weight and float(weight) == 0:
+            found |= hacking(history, f"{judge}_mean")
+    return found | hacking(history, "right")
+
+
+def hacking(history, witness):
+    """A warning if the reward rises while a witness without a say falls: by three standard errors, in twenty steps."""
+    before, after = history[-40:-20], history[-20:]
+    changes = {}
+    for name in ("reward", witness):
+        first, last = ([row.get(name, math.nan) for row in rows] for rows in (before, after))
+        if len(first) == 20:
+            error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / 20)
+            changes[name] = (statistics.fmean(last) - statistics.fmean(first)) / (error + 1e-9)
+    if changes.get("reward", 0) > 3 and changes.get(witness, 0) < -3:
+        return {witness: f"the reward rises while {witness} falls: the judges are being hacked; look at the samples"}
+    return {}
 
 
 def settings_of(args):

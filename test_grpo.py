@@ -343,7 +343,7 @@ def test_the_exact_kl_is_the_sum_over_the_vocabulary(cfg_scale, temperature, mon
         monkeypatch.setattr(grpo, "CHUNK", chunk)
         how = dict(cfg_scale=cfg_scale, temperature=temperature)
         _, states = grpo.score_tokens(ref_model, grpo.Rollout(cond, mask, tokens, tokens), 3, **how)
-        logprobs, _, kl = token_logprobs(policy, cond, tokens, mask, **how, reference=(ref_model, states))
+        logprobs, _, kl = token_logprobs(policy, cond, tokens, mask, **how, ref_model=ref_model, ref_states=states)
         assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-5)
         loss, stats = grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), torch.zeros(4), kl_coef=2.0, kl=kl)
         assert stats["kl"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
@@ -885,6 +885,29 @@ def test_missing_scores_are_said_to_be_missing(tmp_path, monkeypatch, no_pages, 
     assert row["equal_groups"] == 0.5  # of 1 and 3, and of two that are missing
     with pytest.raises(SystemExit, match="every score of silent was not finite 5 steps in a row"):
         train.main(["--steps", "9", "--out", str(tmp_path / "2"), *TINY_RUN, *TWO["c2i"], "--rewards", "silent,clip"])
+
+
+def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
+    """Catches: a warning that never comes, or comes in a healthy run."""
+    rng, settings = np.random.default_rng(0), dict(updates_per_batch="1", dtype="float32", rewards="clip=1,realism=0")
+    healthy = dict(grad_norm=0.3, equal_groups=0.1, ratio=1.0, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2)
+
+    def history(**changes):  # of 50 steps; the changes come in the second half
+        rows = []
+        for step in range(50):
+            noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "realism_std")}
+            rows.append(healthy | noise | (changes if step >= 25 else {}))
+        return rows
+
+    assert runs.warnings(history(), settings) == {}
+    ailing = {
+        "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "ratio": dict(ratio=1.01), "kl": dict(kl=1.2),
+        "gap": dict(sampler_gap=0.2), "clip": dict(clip_std=0.0), "right": dict(reward=0.9, right=0.2),
+        "realism_mean": dict(reward=0.9, realism_mean=0.2),
+    }  # fmt: skip
+    for what, changes in ailing.items():
+        assert set(runs.warnings(history(**changes), settings)) == {what}
+    assert set(runs.warnings(history(entropy=0.9)[:45], settings)) == {"entropy"}
 
 
 @needs_fork

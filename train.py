@@ -79,6 +79,8 @@ def train(args):
     precision = zoo.autocast(args.device, args.dtype)
     score = partial(score_tokens, micro_batch=args.micro_batch, temperature=args.temperature)
     score_policy = partial(token_logprobs, policy, cfg_scale=args.score_cfg, temperature=args.temperature)
+    if args.kl == "exact":  # beyond the paper
+        score_policy = partial(score_policy, ref_model=ref_model)
     # The sampler's log-probabilities serve as pi_old. Recompute them only where they would not match: with other
     # guidance, or in bfloat16, where a full pass rounds differently from token-by-token decoding.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
@@ -121,9 +123,10 @@ def train(args):
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
             for part in split(batch, args.micro_batch):
-                reference = (ref_model, part.ref_states) if args.kl == "exact" else None
                 with precision:  # (n, T) each; kl is None with --kl k3
-                    logprobs, entropy, kl = score_policy(part.cond, part.tokens, part.cond_mask, reference=reference)
+                    logprobs, entropy, kl = score_policy(
+                        part.cond, part.tokens, part.cond_mask, ref_states=part.ref_states
+                    )
                 loss, stats = grpo_loss(
                     logprobs,
                     part.old_logprobs,
@@ -134,7 +137,8 @@ def train(args):
                     kl,
                 )
                 share = len(logprobs) / len(images)  # the last micro-batch may be a short one
-                (loss * share).backward()
+                scaled_loss = loss * share
+                scaled_loss.backward()
                 stats["entropy"] = entropy.mean()
                 stats["sampler_gap"] = sampler_gap(logprobs, part.logprobs)
                 history.append((update, share, stats))
@@ -143,6 +147,7 @@ def train(args):
             if grad_norm.isfinite():  # a NaN must not reach the weights
                 optimizer.step()
         run.lap("learn")
+        dissect(args, step, score, policy, batch, images, captions, scores)
 
         # 5. report and save
         metrics = step_metrics(step, lr, rewards, advantages, history, grad_norms, G)
@@ -211,6 +216,28 @@ def verify(args, images, captions):
         return {}
     right = [data.satisfies(image, caption) for image, caption in zip(images.cpu(), captions, strict=True)]
     return dict(right=float(np.mean(right)))
+
+
+def dissect(args, step, score, policy, batch, images, captions, scores):
+    """Keeps one group of the first, the middle and the last step for the page: what the update did to its tokens."""
+    if step not in (0, args.steps // 2, args.steps - 1):
+        return
+    group = split(batch, args.group_size)[0]
+    with zoo.autocast(args.device, args.dtype):
+        after, _ = score(policy, group, cfg_scale=args.score_cfg)  # (G, T)
+    scores = {judge: values[: len(after)] for judge, values in scores.items()}
+    by_token = group.advantages.view(len(after), -1)  # (G, 1) or (G, T)
+    advantages = by_token.mean(1)  # token weights have a mean of 1
+    kept = dict(
+        images=images[: len(after)],
+        rewards=weighted_sum(scores, args.judge_weights),
+        advantages=advantages,
+        change=after - group.old_logprobs,
+        weights=by_token / advantages[:, None],
+    )
+    arrays = {name: tensor.float().cpu().numpy() for name, tensor in kept.items()}
+    scores = {judge: values.cpu().numpy() for judge, values in scores.items()}
+    report.save_group(args.out / f"samples/group_{step:05d}.npz", report.Group(captions[0], scores=scores, **arrays))
 
 
 def step_metrics(step, lr, rewards, advantages, history, grad_norms, group_size):
