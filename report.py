@@ -182,9 +182,10 @@ def draw_group(group):
 
     order, G = np.argsort(group.rewards), len(group.rewards)
     side = math.isqrt(group.change.shape[1])
-    maps = [("change of log-probability, nats", group.change, "RdBu", np.percentile(abs(group.change), 98))]
+    maps = [("change of log-probability, nats", group.change, "RdBu", np.percentile(abs(group.change), 98) or 1)]
     if group.weights.shape[1] > 1:
-        maps.append(("share of the advantage", group.weights, "Greys", group.weights.max()))
+        shares = np.nan_to_num(group.weights)  # a picture of advantage 0 has none
+        maps.append(("share of the advantage", shares, "Greys", shares.max() or 1))
     heights = [1, 0.7] + [1] * len(maps)
     figure, rows = plt.subplots(len(heights), G, figsize=(1.5 * G + 1, 1.6 * sum(heights)), height_ratios=heights)
     figure.subplots_adjust(left=0.06, right=0.9, top=0.82, bottom=0.02, hspace=0.2, wspace=0.06)
