@@ -210,7 +210,7 @@ def test_a_run_of_train_py_is_the_algorithm(case, tmp_path, monkeypatch, no_page
     task, (flags, options) = case[:3], LOOPS[case]
     monkeypatch.setattr(train, "MAX_GRAD_NORM", options.get("max_norm", 1.0))
     flags = [*flags, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "4", "--steps", "2"]
-    train.main(["--task", task, *OLD_DEFAULTS[task], *flags, "--out", str(tmp_path)])
+    train.main(["--task", task, *RATES[task], *flags, "--out", str(tmp_path)])
     theirs, log = ar_grpo(task, **options)
     for row, expected in zip(read_metrics(tmp_path), log, strict=True):
         if "--updates-per-batch" in flags:  # train.py logs the mean of two updates, this only the second
@@ -231,8 +231,8 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-# the rates and coefficients that `ar_grpo` has, whatever the recipes become
-OLD_DEFAULTS = {
+# the rates and coefficients of `ar_grpo`, whatever the recipes become
+RATES = {
     "c2i": ["--lr", "2e-4", "--kl-coef", "0.04"],
     "t2i": ["--lr", "4.5e-4", "--kl-coef", "0.03"],
 }
@@ -763,7 +763,7 @@ def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_pat
     """Catches: each learning for itself, groups cut in two, a loss that is averaged twice, a state only N can read."""
     task, *more = case.split()
     flags = ["--task", task, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3", "--steps", "3"]
-    flags += [flag for flag in more if flag != "--shard"]
+    flags += [*RATES[task], *(flag for flag in more if flag != "--shard")]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main([*flags, "--out", str(one)])
     two.mkdir()
