@@ -32,6 +32,7 @@ criteria and a score, in up to 256 tokens; it tries three times, and an unreadab
 import asyncio
 import base64
 import io
+import json
 import math
 import os
 import re
@@ -357,7 +358,9 @@ def maniqa_values(images, prompts, network, batch, grid=(4, 5)):
     scores = []
     for part in images.split(batch):
         # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
-        scores.append(network(even_crops(part, grid)).view(len(part), -1).mean(1))
+        # pyiqa resizes 224 px to 225 before it crops, which blurs. Of 225 px it takes the first 224 as they are.
+        crops = F.pad(even_crops(part, grid), (0, 1, 0, 1))
+        scores.append(network(crops).view(len(part), -1).mean(1))
     return torch.cat(scores)
 
 
@@ -396,9 +399,9 @@ def question_text(name, prompt, answer):
 
 
 def read_rating(text, highest):
-    """The last N of "score": N in a text, after its <think> block; NaN if there is none within 0 to `highest`."""
-    answer = text.split("</think>")[-1]
-    ratings = re.findall(r"""score["'*]*\s*[:=]["'*\s]*(-?\d+(?:\.\d+)?)""", answer, re.IGNORECASE)
+    """The last N of "score": N in a text, outside its <think> block; NaN if there is none within 0 to `highest`."""
+    answer = text.split("</think>")[-1].split("<think>")[0]  # a block that max_tokens cut off has no end
+    ratings = re.findall(r"""\bscore["'*]*\s*[:=]["'*\s]*(-?\d+(?:\.\d+)?)""", answer, re.IGNORECASE)
     rating = float(ratings[-1]) if ratings else math.nan
     return rating if 0 <= rating <= highest else math.nan
 
@@ -485,7 +488,8 @@ def load_qwen(folder, device):
 async def ask_server(pixels, texts, worths, url, model, answer, timeout):
     """
     Like ask_model. 32 requests at a time, which the server batches. `timeout` (s) bounds them all: the client repeats
-    what was lost, and what was refused with 429 or 5xx, when Retry-After says so. A late score is NaN. Raises Mistake.
+    what was lost, and what was refused with 429 or 5xx, when Retry-After says so. A score that is late, or whose reply
+    is no JSON, is NaN. Raises Mistake.
     """
     import openai
 
@@ -493,7 +497,10 @@ async def ask_server(pixels, texts, worths, url, model, answer, timeout):
 
     async def ask(picture, text, worth):
         async with limit:
-            return await ask_server_once(client, picture, text, worth, model, answer)
+            try:
+                return await ask_server_once(client, picture, text, worth, model, answer)
+            except (openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError):
+                return math.nan  # the client repeats none whose Retry-After is above two minutes, and raises instead
 
     async with openai.AsyncOpenAI(**server_options(url), timeout=timeout, max_retries=10**6) as client:
         tasks = [asyncio.create_task(ask(*question)) for question in zip(pixels.cpu(), texts, worths, strict=True)]
@@ -528,7 +535,8 @@ async def ask_server_once(client, pixels, text, worth, model, answer):
 
 def server_options(url):
     """Address and key for the openai client. Local servers need no key, but the client wants one."""
-    return dict(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return dict(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none")
 
 
 def server_model(url, name):
@@ -540,7 +548,10 @@ def server_model(url, name):
     with zoo.reading(f"--qwen-server {url}: its list of models", "is it running, and is this its address?"):
         try:
             listed = [model.id for model in openai.OpenAI(**server_options(url), timeout=60).models.list().data]
-        except openai.NotFoundError:  # some servers have no list
+        except openai.APIStatusError as error:  # some servers have no list
+            if not name:
+                what = f"--qwen-server {url} does not list its models ({error})"
+                raise Mistake(f"{what}; --qwen-model NAME needs no list") from None
             listed = []
     if name or len(listed) == 1:
         return name or listed[0]
@@ -554,7 +565,9 @@ def qwen_judge(device, options, names):
         options["qwen_model"] = server_model(url, options["qwen_model"])
         ask = partial(ask_server, url=url, model=options["qwen_model"], answer=answer, timeout=options["judge_timeout"])
         judge = partial(qwen_values, names=names, answer=answer, ask=lambda *questions: asyncio.run(ask(*questions)))
-        judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after the first rollout
+        first = judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
+        if all(scores.isnan().all() for scores in first.values()):
+            print(f"--qwen-server {url} gave no readable answer to a first question: late, or in another form")
         return judge
     model, processor = load_qwen(options["judge_files"], device)
     if answer == "probability":  # now, not after the first batch

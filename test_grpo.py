@@ -188,7 +188,7 @@ def ar_grpo(task, steps=2, B=2, G=3, cfg=1.0, score_cfg=None, ref_cfg=None, eps=
 
 LOOPS = {
     "c2i": ([], {}),
-    "t2i": ([], {}),
+    "t2i": (["--cfg-scale", "2"], dict(cfg=2.0)),
     "c2i-guided": (["--cfg-scale", "2"], dict(cfg=2.0, max_norm=0.2)),
     "t2i-scored-without": (["--cfg-scale", "2", "--score-cfg", "1"], dict(cfg=2.0, score_cfg=1.0)),
     "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.01"], dict(updates=2, eps=0.01)),
@@ -201,7 +201,7 @@ LOOPS = {
 }
 
 
-QUICK = ("c2i", "t2i-scored-without", "c2i-twice", "c2i-best")
+QUICK = ("c2i", "t2i", "c2i-twice", "c2i-best")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in LOOPS])
@@ -1647,7 +1647,11 @@ def test_maniqa_in_a_batch_is_the_mean_of_its_crops_alone(judges_folder):
         block.forward = lambda x, **_: x
     with torch.no_grad():
         both = judge(images, prompts, grid=(1, 2))
-        left, right = (network(images[1:, :, :224, k : 224 + k]).item() for k in (0, 1))
+        seen = []
+        network.vit.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        left, right = (judge(images[1:, :, :224, k : 224 + k], prompts[1:]).item() for k in (0, 1))
+    mean, std = network.default_mean, network.default_std
+    assert torch.equal(seen[0], (images[1:, :, :224, :224] - mean) / std)  # pyiqa would enlarge it by 225/224
     assert both[1] == pytest.approx((left + right) / 2, rel=1e-5) and both[0] != pytest.approx(both[1].item(), rel=0.01)
 
 
@@ -1694,6 +1698,8 @@ def test_qwen_that_writes_nonsense_is_missing_and_not_zero(judges_folder):
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
     thought = "<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}"
     assert rewards.read_rating(thought, 5) == rewards.read_rating('First {"score": 1}. **Score:** 4', 5) == 4
+    assert rewards.read_rating('{"score": 3, "max_score": 5}', 5) == 3
+    assert math.isnan(rewards.read_rating("<think>A score: 0 would mean", 5))  # cut off by max_tokens
     nonsense = ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}')
     assert all(math.isnan(rewards.read_rating(text, 5)) for text in nonsense)
 
@@ -1721,7 +1727,9 @@ def test_answers_must_be_single_distinct_tokens(judges_folder):
 class Server(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server whose answers say how red the picture is: level 51 k rates k."""
 
-    models, refusal, delay = ["tiny"], [], 0  # refusal: (status, message) of the next answers; delay: s, if not red
+    models, refusal = ["tiny"], []  # refusal: (status, message) of the next answers
+    delay, wait = 0, "1"  # s: of an answer about a picture that is not red; what Retry-After says
+    lists = True  # whether it can list its models
 
     def reply(self, found, status=200, **headers):
         body = json.dumps(found).encode()
@@ -1732,13 +1740,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if not Server.lists:
+            return self.reply(dict(error=dict(message="no such thing")), 405)
         self.reply(dict(object="list", data=[dict(id=name, object="model") for name in Server.models]))
 
     def do_POST(self):
         question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if Server.refusal:
             status, message = Server.refusal.pop()
-            return self.reply(dict(error=dict(message=message)), status, Retry_After="1")
+            return self.reply(dict(error=dict(message=message)), status, Retry_After=Server.wait)
         url = question["messages"][0]["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(url))))  # (H, W, 3)
         (level,) = set(pixels[..., 0].ravel().tolist())
@@ -1761,7 +1771,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server_url(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    for name, value in (("models", ["tiny"]), ("refusal", []), ("delay", 0)):
+    for name, value in (("models", ["tiny"]), ("refusal", []), ("delay", 0), ("wait", "1"), ("lists", True)):
         monkeypatch.setattr(Server, name, value)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1789,6 +1799,23 @@ def test_a_server_may_answer_for_qwen(server_url):
         assert time.monotonic() - start > 0.9  # waited as Retry-After says
 
 
+def test_a_key_may_be_empty_or_end_in_a_line_break(monkeypatch):
+    """Catches: an empty OPENAI_API_KEY, or one read from a file, that ends in "Connection error"."""
+    for key, sent in (("", "none"), ("secret\n", "secret")):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert rewards.server_options("http://x")["api_key"] == sent
+
+
+def test_a_server_that_puts_off_for_long_does_not_end_the_run(server_url):
+    """Catches: the client gives up at once when Retry-After is above two minutes, and that error ended the run."""
+    options = dict(qwen_server=server_url, qwen_answer="json", judge_timeout=5)
+    judges = rewards.load_judges(["qwen-match"], options=options)
+    Server.wait = "600"
+    for status in (429, 503):
+        Server.refusal = [(status, "come back later")] * 4
+        assert all(math.isnan(value) for value in redness(judges))
+
+
 def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
     """Catches: a step that hangs with its server; a refusal that is repeated in silence; the first of several models."""
     options = dict(qwen_server=server_url, qwen_answer="json", judge_timeout=1)
@@ -1807,6 +1834,11 @@ def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
     options = dict(qwen_server=server_url, qwen_model="qwen2.5vl:3b")
     rewards.load_judges(["qwen-match"], options=options)
     assert options["qwen_model"] == "qwen2.5vl:3b"
+    Server.lists, options["qwen_answer"], start = False, "json", time.monotonic()
+    rewards.load_judges(["qwen-match"], options=options)
+    assert time.monotonic() - start < 60  # its question was answered
+    with pytest.raises(Mistake, match=r"no such thing.*--qwen-model"):
+        rewards.load_judges(["qwen-match"], options=dict(qwen_server=server_url))
     with pytest.raises(Mistake, match=r"127\.0\.0\.1:9"):
         rewards.load_judges(["qwen-match"], options=dict(qwen_server="http://127.0.0.1:9"))
 
