@@ -887,6 +887,16 @@ def test_missing_scores_are_said_to_be_missing(tmp_path, monkeypatch, no_pages, 
         train.main(["--steps", "9", "--out", str(tmp_path / "2"), *TINY_RUN, *TWO["c2i"], "--rewards", "silent,clip"])
 
 
+def test_only_five_failures_in_a_row_end_a_run():
+    """Catches: failures that are counted over a whole run, so that a run of days ends at its fifth lost step."""
+    args = SimpleNamespace(prompts_per_step=2, group_size=2, judge_weights={"clip": 1.0})
+    run = SimpleNamespace(args=args, failures=runs.Counter(), folder="out")
+    for gradient in (NAN, NAN, NAN, NAN, 1.0, NAN, NAN, NAN, NAN):
+        runs.Run.check_that_it_learns(run, dict(grad_norm=gradient, clip_not_finite=3))
+    with pytest.raises(Mistake, match="the gradient was not finite 5 steps in a row"):
+        runs.Run.check_that_it_learns(run, dict(grad_norm=NAN, clip_not_finite=3))
+
+
 def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     """Catches: a warning that never comes, or comes in a healthy run."""
     rng, settings = np.random.default_rng(0), dict(updates_per_batch="1", dtype="float32", rewards="clip=1,realism=0")
