@@ -201,7 +201,7 @@ LOOPS = {
 }
 
 
-QUICK = ("c2i", "t2i", "c2i-twice", "c2i-best")
+QUICK = ("t2i", "c2i-twice", "c2i-best")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in LOOPS])
@@ -724,7 +724,7 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(places, tmp_path, thi
 
 
 @needs_fork
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tmp_path, no_pages, thin_toys):
     """Catches: a Ctrl-C that loses the step, an exit status of 0, after which a shell loop goes on."""
     flags = ["--steps", "3", *TINY_RUN, *TWO["c2i"], "--out", str(tmp_path / "run")]
@@ -758,7 +758,9 @@ def same_weights(one, two):
 
 
 @needs_fork
-@pytest.mark.parametrize("case", ["c2i", pytest.param("t2i", marks=pytest.mark.slow), "t2i --shard --cfg-scale 2"])
+@pytest.mark.parametrize(
+    "case", ["t2i --shard --cfg-scale 2", *(pytest.param(task, marks=pytest.mark.slow) for task in ("c2i", "t2i"))]
+)
 def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_path, no_pages, thin_toys):
     """Catches: each learning for itself, groups cut in two, a loss that is averaged twice, a state only N can read."""
     task, *more = case.split()
@@ -842,6 +844,7 @@ def test_a_run_is_resumed_by_content_not_by_path(tmp_path, no_pages):
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_continues_from_its_save_and_saves_plain_weights(tmp_path, no_pages, thin_toys):
     """Catches: adapters that a resumed run starts anew, or a policy that no other script can read."""
     flags = ["--lora-rank", "2", "--lr", "3e-3", "--lr-schedule", "constant", *TINY_RUN, *TWO["c2i"], "--steps"]
@@ -1394,6 +1397,7 @@ def test_the_verifier_refuses_malformed_pictures():
     assert not any(data.satisfies(picture, "a circle") for picture in (rng.random((3, 64, 64)), np.zeros((3, 64, 64))))
 
 
+@pytest.mark.slow
 def test_the_corpus_is_as_careless_as_its_table_says():
     """Catches: right pictures among the bad ones, or bad ones among the right, would move what GRPO can gain."""
     rng = np.random.default_rng(1)
@@ -2095,6 +2099,7 @@ def test_larger_pictures_are_resized_as_pil_does_it():
     assert evaluate.shrunk(pixels[..., :256, :256]).shape[-1] == 256
 
 
+@pytest.mark.slow
 @needs_fork
 def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeypatch, thin_toys):
     """Catches: pictures drawn from other random numbers after a stop, or counted twice; two processes that differ."""
@@ -2142,6 +2147,7 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys)
     assert (tmp_path / "evaluation-3.json").exists()
 
 
+@pytest.mark.slow
 def test_benchmarks_folders_are_what_their_scorers_read(tmp_path, monkeypatch, capsys, thin_toys):
     """
     Catches: a line of GenEval's in another folder, or a quarter of a sheet in another place, scores another
@@ -2220,6 +2226,7 @@ def test_a_grid_says_everything(tmp_path):
     assert sample.label_images("toy-c2i", circle, ["a photo of a blue circle"])[0][:2] == "\u2717\u00a0"
 
 
+@pytest.mark.slow
 def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
     """
     Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins; the worst
