@@ -58,7 +58,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 figure { margin: 0; border: 1px solid var(--soft); border-radius: 8px; padding: 8px } figcaption { font-size: .85rem }
 svg { width: 100%; height: auto; display: block }
 img { max-width: 100%; height: auto } input[type=range] { width: 100% }
-.wide, pre { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+.wide, pre { overflow-x: auto } .wide img { min-width: 640px } table { border-collapse: collapse; font-size: .85rem }
 td, th { border-bottom: 1px solid var(--soft); padding: 2px 8px; text-align: right; white-space: nowrap }
 .pair { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .writers { display: flex; flex-wrap: wrap; gap: 24px } .frame { width: 192px; height: 192px; background-color: #888;
@@ -241,7 +241,8 @@ def groups(folder):
         plt.close(figure)
         step = int(path.stem.removeprefix("group_"))
         figures += (
-            f'<figure><img alt="" src="{data_uri(Image.open(picture))}"><figcaption>step {step}</figcaption></figure>'
+            f'<figure class="wide"><img alt="" src="{data_uri(Image.open(picture))}">'
+            f"<figcaption>step {step}</figcaption></figure>"
         )
     return f"<h2>One group, dissected</h2><p>{GROUP_NOTE}</p>{figures}" if figures else ""
 
@@ -286,6 +287,7 @@ def draw_panel(axes, title, series, healthy=None, x_name="step"):
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x_name, fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # longer numbers do not fit beside the axis
     axes.grid(alpha=0.2)
 
 
@@ -304,6 +306,15 @@ def column(rows, key):
 def keys_of(rows):
     """All metrics of a run, also those that its first step lacks."""
     return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def metric_keys(rows):
+    """The metrics that get a panel: those with a note, then the judges, then what a step costs."""
+    found = keys_of(rows)
+    keys = [key for key in NOTES if key in found]
+    keys += [key for key in found if key.endswith("_mean")]
+    keys += [key for key in ("lr", "peak_memory_gb") if key in found]
+    return [key for key in keys if np.isfinite(column(rows, key)).any()]
 
 
 def curve(rows, key):
@@ -327,38 +338,39 @@ def write_curves(folder):
 
 
 def panel_svg(title, note, series, healthy=None, x_name="step"):
-    """A panel as an SVG inside a <figure>, with its note below. Grey text is readable on light and dark pages."""
+    """
+    A panel as an SVG inside a <figure>, with its note and the names of its lines below, where long names have room.
+    Grey text is readable on light and dark pages.
+    """
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
 
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
     with plt.rc_context(grey | {"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, axes = plt.subplots(figsize=(3.6, 2.3))
-        figure.subplots_adjust(left=0.15, right=0.98, bottom=0.18, top=0.9)  # a computed layout takes twice as long
+        figure.subplots_adjust(left=0.17, right=0.98, bottom=0.18, top=0.9)  # a computed layout takes twice as long
         draw_panel(axes, title, series, healthy, x_name)
-        if 1 < len(series) < 9:
-            axes.legend(fontsize=6, framealpha=0)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata=dict(Date=None))
         plt.close(figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-    return f"<figure>{svg}<figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption></figure>"
+    names = ""
+    for k, one in enumerate(series):
+        if len(series) > 1 and np.isfinite(one.line).any():
+            names += f'<br><span style="color:{to_hex(f"C{k}")}">\u25a0</span> {html.escape(one.label)}'
+    return f"<figure>{svg}<figcaption><b>{html.escape(title)}</b> {html.escape(note)}{names}</figcaption></figure>"
 
 
 def charts(rows, flags):
-    """A panel for each metric of a run: those with a note first, then the judges, then the seconds."""
+    """A panel for each metric of a run, and one of the seconds."""
     held = [f"{judge}_mean" for judge in held_out(parse_rewards(flags.get("rewards", "clip")))]
     notes = NOTES | dict.fromkeys(held, ("held out: it has no say, so what it says is evidence", None))
-    found = keys_of(rows)
-    keys = [key for key in NOTES if key in found]
-    keys += [key for key in found if key.endswith("_mean")]
-    keys += [key for key in ("lr", "peak_memory_gb") if key in found]
     panels = []
-    for key in keys:
-        if np.isfinite(column(rows, key)).any():
-            note, healthy = notes.get(key, ("", None))
-            panels.append(panel_svg(key, note, [curve(rows, key)], healthy))
-    parts = [key for key in found if key.startswith("seconds_") or key.endswith("_seconds")]
+    for key in metric_keys(rows):
+        note, healthy = notes.get(key, ("", None))
+        panels.append(panel_svg(key, note, [curve(rows, key)], healthy))
+    parts = [key for key in keys_of(rows) if key.startswith("seconds_") or key.endswith("_seconds")]
     if parts:
         lines = [curve(rows, key)._replace(dots=None, label=key.replace("seconds_", "")) for key in parts]
         panels.append(panel_svg("seconds", "of each part of a step, and of each judge", lines))
@@ -456,8 +468,9 @@ def facts(rows, flags):
             said.append(f"{key} {first:.3f} to {last:.3f} (means of the first and the last {tenth} steps)")
     shown = "\n".join(f"{name:20} {value}" for name, value in flags.items() if value != "None")
     ails = "".join(f"<li>step {step}: {html.escape(sentence)}" for step, sentence in ailments(rows, flags))
-    said[-1] += f"</p><ul>{ails}</ul>" if ails else "</p>"
-    return f"<p>{'; '.join(said)}<details><summary>settings</summary><pre>{html.escape(shown)}</pre></details>"
+    warned = f"<ul>{ails}</ul>" if ails else ""
+    settings = f"<details><summary>settings</summary><pre>{html.escape(shown)}</pre></details>"
+    return f"<p>{'; '.join(said)}</p>{warned}{settings}"
 
 
 def ailments(rows, flags):
@@ -514,19 +527,19 @@ def write_run(folder, written="", path=None):
 
 def write_comparison(folders, path):
     """One page for several runs; runs whose settings are equal except for the seed are one line with a band."""
-    groups = {}
+    by_flags = {}
     for folder in folders:
         flags = {name: value for name, value in read_flags(folder).items() if name != "seed"}
-        groups.setdefault(json.dumps(flags, sort_keys=True), []).append((folder.name, read_metrics(folder)))
+        by_flags.setdefault(json.dumps(flags, sort_keys=True), []).append((folder.name, read_metrics(folder)))
     runs = []  # [(label, [rows of each seed])]
-    for members in groups.values():
+    for members in by_flags.values():
         length = min(len(rows) for _, rows in members)
         runs.append((" ".join(name for name, _ in members), [rows[:length] for _, rows in members]))
     panels = []
-    for key in NOTES:
-        series = [band_of(label, seeds, key) for label, seeds in runs if any(key in row for row in seeds[0])]
-        if series:
-            panels.append(panel_svg(key, NOTES[key][0], series))
+    for key in metric_keys([row for _, seeds in runs for rows in seeds for row in rows]):
+        note, healthy = NOTES.get(key, ("", None))
+        series = [band_of(label, seeds, key) for label, seeds in runs]  # all, so that a run keeps its colour
+        panels.append(panel_svg(key, note, series, healthy))
     bought = []
     for label, seeds in runs:
         kl, reward = (np.mean([smooth(column(rows, key)) for rows in seeds], 0) for key in ("kl", "reward"))
@@ -618,22 +631,37 @@ def draw_frontier(axes, lines, key, ylabel):
 
 
 def place_labels(axes):
-    """Moves each annotation to the nearest place around its point where it meets neither another one nor the border."""
+    """
+    Moves each annotation to the best place around its point: inside the axes, on no other annotation and no point; if
+    possible on no line and no error bar, and near.
+    """
     taken = [axes.get_legend().get_window_extent()] if axes.get_legend() else []
     labels = [text for text in axes.texts if text.get_text()]
     spots = [axes.transData.transform(label.xy) for label in labels]
-    distances = [(r, angle) for r in (7, 12, 18, 26, 36, 48, 64, 84) for angle in range(0, 360, 30)]
+    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
+    lines += [bar.transformed(bars.get_transform()) for bars in axes.collections for bar in bars.get_paths()]
+    places = []  # offsets in points
+    for r in (7, 12, 18, 26, 36, 48, 64, 84):
+        places += [(r * math.cos(angle), r * math.sin(angle)) for angle in np.linspace(0, 2 * math.pi, 12, False)]
     for label in labels:
-        for r, angle in distances:
-            dx, dy = r * math.cos(math.radians(angle)), r * math.sin(math.radians(angle))
-            label.set(position=(dx, dy), ha="left" if dx > 1 else "right" if dx < -1 else "center", va="center")
-            box = label.get_window_extent()
-            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*s) for s in spots):
-                break
-        if r > 20:  # far from its point: a thin line leads there
-            axes.annotate("", label.xy, (dx, dy), textcoords="offset points", arrowprops=dict(arrowstyle="-", lw=0.3))
-        taken.append(box)
+        costs = {}
+        for place in places:
+            box = move_label(label, place)
+            conflicts = sum(box.overlaps(other) for other in taken) + sum(box.contains(*spot) for spot in spots)
+            conflicts += not (axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1))
+            crossings = sum(line.intersects_bbox(box, filled=False) for line in lines)
+            costs[place] = 1000 * conflicts + 20 * crossings + math.hypot(*place)
+        place = min(costs, key=costs.get)
+        taken.append(move_label(label, place))
+        if math.hypot(*place) > 20:  # far from its point: a thin line leads there
+            axes.annotate("", label.xy, place, textcoords="offset points", arrowprops=dict(arrowstyle="-", lw=0.3))
+
+
+def move_label(label, place):
+    """Puts an annotation at an offset (x, y) from its point, in points, so that it grows away from it. Its box."""
+    x, _ = place
+    label.set(position=place, ha="left" if x > 1 else "right" if x < -1 else "center", va="center")
+    return label.get_window_extent()
 
 
 def points_of(table):
@@ -680,14 +708,22 @@ def run(args):
 
 
 def written_by(folder):
-    """The section of `writers` for the policy in the folder; empty if there is none, or no prompt to give it."""
+    """
+    The section of `writers` for the policy in the folder. Empty if there is none, if its base or tokenizer is missing,
+    or if there is no prompt to give it.
+    """
     if not (folder / "policy.safetensors").exists():
         return ""
     name, path, header = zoo.find_policy(folder)
     if not zoo.is_toy(name) and zoo.MODELS[name].config.task == "t2i":
         return ""
+    try:
+        base, _ = zoo.find_base(name, header)
+        zoo.check_tokenizer(name, header)
+    except Mistake:
+        print(f"{folder}: no picture token by token, because its base or tokenizer is no longer where it was")
+        return ""
     encode = partial(zoo.load_encoder(name), pad=header["text_pad"])
-    base, _ = zoo.find_base(name, header)
     policies = {"base": zoo.load_model(name, base), "tuned": zoo.load_model(name, path)}
     prompt = zoo.read_prompts(name)[0]
     sampling = dict(cfg_scale=header["cfg_scale"], temperature=header["temperature"])

@@ -2308,6 +2308,34 @@ def assert_the_page_is_whole_safe_and_small(run):
         (run / name).write_text(whole)
 
 
+def test_a_comparison_names_every_run_and_shows_every_judge(tmp_path):
+    """Catches: a judge that only later steps or one run know is left out; a run that changes its colour in that panel."""
+    for k in range(12):
+        (tmp_path / f"run{k}").mkdir()
+        rows = [dict(step=step, reward=step, kl=step) | ({"late_mean": 3} if k and step else {}) for step in range(4)]
+        (tmp_path / f"run{k}/metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / f"run{k}/flags.json").write_text(json.dumps(dict(lr=k)))
+    report.main([str(tmp_path / f"run{k}") for k in range(12)])
+    text = (tmp_path / "compare.html").read_text()
+    panels = {re.search('aria-label="([^"]*)"', panel)[1]: panel for panel in text.split("<figure>")[1:]}
+    named = {key: re.findall(r'color:(#\w+)">\u25a0</span> (run\d+)<', panel) for key, panel in panels.items()}
+    assert [name for _, name in named["reward"]] == [f"run{k}" for k in range(12)]
+    assert named["late_mean"] == named["reward"][1:]
+
+
+def test_a_page_of_a_moved_run_leaves_out_what_it_cannot_draw(tmp_path, capsys):
+    """Catches: no page at all where the base is gone; tokens decoded by another tokenizer than that of training."""
+    base = MODELS["toy-c2i"].ckpt
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 1}')
+    for gone in ("base", "tokenizer"):
+        header = dict(model="toy-c2i", step=1, content=zoo.content_of("toy-c2i", base) | {gone: "0" * 64})
+        zoo.save_weights(load_file(base), tmp_path / "policy.safetensors", header)
+        report.main([str(tmp_path)])
+        page = (tmp_path / "report.html").read_text()
+        assert 'class="frame"' not in page and "<svg" in page
+        assert "no picture token by token" in capsys.readouterr().out
+
+
 def test_the_frontier_has_the_tuned_policies_or_else_the_base_and_each_its_own_figures():
     """
     Catches: the base drawn as if it were the policy; the mean over seeds drawn beside the seeds; the error of
@@ -2330,12 +2358,22 @@ def test_the_frontier_has_the_tuned_policies_or_else_the_base_and_each_its_own_f
 
 
 def test_the_frontiers_labels_do_not_meet_and_stay_inside():
-    """Catches: names of points that are written over each other, or beyond the border of the figure."""
+    """Catches: names of points that are written over each other, beyond the border, or struck through by error bars."""
     import matplotlib.pyplot as plt
 
     rng = np.random.default_rng(0)
+    bars = [("policy", {"x": (0.5, 0.2), "right: all": (0.9, 0.2)})]  # one point: its name has room beside its bars
+    figure, axes = plt.subplots(figsize=(5, 4))
+    report.draw_frontier(axes, {"a": bars}, "x", "right")
+    figure.draw_without_rendering()
+    report.place_labels(axes)
+    drawn = [path.transformed(bar.get_transform()) for bar in axes.collections for path in bar.get_paths()]
+    box = next(text for text in axes.texts if text.get_text()).get_window_extent()
+    assert len(drawn) == 2 and not any(path.intersects_bbox(box, filled=False) for path in drawn)
+    plt.close(figure)
     line = [
-        (f"policy {k}, cfg 1", {"x": (0.5 + 0.02 * rng.random(), 0.01), "right: all": (0.9, 0.01)}) for k in range(9)
+        (f"a policy of a long name {k}, cfg 1", {"x": (0.5 + 0.02 * rng.random(), 0.01), "right: all": (0.9, 0.01)})
+        for k in range(9)
     ]
     figure, axes = plt.subplots(figsize=(5, 4))
     report.draw_frontier(axes, {"a": line}, "x", "right")
@@ -2343,7 +2381,7 @@ def test_the_frontiers_labels_do_not_meet_and_stay_inside():
     report.place_labels(axes)
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     assert len(boxes) == 9 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
     plt.close(figure)
 
 
