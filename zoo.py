@@ -267,9 +267,12 @@ def find_policy(ckpt=None, model=None, task=None):
         path = find_file(ckpt)
         if path.suffix == ".safetensors":
             with reading(path, "the file is damaged or cut"), safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {}).get("ar-grpo", "{}"))
-                header_model = found.get("model")
-    written_by = header_model if found else None
+                metadata = file.metadata() or {}
+                found = dict(json.loads(metadata.get("ar-grpo", "{}")))
+            if metadata.get("model") in MODELS and model is None:
+                raise Mistake(f"{path} is of an earlier version of this project: give --model {metadata['model']}, and "
+                              "how it was trained (--base, --cfg-scale, --text-pad)")  # fmt: skip
+    written_by = found.get("model")
     name = model or written_by or f"toy-{task or 'c2i'}"
     if written_by not in (None, name):
         raise Mistake(f"{path} holds a {written_by} model, not {name}; all weights must be of one model")
