@@ -1176,6 +1176,33 @@ def test_every_official_form_of_file_loads(tmp_path):
             assert all(torch.equal(found[k], v) for k, v in expected.items()), name
 
 
+def test_an_inherited_environment_does_no_harm(tmp_path):
+    """Catches: a variable of somebody's shell or notebook that ends a run; what Python 3.10 does not have."""
+    (tmp_path / "script.py").write_text("""
+import hashlib
+vars(hashlib).pop("file_digest", None)
+import zoo
+import matplotlib.pyplot as plt
+import torch
+
+
+def run(path):
+    zoo.write_whole(path, lambda place: torch.save({"w": torch.zeros(2), "step": 3}, place))
+    assert zoo.load_tensors(path)["step"] == 3 and len(zoo.file_hash(path)) == 64
+    plt.figure()
+    print("\u00b1 is printed")
+
+
+if __name__ == "__main__":
+    zoo.run_script(lambda argv: zoo.Path("state.pt"), run)
+""")
+    inherited = dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
+    environment = os.environ | inherited | dict(PYTHONPATH=str(HERE))
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
+
+
 def test_a_remedy_is_true(tmp_path):
     """Catches: the advice to fetch a file again that is whole, but holds more than tensors."""
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, tmp_path / "code.pt")
