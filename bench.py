@@ -64,12 +64,6 @@ def ratio(over, under):
     return f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})", [median(found), found[0], found[-1]]
 
 
-def apart(fn, *args):
-    """fn(*args) in a process of its own, whose peak memory is its own as well."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(fn, args)
-
-
 def random_model(args, name):
     """(model, cond, cond_mask): a transformer of the table's shape, and B = --images / G conditions for it."""
     torch.manual_seed(0)

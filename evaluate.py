@@ -210,6 +210,7 @@ def side_of(row):
     return row.config.grid_size * row.vq_config.patch * 2 ** (len(row.vq_config.ch_mult) - 1)
 
 
+@torch.no_grad()
 def entropies(model, encode, prompts, tokens, dtype):
     """Entropy of the conditional model, nats per token, over its own samples tokens (n, T): the mean of each, (n,)."""
     rows = parallel.share(len(prompts))
@@ -624,26 +625,17 @@ def settings_of(args):
 
 def open_work(args, settings):
     """
-    Sets args.out, args.work (the folder of what is drawn so far) and args.pictures. An unfinished evaluation of the
-    same things is continued. A finished table is never written over, because it may have taken hours, except where
-    --out names it. Raises Mistake, OSError.
+    Sets args.out, args.pictures and args.work, the folder of what is drawn so far. It is named after what decides the
+    figures, so only the same command finds it again. A finished table is never written over, because it may have taken
+    hours, except where --out names it.
     """
-    written = json.dumps({name: value for name, value in settings.items() if name not in NO_MATTER}, indent=1)
-    numbered = (args.folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
-    for out in numbered if args.folder else [args.out]:
-        args.out = out
-        args.work = args.out.with_name(args.out.name + ".parts")
-        args.pictures = args.out.with_name(args.out.name + "-pictures")
-        before = args.work / "settings.json"
-        if before.exists() and before.read_text(encoding="utf-8") == written:
-            break
-        if not before.exists() and not (args.folder and args.out.with_name(args.out.name + ".json").exists()):
-            break
-    else:
-        raise Mistake(f"{args.work} holds an unfinished evaluation of something else: give its command again to finish "
-                      "it, delete it, or choose another --out")  # fmt: skip
+    if args.folder:
+        numbered = (args.folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
+        args.out = next(out for out in numbered if not out.with_name(out.name + ".json").exists())
+    decides = json.dumps({name: value for name, value in settings.items() if name not in NO_MATTER})
+    args.work = args.out.with_name(f"{hashlib.sha256(decides.encode()).hexdigest()[:12]}.parts")
     args.work.mkdir(parents=True, exist_ok=True)
-    zoo.write_whole(before, lambda path: path.write_text(written, encoding="utf-8"))
+    args.pictures = args.out.with_name(args.out.name + "-pictures")
 
 
 def file_name(name, number=None):

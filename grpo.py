@@ -35,7 +35,7 @@ class Rollout(NamedTuple):
     cond: torch.Tensor  # (N, ...)
     cond_mask: torch.Tensor  # (N, P)
     tokens: torch.Tensor  # (N, T)
-    logprobs: torch.Tensor  # (N, T) nats, of the distribution that the tokens were drawn from
+    sampled_logprobs: torch.Tensor  # (N, T) nats, of the distribution that the tokens were drawn from
 
 
 def sample_groups(model, cond, cond_mask, group_size, noise=None, cfg_scale=1.0, temperature=1.0):
@@ -78,7 +78,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     The value of the first term says little: at rho = 1 it is -mean(A), which is 0 by construction. Its gradient is
     what counts: there it is REINFORCE's, with the group's mean as baseline.
     """
-    A = advantages.view(len(logprobs), -1)  # (N, 1): one advantage for all tokens of an image
+    A = advantages.view(len(logprobs), -1)  # (N, 1): one for all tokens of an image; (N, T) with token weights
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     # Only moves too far in the wanted direction are cut off: A > 0 and rho > 1 + eps, A < 0 and rho < 1 - eps. A token
@@ -134,20 +134,20 @@ def score_states(model, states, tokens, temperature=1.0, ref_model=None, ref_sta
     made for some positions at a time, and made again for the backward pass.
     """
     at_once = max(1, CHUNK // (len(tokens) * model.config.vocab_size))
-    ref_states = states if ref_model is None else ref_states  # not read without a reference
     if at_once >= tokens.shape[1]:
         return score_positions(model, states, tokens, temperature, ref_model, ref_states)
-    logprobs, entropies, kls = [], [], []
-    chunks = zip(states.split(at_once, 1), tokens.split(at_once, 1), ref_states.split(at_once, 1), strict=True)
-    for part_states, part_tokens, part_ref in chunks:
-        logprob, entropy, kl = checkpoint(
-            score_positions, model, part_states, part_tokens, temperature, ref_model, part_ref,
+    parts = []
+    for start in range(0, tokens.shape[1], at_once):
+        some = slice(start, start + at_once)
+        part = checkpoint(
+            score_positions, model, states[:, some], tokens[:, some], temperature,
+            ref_model, ref_states[:, some] if ref_model else None,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
-        logprobs.append(logprob)
-        entropies.append(entropy)
-        kls.append(kl)
-    return torch.cat(logprobs, 1), torch.cat(entropies, 1), torch.cat(kls, 1) if ref_model else None
+        parts.append(part)
+    logprobs, entropies, kls = zip(*parts, strict=True)
+    kl = torch.cat(kls, 1) if ref_model else None
+    return torch.cat(logprobs, 1), torch.cat(entropies, 1), kl
 
 
 def score_positions(model, states, tokens, temperature, ref_model, ref_states):
@@ -166,7 +166,7 @@ class Batch(NamedTuple):
     cond: torch.Tensor
     cond_mask: torch.Tensor
     tokens: torch.Tensor
-    logprobs: torch.Tensor
+    sampled_logprobs: torch.Tensor
     old_logprobs: torch.Tensor  # (N, T) nats, of pi_old: the sampler's, or recomputed
     ref_logprobs: torch.Tensor  # (N, T) nats
     ref_states: torch.Tensor  # (N, T, C): where --kl exact gets the reference's logits from
@@ -232,11 +232,13 @@ def demo(prompt="red ring", seed=11):
     """One group of eight from the toy base, and one update on it alone: out/group.png."""
     from pathlib import Path
 
+    import numpy as np
+
     import data
     import report
     import zoo
     from model import image_noise
-    from rewards import judge_images, load_judges, weighted_sum
+    from rewards import judge_images, load_judges, parse_rewards, weighted_sum
     from tokenizer import to_unit
 
     policy, tokenizer = zoo.load_model("toy-c2i"), zoo.load_tokenizer("toy-c2i")
@@ -246,11 +248,13 @@ def demo(prompt="red ring", seed=11):
         images = to_unit(tokenizer.decode(rollout.tokens))  # (8, 3, 64, 64)
     captions = [data.class_caption(prompt)] * 8
     scores, _ = judge_images(load_judges(["clip", "realism"]), images, captions)
-    rewards = weighted_sum(scores, {"clip": 1, "realism": 0.25})
+    weights = "clip=1,realism=0.25"
+    rewards = weighted_sum(scores, parse_rewards(weights))
     advantages = group_advantages(rewards, 8)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0)
     logprobs, _, _ = token_logprobs(policy, rollout.cond, rollout.tokens, rollout.cond_mask)
-    loss, stats = grpo_loss(logprobs, rollout.logprobs, rollout.logprobs, advantages)
+    old = rollout.sampled_logprobs
+    loss, stats = grpo_loss(logprobs, old, old, advantages)  # the policy is still its own reference
     loss.backward()
     optimizer.step()
     after, _ = score_tokens(policy, rollout, 8)
@@ -260,10 +264,10 @@ def demo(prompt="red ring", seed=11):
         print(
             f"picture {i}  reward {rewards[i]:.2f}  advantage {advantages[i]:+.2f}  its tokens moved {change:+.3f} nats"
         )
-    scores = {judge: values.numpy() for judge, values in scores.items()}
-    change = (after - logprobs.detach()).numpy()
-    weights = torch.ones(8, 1).numpy()
-    group = report.Group(captions[0], images.numpy(), scores, rewards.numpy(), advantages.numpy(), change, weights)
+    group = report.Group(
+        captions[0], weights, images.numpy(), {judge: values.numpy() for judge, values in scores.items()},
+        rewards.numpy(), advantages.numpy(), (after - logprobs.detach()).numpy(), weights=np.ones((8, 1)),
+    )  # fmt: skip
     Path("out").mkdir(exist_ok=True)
     report.draw_group(group).savefig("out/group.png", dpi=100)
     print(f"out/group.png. {report.GROUP_NOTE}")

@@ -1,5 +1,5 @@
 """
-Makes every weight of the toy world from nothing: the tokenizer, the two base transformers, the judges.
+Makes every weight of the toy world from nothing: the tokenizer, the base transformers, the judges.
 
     python pretrain.py                       # everything, in order; writes weights/
     python pretrain.py --stages clip         # one of the stages; later ones read what earlier ones wrote
@@ -330,6 +330,10 @@ def train_c2i(args, steps=6000, batch=32, lr=2e-3, seed=2):
     train_base(args, "toy-c2i", steps, batch, lr, seed)
 
 
+def train_small(args, steps=6000, batch=32, lr=2e-3, seed=7):
+    train_base(args, "toy-c2i-small", steps, batch, lr, seed)
+
+
 def train_t2i(args, steps=6400, batch=32, lr=2e-3, seed=3):
     train_base(args, "toy-t2i", steps, batch, lr, seed)
 
@@ -470,7 +474,7 @@ def measure(args):
     clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
     tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
     add_figures(args, "toy-clip", right_above_wrong(clip, tokenizer, args.eval_images // 4))
-    for name in ("toy-c2i", "toy-t2i"):
+    for name in ("toy-c2i", "toy-c2i-small", "toy-t2i"):
         model = zoo.load_model(name, args.out / f"{name}.safetensors")
         encode, prompts = zoo.load_encoder(name, args.out / "toy-t5"), zoo.fixed_prompts(name, args.eval_images)
         captions, found = zoo.captions_of(name, prompts), dict(images=len(prompts))
@@ -516,6 +520,7 @@ STAGES = {
     "t5": train_t5,
     "c2i": train_c2i,
     "t2i": train_t2i,
+    "c2i-small": train_small,
     "clip": train_clip,
     "realism": train_realism,
     "measure": measure,

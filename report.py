@@ -18,6 +18,7 @@ import html
 import io
 import json
 import math
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -161,6 +162,7 @@ class Group(NamedTuple):
     """What one step did with a group of G pictures."""
 
     caption: str
+    rewarded: str  # --rewards
     images: np.ndarray  # (G, 3, H, W) in [0, 1]
     scores: dict  # {judge: (G,)}
     rewards: np.ndarray  # (G,)
@@ -170,50 +172,75 @@ class Group(NamedTuple):
 
 
 GROUP_NOTE = (
-    "Pictures of one prompt, worst to best by reward. The advantage is the reward compared inside the group. The maps "
-    "show how much the update changed each token's log-probability. One number pushes the whole picture, so background "
-    "tokens move as much as the object's, and a bad patch in a good picture is pushed the wrong way too."
+    "One number, its advantage, pushes the whole picture: background tokens as hard as the object's, and a bad patch "
+    "in a good picture the wrong way too. All pictures share the model's weights, so some tokens move against the push."
 )
 
 
 def draw_group(group):
-    """A matplotlib figure of a Group: a column per picture; all maps on one scale."""
+    """A matplotlib figure of a Group: a column per picture, worst to best; the maps of all pictures on one scale."""
     import matplotlib.pyplot as plt
 
-    order, G = np.argsort(group.rewards), len(group.rewards)
-    side = math.isqrt(group.change.shape[1])
-    maps = [("change of log-probability, nats", group.change, "RdBu", np.percentile(abs(group.change), 98) or 1)]
-    if group.weights.shape[1] > 1:
-        shares = np.nan_to_num(group.weights)  # a picture of advantage 0 has none
-        maps.append(("share of the advantage", shares, "Greys", shares.max() or 1))
-    heights = [1, 0.7] + [1] * len(maps)
-    figure, rows = plt.subplots(len(heights), G, figsize=(1.5 * G + 1, 1.6 * sum(heights)), height_ratios=heights)
-    figure.subplots_adjust(left=0.06, right=0.9, top=0.82, bottom=0.02, hspace=0.2, wspace=0.06)
-    figure.suptitle(f"One group: {G} samples for “{group.caption}”, worst to best", fontsize=11, y=0.99)
-    largest = abs(group.advantages).max() * 1.6 or 1
+    order, G, T = np.argsort(group.rewards), len(group.rewards), group.change.shape[1]
+    shared, lines = group.weights.shape[1] > 1, 1 + len(group.scores)
+    unit, left, width = 1.15, 1.75, 1.95 + 1.15 * G  # inches; a picture takes a square of one unit
+    gaps = [0.7 + 0.14 * lines, 0.2] + [0.42] * (1 + shared)  # above each row
+    heights = [unit, 0.9] + [unit] * (1 + shared)
+    total = sum(gaps) + sum(heights) + 0.85
+    figure, tops = plt.figure(figsize=(width, total)), np.cumsum([g + h for g, h in zip(gaps, heights, strict=True)])
+    boxes = [(left / width, 1 - y / total, G * unit / width, h / total) for y, h in zip(tops, heights, strict=True)]
+    rows = [figure.add_axes(box, xlim=(0, G), xticks=[]) for box in boxes]
+    names = [
+        "1. sample and judge\n\nreward:\n" + group.rewarded.replace(",", "\n+ ").replace("=", " × "),
+        "2. compare\n\nadvantage: the reward\nagainst its group's",
+        *["3. divide\n\neach token's share\nof the advantage"] * shared,
+        f"{3 + shared}. learn\n\nwhat one update did\nto each of the\n{T} tokens",
+    ]
+    for row, name in zip(rows, names, strict=True):
+        row.text(-0.03, 0.5, name, transform=row.transAxes, ha="right", va="center", fontsize=8)
+    title = f"One group: {G} pictures for “{group.caption}”, from the lowest reward to the highest"
+    figure.text(left / width, 1 - 0.3 / total, title, fontsize=10)
+    largest = abs(group.advantages).max() * 1.5 or 1
+    rows[1].set(ylim=(-largest, largest))
+    rows[1].axhline(0, color="black", linewidth=0.6)
+    rows[1].tick_params(labelsize=6)
+    for row in (rows[0], *rows[2:]):
+        row.set(ylim=(0, 1), yticks=[], frame_on=False)
+    top = np.percentile(abs(group.change), 98) or 1
     for column, k in enumerate(order):
-        scores = "\n".join(f"{judge.removeprefix('pyiqa:')} {values[k]:.2f}" for judge, values in group.scores.items())
-        rows[0, column].imshow(group.images[k].transpose(1, 2, 0))
-        rows[0, column].set_title(f"{scores}\nreward {group.rewards[k]:.2f}", fontsize=7)
-        bar, advantage = rows[1, column], group.advantages[k]
-        bar.bar([0], [advantage], color="#2166ac" if advantage > 0 else "#b2182b", width=0.5)
-        bar.axhline(0, color="grey", linewidth=0.6)
-        bar.text(0, advantage, f"{advantage:+.2f}", ha="center", va="bottom" if advantage > 0 else "top", fontsize=8)
-        bar.set(ylim=(-largest, largest), xlim=(-1, 1))
-        for (_, values, colours, top), row in zip(maps, rows[2:], strict=True):
-            low = -top if colours == "RdBu" else 0
-            row[column].imshow(values[k].reshape(side, side), cmap=colours, vmin=low, vmax=top)
-    for axes in rows.flat:
-        axes.set(xticks=[], yticks=[])
-    names = ["drawn and judged", "advantage", "red: less likely\nblue: more likely", "share"]
-    for row, name in zip(rows, names, strict=False):
-        row[0].set_ylabel(name, fontsize=8)
-    for (title, _, _, _), row in zip(maps, rows[2:], strict=True):
-        box = row[-1].get_position()
-        bar = figure.colorbar(row[-1].images[0], cax=figure.add_axes([0.915, box.y0, 0.012, box.height]))
-        bar.ax.tick_params(labelsize=6)
-        bar.set_label(title, fontsize=6)
+        square, middle = (column + 0.03, column + 0.97, 0, 1), column + 0.5
+        draw_square(rows[0], square, group.images[k].transpose(1, 2, 0), T)
+        said = [f"{judge.removeprefix('pyiqa:')} {values[k]:.2f}" for judge, values in group.scores.items()]
+        rows[0].text(middle, 1.2, "\n".join(said), ha="center", va="bottom", fontsize=7, color="grey")
+        rows[0].text(
+            middle, 1.03, f"reward {group.rewards[k]:.3f}", ha="center", va="bottom", fontsize=8, weight="bold"
+        )
+        advantage = group.advantages[k]
+        rows[1].bar([middle], [advantage], color="dimgrey", width=0.5)
+        vertical = "bottom" if advantage > 0 else "top"
+        rows[1].text(middle, advantage, f"{advantage:+.2f}", ha="center", va=vertical, fontsize=8)
+        if shared:
+            shares = np.nan_to_num(group.weights)  # a picture of advantage 0 has none
+            draw_square(rows[2], square, shares[k], T, cmap="Greys", vmin=0, vmax=shares.max() or 1)
+        draw_square(rows[-1], square, group.change[k], T, cmap="RdBu", vmin=-top, vmax=top)
+        pushed = "shared out among" if shared else "pushes all of"
+        rows[-1 - shared].text(middle, 1.06, f"{pushed}\nits {T} tokens", ha="center", fontsize=6.5, color="grey")
+        with_it = np.mean(np.sign(group.change[k]) == np.sign(advantage))
+        rows[-1].text(middle, -0.06, f"{with_it:.0%} moved that way", ha="center", va="top", fontsize=6.5, color="grey")
+    bar = figure.add_axes([0.5 - 1.6 / width, 0.3 / total, 3.2 / width, 0.09 / total])
+    figure.colorbar(rows[-1].images[-1], cax=bar, orientation="horizontal", extend="both")
+    bar.tick_params(labelsize=6)
+    bar.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
     return figure
+
+
+def draw_square(axes, place, values, T, **colours):
+    """Draws a picture (H, W, 3) or the values of its tokens (T,) at `place`, with the grid of its tokens."""
+    side = math.isqrt(T)
+    axes.imshow(values if values.ndim == 3 else values.reshape(side, side), extent=place, aspect="auto", **colours)
+    x, y = (np.linspace(*ends, side + 1) for ends in (place[:2], place[2:]))
+    axes.hlines(y, *place[:2], color="white", alpha=0.15, linewidth=0.4)
+    axes.vlines(x, *place[2:], color="white", alpha=0.15, linewidth=0.4)
 
 
 def save_group(path, group):
@@ -227,7 +254,7 @@ def load_group(path):
     with zoo.reading(path, "delete it: the page can do without"), np.load(path, allow_pickle=False) as file:
         scores = {name.removeprefix("score "): file[name] for name in file.files if name.startswith("score ")}
         fields = {name: file[name] for name in file.files if not name.startswith("score ")}
-        return Group(**fields | dict(scores=scores, caption=str(fields["caption"])))
+        return Group(**fields | dict(scores=scores, caption=str(fields["caption"]), rewarded=str(fields["rewarded"])))
 
 
 def groups(folder):
@@ -595,14 +622,14 @@ def write_frontier(paths, place):
     points = [figures for lines in tasks.values() for line in lines.values() for _, figures in line]
     if not any("right: all" in figures for figures in points):
         raise Mistake("none of these tables says how many pictures are right: only the toys' do")
-    figure, rows = plt.subplots(len(tasks), 2, figsize=(11, 4.6 * len(tasks)), squeeze=False, layout="constrained")
-    for row, (task, lines) in zip(rows, tasks.items(), strict=True):
-        draw_frontier(row[0], lines, "recall, latents", f"right, {task}")
-        draw_frontier(row[1], lines, "reward: weighted sum", f"right, {task}")
-        row[0].legend(fontsize=7)
-    figure.draw_without_rendering()  # settles the layout, on which free places for labels depend
-    for axes in rows.flat:
-        place_labels(axes)
+    shape = dict(figsize=(13, 4.4 * len(tasks)), width_ratios=(4, 4, 3), squeeze=False, layout="constrained")
+    figure, rows = plt.subplots(len(tasks), 3, **shape)
+    for (left, right, names), (task, lines) in zip(rows, tasks.items(), strict=True):
+        draw_frontier(left, lines, "recall, latents", f"right, {task}")
+        draw_frontier(right, lines, "reward: weighted sum", f"right, {task}")
+        # beside the panels, because names at the points would cover each other
+        names.legend(*left.get_legend_handles_labels(), loc="center left", fontsize=7, title="a ring: the line begins")
+        names.axis("off")
     zoo.write_whole(place, lambda path: figure.savefig(path, dpi=110, format=place.suffix[1:]))
     plt.close(figure)
 
@@ -616,52 +643,17 @@ def line_label(table, path):
 
 
 def draw_frontier(axes, lines, key, ylabel):
-    """Draws {label: points} with their errors, and puts each point's name at the point, for `place_labels` to move."""
+    """Draws {label: points}, each as a line with its errors; the legend lists the line's points in their order."""
     for k, (label, points) in enumerate(lines.items()):
         found = [(name, *f[key], *f["right: all"]) for name, f in points if {key, "right: all"} <= set(f)]
         if found:
             names, x, dx, y, dy = zip(*found, strict=True)
+            name = label if names == (label,) else textwrap.fill(f"{label}: {', '.join(names)}", 48)
             style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
-            axes.errorbar(x, y, np.array(dy, float), np.array(dx, float), label=label, **style)
-            for name, *point in zip(names, x, y, strict=True):
-                axes.annotate(name, point, fontsize=6, xytext=(0, 0), textcoords="offset points", color=f"C{k}")
+            axes.errorbar(x, y, np.array(dy, float), np.array(dx, float), label=name, **style)
+            axes.plot(x[0], y[0], "o", color=f"C{k}", markersize=8, fillstyle="none")
     axes.set(xlabel=key, ylabel=ylabel)
-    axes.margins(0.12)
     axes.grid(alpha=0.3)
-
-
-def place_labels(axes):
-    """
-    Moves each annotation to the best place around its point: inside the axes, on no other annotation and no point; if
-    possible on no line and no error bar, and near.
-    """
-    taken = [axes.get_legend().get_window_extent()] if axes.get_legend() else []
-    labels = [text for text in axes.texts if text.get_text()]
-    spots = [axes.transData.transform(label.xy) for label in labels]
-    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
-    lines += [bar.transformed(bars.get_transform()) for bars in axes.collections for bar in bars.get_paths()]
-    places = []  # offsets in points
-    for r in (7, 12, 18, 26, 36, 48, 64, 84):
-        places += [(r * math.cos(angle), r * math.sin(angle)) for angle in np.linspace(0, 2 * math.pi, 12, False)]
-    for label in labels:
-        costs = {}
-        for place in places:
-            box = move_label(label, place)
-            conflicts = sum(box.overlaps(other) for other in taken) + sum(box.contains(*spot) for spot in spots)
-            conflicts += not (axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1))
-            crossings = sum(line.intersects_bbox(box, filled=False) for line in lines)
-            costs[place] = 1000 * conflicts + 20 * crossings + math.hypot(*place)
-        place = min(costs, key=costs.get)
-        taken.append(move_label(label, place))
-        if math.hypot(*place) > 20:  # far from its point: a thin line leads there
-            axes.annotate("", label.xy, place, textcoords="offset points", arrowprops=dict(arrowstyle="-", lw=0.3))
-
-
-def move_label(label, place):
-    """Puts an annotation at an offset (x, y) from its point, in points, so that it grows away from it. Its box."""
-    x, _ = place
-    label.set(position=place, ha="left" if x > 1 else "right" if x < -1 else "center", va="center")
-    return label.get_window_extent()
 
 
 def points_of(table):

@@ -89,10 +89,10 @@ class Run:
 
     # the end of a step
 
-    def end_step(self, step, metrics, grid):
+    def end_step(self, step, metrics, draw_grid):
         """
-        Logs a step, draws grid(name, title) and saves where it is time. Ends the run if a signal came, or if nothing is
-        learned any more.
+        Logs a step, calls draw_grid(name, title) and saves where it is time. Ends the run if a signal came, or if
+        nothing is learned any more.
         """
         self.lap("report")
         if parallel.rank() == 0:
@@ -100,7 +100,7 @@ class Run:
         if self.args.device == "cpu" and parallel.world() == 1:
             self.busy.check()
         if (step + 1) % SAMPLE_EVERY == 0:
-            grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
+            draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         stopping = parallel.largest(self.signal)  # a signal may have reached any of the processes
         if stopping or (step + 1) % self.args.save_every == 0 or step + 1 == self.args.steps:
             self.save(step + 1)

@@ -191,7 +191,8 @@ LOOPS = {
     "t2i": (["--cfg-scale", "2"], dict(cfg=2.0)),
     "c2i-guided": (["--cfg-scale", "2"], dict(cfg=2.0, max_norm=0.2)),
     "t2i-scored-without": (["--cfg-scale", "2", "--score-cfg", "1"], dict(cfg=2.0, score_cfg=1.0)),
-    "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.01"], dict(updates=2, eps=0.01)),
+    # at 0.01 a token stands so near the clip's edge that another number of threads puts it on the other side
+    "c2i-twice": (["--updates-per-batch", "2", "--clip-eps", "0.05"], dict(updates=2, eps=0.05)),
     "c2i-each": (["--reward-norm", "each", "--kl", "exact"], dict(norm="each", exact=True)),
     "c2i-best": (
         ["--ref-cfg", "3", "--reward-norm", "mean", "--kl", "exact", "--weigh-tokens"],
@@ -389,7 +390,7 @@ def test_an_image_is_the_same_in_any_company(config):
         options = dict(noise=image_noise([k], 9, 7, 3), cfg_scale=2.0, temperature=0.7)
         alone, its_logprobs = model.generate(cond[one], mask[one], **options)
         assert torch.equal(alone[0], rollout.tokens[k])
-        assert torch.allclose(its_logprobs[0], rollout.logprobs[k], atol=1e-5)
+        assert torch.allclose(its_logprobs[0], rollout.sampled_logprobs[k], atol=1e-5)
     assert len(noise.unique()) == noise.numel() and not torch.isin(noise, image_noise(range(12), 9, 7, 4)).any()
 
 
@@ -1240,106 +1241,69 @@ def wrong_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, folder / "code.pt")
-    torch.save({"model": [torch.zeros(2)]}, folder / "list.pt")
     state = load_model("toy-c2i").state_dict()
-    torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "extra.pt")
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
-    torch.save(state | {"norm.weight": torch.zeros(99)}, folder / "shape.pt")
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
-    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "book.txt").write_text("a red banana " * 100_000)
     content = zoo.content_of("toy-c2i", MODELS["toy-c2i"].ckpt)
-    (folder / "foreign").mkdir()
-    torch.save(dict(step=1, settings=1, content={}, policy=state, optimizer={}), folder / "foreign/state.pt")
     save_file(state, folder / "header.safetensors", metadata={"ar-grpo": "{bad"})
     zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i", step=1, content=content))
     save_tiny_t5(folder / "narrow", dim=32)
     some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
     save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
-    judges = [f"judges/{file}" for file in ("HPS_v2.1_compressed.pt", "Qwen2.5-VL-3B-Instruct/config.json")]
-    for path in ("cut.pt", "run/state.pt", *judges):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(b"PK\x03\x04 not whole")
+    for name in ("run", "judges"):
+        (folder / name).mkdir()
+    (folder / "run/state.pt").write_bytes(b"PK\x03\x04 not whole")
     torch.save({"w": torch.zeros(2)}, folder / "judges/ckpt_koniq10k.pt")
-    for name, array in dict(objects=np.array([1, "a"], object), float=np.zeros((2, 8, 8, 3), np.float32),
-                            first=np.zeros((2, 3, 8, 8), np.uint8), good=np.zeros((2, 8, 8, 3), np.uint8)).items():  # fmt: skip
-        np.savez(folder / f"{name}.npz", array)
-    np.savez(folder / "other.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     two = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(folder / "float.npz", two.astype(np.float32))
+    np.savez(folder / "good.npz", two)
     np.savez(folder / "labels.npz", two, np.array([1, 999]))
-    np.savez(folder / "prompts.npz", arr_0=two, prompts=np.array(["a red circle", "two circles"]))
-    whole = (folder / "good.npz").read_bytes()
-    (folder / "cut.npz").write_bytes(whole[:300])
     with zipfile.ZipFile(folder / "short.npz", "w") as file:  # whole as a zip, but the array in it is not
         file.writestr("arr_0.npy", zipfile.ZipFile(folder / "good.npz").read("arr_0.npy")[:-9])
-    (folder / "dots").mkdir()
-    (folder / "dots/a.b.txt").write_text("a red circle")
     return folder
 
 
 WRONG = [  # (script, flags, a part of its one sentence)
     # weights that would load in part, or run code
     (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
-    (evaluate, ["--ckpt", ""], "no such weights file"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "damaged or cut"),
-    (sample, ["--ckpt", "{}/cut.pt"], "damaged or cut"),
     (sample, ["--ckpt", "{}/code.pt"], "it also holds a pathlib"),
-    (sample, ["--ckpt", "{}/list.pt"], "holds no named tensors"),
-    (sample, ["--ckpt", "{}/extra.pt"], "extra.weight"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight"),
-    (sample, ["--ckpt", "{}/shape.pt"], "norm.weight"),
     (sample, ["--ckpt", "{}/nan.pt"], "norm.weight holds NaN"),
     (sample, ["--ckpt", "{}/header.safetensors"], "cannot be read"),
     (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "another model or size"),
     (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "--model toy-c2i is a c2i model, but --task is t2i"),
-    (evaluate, ["--model", "toy-t2i", "--ckpt", "{}/ours.safetensors"], "holds a toy-c2i model, not toy-t2i"),
     (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or has another shape"),
-    (train, ["--rewards", "hps", "--judge-files", "{}/judges"], "damaged or cut"),
     (train, ["--rewards", "maniqa", "--judge-files", "{}/judges"], "another model"),
-    (train, ["--rewards", "qwen-real", "--judge-files", "{}/judges"], "cannot be read"),
     # flags
     (train, ["--preset", "best-c2i", "--model", "llamagen-b-256"], "is not for llamagen-b-256"),
     (train, ["--preset", "best-c2i", "--cfg-scale", "2"], "--no-weigh-tokens"),
     (train, ["--device", "meta"], "--device meta cannot be read"),
     (train, ["--score-cfg", "two"], "--score-cfg is 'same' or a number"),
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
-    (sample, ["--temperature", "nan"], "--temperature must be finite"),
     (train, ["--stepz", "3"], "unrecognized"),
-    (sample, ["--rewards", "clip"], "--best-of N"),
     (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "--out and --npz are both"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
-    (train, ["--rewards", "clip=1=2"], "'1=2' in 'clip=1=2' is not a number"),
-    (train, ["--rewards", "clip=0"], "all weights are 0"),
     (train, ["--rewards", "pyiqa:qalign"], "would run code that it downloads"),
     # prompts
-    (sample, ["--task", "t2i", "--prompts", "{}/deep.json"], "recursion"),
     (sample, ["--task", "t2i", "--prompts", "{}/book.txt"], "is not in the toy world"),
     (sample, ["--classes", "red circel"], "did you mean 'red circle'"),
-    (train, ["--preset", "paper-t2i", "--classes", "goldfish"], "takes --prompts, not --classes"),
     (train, ["--model", "llamagen-t2i-xl-256"], "needs --prompts"),
     # what would be written over, or not be a run
     (pretrain, ["--quick"], "weights/ holds the shipped weights"),
     (train, ["--out", "{}/run"], "holds a run"),
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
-    (train, ["--out", "{}/foreign", "--resume"], "cannot be read"),
-    (train, ["--out", "{}/empty", "--resume"], "nothing to resume"),
     # what is evaluated
-    (evaluate, ["--samples", "{}/objects.npz"], "an npz of arrays is needed"),
     (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3), not uint8"),
-    (evaluate, ["--samples", "{}/first.npz"], "is uint8 (2, 3, 8, 8), not uint8 (n, H, W, 3)"),
-    (evaluate, ["--samples", "{}/other.npz"], "an array arr_0 is needed"),
-    (evaluate, ["--samples", "{}/cut.npz"], "an npz of arrays is needed"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz of arrays is needed"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
     (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
     (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "holds no labels from 0 to 39, as toy-c2i has"),
-    (evaluate, ["--samples", "{}/prompts.npz", "--rewards", "clip"], "holds no labels from 0 to 39, as toy-c2i has"),
-    (evaluate, ["--samples", "{}/good.npz", "--ckpt", "{}/ours.safetensors"], "--ckpt has no say"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz"], "weights-inception-2015-12-05-6726825d.pth"),
-    (evaluate, ["--task", "t2i", "--dpg", "{}/dots"], "an item's name has no dot"),
 ]
 
 
@@ -2159,19 +2123,16 @@ def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeyp
 
 def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys):
     """Catches: pictures of another seed in the table, or a finished table of hours that is written over."""
-    flags = ["--task", "t2i", "--num", "4", "--cfg-scale", "1", "--rewards", "clip"]
-    args = evaluate.parse_args([*flags, "--out", str(tmp_path)])
-    evaluate.open_work(args, evaluate.settings_of(args))
-    other = [*flags, "--seed", "1", "--out"]
-    with pytest.raises(SystemExit, match="unfinished evaluation of something else"):
-        evaluate.main([*other, str(tmp_path / "evaluation")])
-    evaluate.main([*other, str(tmp_path)])
-    evaluate.main([*flags, "--out", str(tmp_path)])  # continues the first
-    names = ("evaluation", "evaluation-2")
-    seeds = {name: json.loads((tmp_path / f"{name}.json").read_text())["seed"] for name in names}
-    assert seeds == {"evaluation": 0, "evaluation-2": 1}
-    evaluate.main([*flags, "--out", str(tmp_path)])
-    assert (tmp_path / "evaluation-3.json").exists()
+    places = []
+    for seed, batch in ((0, 1), (1, 1), (0, 2)):  # how many at once decides nothing
+        flags = ["--task", "t2i", "--num", "4", "--cfg-scale", "1", "--rewards", "clip", "--out", str(tmp_path)]
+        args = evaluate.parse_args([*flags, "--seed", str(seed), "--batch-size", str(batch)])
+        evaluate.open_work(args, evaluate.settings_of(args))
+        places.append(args.work)
+    assert places[0] == places[2] != places[1]
+    for name in ("evaluation", "evaluation-2"):
+        evaluate.main(flags)
+        assert (tmp_path / f"{name}.json").exists()
 
 
 @pytest.mark.slow
@@ -2382,34 +2343,6 @@ def test_the_frontier_has_the_tuned_policies_or_else_the_base_and_each_its_own_f
     errors = {column: {"right: all": 0.1} for column in columns}
     table = dict(tuned=paths[:1], temperature=1, columns=columns, standard_errors=errors)
     assert [name for name, _ in report.points_of(table)] == ["a, cfg 1", "a, cfg 2"]
-
-
-def test_the_frontiers_labels_do_not_meet_and_stay_inside():
-    """Catches: names of points that are written over each other, beyond the border, or struck through by error bars."""
-    import matplotlib.pyplot as plt
-
-    rng = np.random.default_rng(0)
-    bars = [("policy", {"x": (0.5, 0.2), "right: all": (0.9, 0.2)})]  # one point: its name has room beside its bars
-    figure, axes = plt.subplots(figsize=(5, 4))
-    report.draw_frontier(axes, {"a": bars}, "x", "right")
-    figure.draw_without_rendering()
-    report.place_labels(axes)
-    drawn = [path.transformed(bar.get_transform()) for bar in axes.collections for path in bar.get_paths()]
-    box = next(text for text in axes.texts if text.get_text()).get_window_extent()
-    assert len(drawn) == 2 and not any(path.intersects_bbox(box, filled=False) for path in drawn)
-    plt.close(figure)
-    line = [
-        (f"a policy of a long name {k}, cfg 1", {"x": (0.5 + 0.02 * rng.random(), 0.01), "right: all": (0.9, 0.01)})
-        for k in range(9)
-    ]
-    figure, axes = plt.subplots(figsize=(5, 4))
-    report.draw_frontier(axes, {"a": line}, "x", "right")
-    figure.draw_without_rendering()
-    report.place_labels(axes)
-    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
-    assert len(boxes) == 9 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
-    plt.close(figure)
 
 
 @pytest.mark.slow

@@ -71,89 +71,91 @@ def train(args):
     run = Run(args)
     policy, ref_model, tokenizer, encode, judges, optimizer = build(args)
     run.begin(policy, optimizer)
-    grid = partial(report.draw_grid, args, policy, tokenizer, encode, judges)
-    before = begin(args, run, policy, grid)
+    announce(args, policy, args.steps - run.first_step)
+    draw_grid = partial(report.draw_grid, args, policy, tokenizer, encode, judges)
+    before = draw_grid("before.png", "before: the base model") if run.first_step == 0 else None
     G, T = args.group_size, policy.config.num_tokens
-    # the images of this process among all N of a step
-    rows = [prompt * G + k for prompt in parallel.share(args.prompts_per_step) for k in range(G)]
-    precision = zoo.autocast(args.device, args.dtype)
-    score = partial(score_tokens, micro_batch=args.micro_batch, temperature=args.temperature)
-    score_policy = partial(token_logprobs, policy, cfg_scale=args.score_cfg, temperature=args.temperature)
-    if args.kl == "exact":  # beyond the paper
-        score_policy = partial(score_policy, ref_model=ref_model)
+    # Of the N images of a step this process draws and learns from n, those of its own prompts.
+    rows = [prompt * G + k for prompt in parallel.share(args.prompts_per_step) for k in range(G)]  # n of range(N)
+    autocast = zoo.autocast(args.device, args.dtype)
     # The sampler's log-probabilities serve as pi_old. Recompute them only where they would not match: with other
     # guidance, or in bfloat16, where a full pass rounds differently from token-by-token decoding.
     sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
+    exact_ref = ref_model if args.kl == "exact" else None  # beyond the paper
     for step in range(run.first_step, args.steps):
         # 1. sample G images for each prompt from the current policy
         prompts, captions = pick_prompts(args, step)
-        noise = image_noise(rows, T, args.seed, step)  # (N, T): the same on resume and for any number of processes
-        with precision:
+        noise = image_noise(rows, T, args.seed, step)  # (n, T): the same on resume and for any number of processes
+        with autocast:
             cond, cond_mask = encode(prompts)  # (B, ...), (B, P)
             rollout = sample_groups(policy, cond, cond_mask, G, noise, args.cfg_scale, args.temperature)
         run.lap("sample")
 
         # 2. judge
-        images = decode(tokenizer, rollout.tokens, args.micro_batch)  # (N, 3, H, W) in [0, 1]
+        images = decode(tokenizer, rollout.tokens, args.micro_batch)  # (n, 3, H, W) in [0, 1]
         run.lap("decode")
-        scores, score_metrics = judge(judges, images, captions, G)  # {judge: (N,)}, of the images of all processes
+        scores, score_metrics = judge(judges, images, captions, G)  # {judge: (N,)}, gathered from all processes
         rewards = weighted_sum(scores, args.judge_weights)  # (N,)
 
         # 3. compare inside each group
         advantages = group_advantages(rewards, G, divide=args.reward_norm != "mean")  # (N,)
         if args.reward_norm == "each":  # beyond the paper: GDPO
             advantages = decoupled_advantages(scores, args.judge_weights, G)
+        A = advantages[rows]  # (n,): back to this process's images
         run.lap("judge")
 
         # 4. learn: score the tokens by pi_ref and pi_old, then take --updates-per-batch steps of AdamW
-        A = advantages[rows]
-        with precision:
-            ref_logprobs, ref_states = score(ref_model, rollout, cfg_scale=args.ref_cfg)  # (N, T), (N, T, C)
-            old_logprobs = rollout.logprobs
+        with autocast:  # (n, T) nats; the states (n, T, C) are for --kl exact
+            ref_logprobs, ref_states = score_tokens(
+                ref_model, rollout, args.micro_batch, args.ref_cfg, args.temperature
+            )
+            old_logprobs = rollout.sampled_logprobs
             if sampler_differs:
-                old_logprobs, _ = score(policy, rollout, cfg_scale=args.score_cfg)
+                old_logprobs, _ = score_tokens(policy, rollout, args.micro_batch, args.score_cfg, args.temperature)
             if args.weigh_tokens:  # beyond the paper: each token gets its own share of A
-                unguided, _ = score(ref_model, rollout, cfg_scale=args.score_cfg)
-                A = A[:, None] * token_weights(ref_logprobs, unguided)  # (N, T)
+                unguided, _ = score_tokens(ref_model, rollout, args.micro_batch, args.score_cfg, args.temperature)
+                A = A[:, None] * token_weights(ref_logprobs, unguided)  # (n, T)
+        batch = Batch(
+            **rollout._asdict(),
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            ref_states=ref_states,
+            advantages=A,
+        )
         run.lap("reference")
-        batch = Batch(*rollout, old_logprobs, ref_logprobs, ref_states, A)
         lr = set_lr(args, optimizer, step)
         history = []
         grad_norms = []
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
             for part in split(batch, args.micro_batch):
-                with precision:  # (n, T) each; kl is None with --kl k3
-                    logprobs, entropy, kl = score_policy(
-                        part.cond, part.tokens, part.cond_mask, ref_states=part.ref_states
-                    )
+                with autocast:
+                    logprobs, entropy, kl = token_logprobs(
+                        policy, part.cond, part.tokens, part.cond_mask, args.score_cfg, args.temperature,
+                        ref_model=exact_ref, ref_states=part.ref_states,
+                    )  # fmt: skip
                 loss, stats = grpo_loss(
-                    logprobs,
-                    part.old_logprobs,
-                    part.ref_logprobs,
-                    part.advantages,
-                    args.clip_eps,
-                    args.kl_coef,
-                    kl,
+                    logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, args.clip_eps, args.kl_coef, kl
                 )
-                share = len(logprobs) / len(images)  # the last micro-batch may be a short one
-                scaled_loss = loss * share
+                fraction = len(logprobs) / len(images)  # the last micro-batch may be a short one
+                scaled_loss = loss * fraction
                 scaled_loss.backward()
-                stats["entropy"] = entropy.mean()
-                stats["sampler_gap"] = sampler_gap(logprobs, part.logprobs)
-                history.append((update, share, stats))
+                stats["entropy"] = entropy.mean().detach()
+                if update == 0:  # later the gap would say how far the policy has moved
+                    stats["sampler_gap"] = sampler_gap(logprobs, part.sampled_logprobs)
+                history.append((fraction, stats))
             grad_norm = parallel.average_and_clip(policy, MAX_GRAD_NORM)
             grad_norms.append(grad_norm)
             if grad_norm.isfinite():  # a NaN must not reach the weights
                 optimizer.step()
         run.lap("learn")
-        dissect(args, step, score, policy, batch, images, captions, scores)
+        dissect(args, step, policy, batch, images, captions, scores)
 
         # 5. report and save
         metrics = step_metrics(step, lr, rewards, advantages, history, grad_norms, G)
         metrics |= score_metrics
         metrics |= verify(args, images, captions)
-        run.end_step(step, parallel.average(metrics), grid)
+        run.end_step(step, parallel.average(metrics), draw_grid)
     run.close()
     report.finish_run(args, {"base": ref_model, "tuned": policy}, before, tokenizer, encode, judges)
 
@@ -205,8 +207,8 @@ def judge(judges, images, captions, group_size):
 def set_lr(args, optimizer, step):
     """Sets the learning rate of a step, and returns it."""
     lr = args.lr * (1 - step / args.steps) if args.lr_schedule == "linear" else args.lr
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
     return lr
 
 
@@ -218,32 +220,33 @@ def verify(args, images, captions):
     return dict(right=float(np.mean(right)))
 
 
-def dissect(args, step, score, policy, batch, images, captions, scores):
+def dissect(args, step, policy, batch, images, captions, scores):
     """Keeps one group of the first, the middle and the last step for the page: what the update did to its tokens."""
     if step not in (0, args.steps // 2, args.steps - 1):
         return
-    group = split(batch, args.group_size)[0]
+    G = args.group_size
+    group, scores = split(batch, G)[0], {judge: values[:G] for judge, values in scores.items()}
     with zoo.autocast(args.device, args.dtype):
-        after, _ = score(policy, group, cfg_scale=args.score_cfg)  # (G, T)
-    scores = {judge: values[: len(after)] for judge, values in scores.items()}
-    by_token = group.advantages.view(len(after), -1)  # (G, 1) or (G, T)
-    advantages = by_token.mean(1)  # token weights have a mean of 1
-    kept = dict(
-        images=images[: len(after)],
+        after, _ = score_tokens(policy, group, args.micro_batch, args.score_cfg, args.temperature)  # (G, T)
+    by_token = group.advantages.view(G, -1)  # (G, 1), or (G, T) with token weights, whose mean is 1
+    advantages = by_token.mean(1)
+    tensors = dict(
+        images=images[:G],
         rewards=weighted_sum(scores, args.judge_weights),
         advantages=advantages,
         change=after - group.old_logprobs,
         weights=by_token / advantages[:, None],
     )
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in kept.items()}
+    arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
     scores = {judge: values.cpu().numpy() for judge, values in scores.items()}
-    report.save_group(args.out / f"samples/group_{step:05d}.npz", report.Group(captions[0], scores=scores, **arrays))
+    found = report.Group(captions[0], args.rewards, scores=scores, **arrays)
+    report.save_group(args.out / f"samples/group_{step:05d}.npz", found)
 
 
 def step_metrics(step, lr, rewards, advantages, history, grad_norms, group_size):
     """
-    {name: number} of a step; the README's glossary explains each. rewards, advantages (N,). history: (update, share of
-    the images, {name: mean over them}) of each micro-batch. grad_norms: of each update, before clipping.
+    {name: number} of a step; the README's glossary explains each. rewards, advantages (N,). history: (fraction of the
+    images, {name: mean over them}) of each micro-batch. grad_norms: of each update, before clipping.
     """
     groups = rewards.view(-1, group_size)
     metrics = dict(
@@ -253,11 +256,10 @@ def step_metrics(step, lr, rewards, advantages, history, grad_norms, group_size)
         equal_groups=(groups == groups[:, :1]).all(1).float().mean().item(),
         grad_norm=torch.stack(grad_norms).max().item(),  # NaN if one of them is
     )  # fmt: skip
-    for name in history[0][2]:
-        # the gap before the first update only: later it says how far the policy has moved
-        parts = [(share, stats[name]) for update, share, stats in history if update == 0 or name != "sampler_gap"]
-        values = [value.item() for _, value in parts]
-        metrics[name] = float(np.average(values, weights=[share for share, _ in parts]))
+    for name in history[0][1]:
+        found = [(stats[name].item(), fraction) for fraction, stats in history if name in stats]
+        values, fractions = zip(*found, strict=True)
+        metrics[name] = float(np.average(values, weights=fractions))
     return metrics
 
 
@@ -268,7 +270,8 @@ def step_metrics(step, lr, rewards, advantages, history, grad_norms, group_size)
 def build(args):
     """The policy, its frozen copy, the tokenizer, the prompt encoder, the judges, the optimizer."""
     policy = zoo.load_model(args.model, args.base, args.device, args.compile)
-    # with adapters the weights themselves never change, so policy and reference share them
+    # With adapters the weights themselves never change, so policy and reference share them: deepcopy copies nothing
+    # that its memo holds.
     shared = {id(p): p for p in policy.parameters()} if args.lora_rank else {}
     ref_model = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.lora_rank:
@@ -289,18 +292,17 @@ def build(args):
     return policy, ref_model, tokenizer, encode, judges, optimizer
 
 
-def begin(args, run, policy, grid):
-    """Prints what the run will do. Draws before.png and returns its images, or None on resume."""
+def announce(args, policy, steps):
+    """Prints what the run will do."""
     B, G, T = args.prompts_per_step, args.group_size, policy.config.num_tokens
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     print(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
     print(f"{B * G} images/step = {B} prompts x {G} samples, in micro-batches of {min(B * G, args.micro_batch)}; "
-          f"{args.updates_per_batch} update(s) per batch, {args.steps - run.first_step} steps")  # fmt: skip
+          f"{args.updates_per_batch} update(s) per batch, {steps} steps")  # fmt: skip
     print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
           f"lr {args.lr:g}, KL {args.kl_coef:g}; writing to {args.out}/")  # fmt: skip
     for name in held_out(args.judge_weights):
         print(f"held out: {name}, which is logged and has no say")
-    return grid("before.png", "before: the base model") if run.first_step == 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -313,9 +315,16 @@ EIGHT = "clip=5,clip-step=1,hps=5,hps-step=1,maniqa=2,qwen-match=0.25,qwen-real=
 # What a model's row, or --preset, changes about the defaults below. "script": the official training script, which its
 # author calls indicative. What the toys have was measured (README, "Results").
 TOY = dict(
-    rewards="clip=1,realism=0.25", micro_batch=64, adam_beta2=0.95
-)  # 200 steps do not fill an average over 1,000
-LLAMAGEN = dict(rewards=EIGHT, micro_batch=8, adam_beta2=0.999, lr=1e-5)  # paper; ours: memory only; script; script
+    rewards="clip=1,realism=0.25",
+    micro_batch=64,
+    adam_beta2=0.95,  # a run of 100 steps does not fill an average over 1,000
+)
+LLAMAGEN = dict(
+    rewards=EIGHT,  # paper
+    micro_batch=8,  # ours; affects memory only
+    adam_beta2=0.999,  # script
+    lr=1e-5,  # script
+)
 PAPER = dict(
     score_cfg="1",  # script: log-probabilities without guidance
     lr_schedule="constant",  # script, in effect

@@ -49,6 +49,7 @@ class Mistake(ValueError):
 SIZES = {  # layers, heads, C              parameters at the grid and vocabulary that the size was released for
     "toy-c2i": (6, 5, 160),  # 2.3M
     "toy-t2i": (6, 5, 160),  # 2.3M
+    "toy-c2i-small": (4, 3, 96),  # 0.6M
     "GPT-B": (12, 12, 768),  # 111M
     "GPT-L": (24, 16, 1024),  # 343M
     "GPT-XL": (36, 20, 1280),  # 775M
@@ -74,9 +75,9 @@ class ModelRow:
     top_k: int = 0
 
 
-def _toy(task, **config):
-    config = ModelConfig(task, *SIZES[f"toy-{task}"], vocab_size=512, grid_size=8, **config)
-    files = WEIGHTS / f"toy-{task}.safetensors", WEIGHTS / "toy-vq.safetensors"
+def _toy(name, task, **config):
+    config = ModelConfig(task, *SIZES[name], vocab_size=512, grid_size=8, **config)
+    files = WEIGHTS / f"{name}.safetensors", WEIGHTS / "toy-vq.safetensors"
     return ModelRow(config, *files, VQ_TOY, WEIGHTS / "toy-t5" if task == "t2i" else None, torch.float32)
 
 
@@ -92,8 +93,9 @@ def _llamagen_t2i(grid, file):
 
 
 MODELS = {
-    "toy-c2i": _toy("c2i", num_classes=40),
-    "toy-t2i": _toy("t2i", caption_dim=64, cond_len=12),
+    "toy-c2i": _toy("toy-c2i", "c2i", num_classes=40),
+    "toy-t2i": _toy("toy-t2i", "t2i", caption_dim=64, cond_len=12),
+    "toy-c2i-small": _toy("toy-c2i-small", "c2i", num_classes=40),
     "llamagen-b-256": _llamagen_c2i("GPT-B", 16, "c2i_B_256.pt"),
     "llamagen-b-384": _llamagen_c2i("GPT-B", 24, "c2i_B_384.pt"),
     "llamagen-l-256": _llamagen_c2i("GPT-L", 16, "c2i_L_256.pt"),
