@@ -357,7 +357,7 @@ def corpus(captions, rng, ways=tuple(CORPUS), task="c2i"):
 
 MIN_PIXELS = 40  # a component below this is stray; the smallest object drawn has about 200
 MAX_STRAY = 0.02  # of the picture's pixels
-MIN_IOU = 0.72  # soft intersection over union with the ideal shape of equal area and centroid
+MIN_IOU = 0.85  # soft intersection over union with the ideal shape of equal area and centroid
 MIN_PURITY = 0.80  # share of an object's pixels whose nearest colour is the object's
 
 

@@ -90,9 +90,15 @@ def rope_2d(config, base=10000):
 
 
 def rotate(x, rope):
-    """Rotates the channel pairs (2i, 2i+1) of x (..., S, D), read as complex numbers, by rope (S, D/2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., S, D/2), interleaved
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    """
+    Rotates the channel pairs (2i, 2i+1) of x (..., S, D), read as complex numbers, by rope (S, D/2). A device without
+    complex numbers gets rope as real pairs (S, D/2, 2); on a CPU these are slower (RESULTS.md, "Speed").
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))  # (..., S, D/2, 2), interleaved
+    if rope.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):

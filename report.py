@@ -4,6 +4,7 @@ Grids and pages of a run: one HTML file with everything inside, which opens with
     python report.py out/c2i                    # writes out/c2i/report.html; train.py does so too when it ends
     python report.py out/seed0 out/seed1 out/x  # several runs on one page, out/compare.html
     python report.py base.json tuned.json --out frontier.png  # tables of evaluate.py: accuracy against diversity
+    python report.py out/seed0 out/seed1 out/seed2 --out assets/curves_c2i.json  # the band behind runs of this recipe
 
 A run's page shows its settings, a curve for each metric with its healthy range, the same prompts and seeds during
 training, one picture as base and tuned model write it token by token from the same random numbers, and the table of
@@ -29,13 +30,15 @@ from PIL import Image
 
 import data
 import zoo
-from model import image_noise
+from grpo import policy_states
+from model import image_noise, policy_logprobs
 from rewards import held_out, judge_images, parse_rewards
 from runs import warnings
 from sample import draw, interleave, label_images, save_grid, write_npz
 from tokenizer import to_uint8
 from zoo import Mistake
 
+ASSETS = Path(__file__).parent / "assets"
 NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band or None)
     "reward": ("rises, then levels off", None),
     "right": ("rises with the reward; if it falls meanwhile, the judges are hacked", None),
@@ -63,7 +66,13 @@ img { max-width: 100%; height: auto } input[type=range] { width: 100% }
 td, th { border-bottom: 1px solid var(--soft); padding: 2px 8px; text-align: right; white-space: nowrap }
 .pair { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .writers { display: flex; flex-wrap: wrap; gap: 24px } .frame { width: 192px; height: 192px; background-color: #888;
-  image-rendering: pixelated } .words { font: 10px/1.6 ui-monospace, monospace; white-space: pre; width: 240px }
+  image-rendering: pixelated } .words { display: grid; width: 256px; margin: 8px 0 }
+.words button { font: 9px/1.8 ui-monospace, monospace; padding: 0; border: 1px solid #0000; background: none;
+  color: inherit; cursor: pointer } .words .now { border-color: currentcolor; font-weight: bold }
+.likely { display: grid; grid-template-columns: 32px 3em 1fr; gap: 2px 8px; align-items: center; width: 256px;
+  font: 11px ui-monospace, monospace } .likely .drawn { font-weight: bold }
+.bar { background: #64748b55; white-space: nowrap }
+.patch { width: 32px; height: 32px; image-rendering: pixelated }
 """
 SCRIPT = """
 for (const box of document.querySelectorAll('[data-slides]')) {
@@ -74,20 +83,29 @@ for (const box of document.querySelectorAll('[data-slides]')) {
   slider.oninput = show; show();
 }
 for (const box of document.querySelectorAll('[data-writer]')) {
-  const slider = box.querySelector('input'), button = box.querySelector('button'), T = +box.dataset.tokens;
-  const side = Math.round(Math.sqrt(T)), columns = 8, last = +slider.max;
-  const show = () => { const k = +slider.value, done = Math.round(T * k / last);
+  const slider = box.querySelector('input'), play = box.querySelector('button'), T = +box.dataset.tokens;
+  const columns = 8, last = +slider.max, writers = [...box.querySelectorAll('[data-likely]')];
+  const show = (now) => { const k = +slider.value;
     for (const frame of box.querySelectorAll('.frame')) frame.style.backgroundPosition =
       `${k % columns / (columns - 1) * 100}% ${Math.floor(k / columns) / (Math.ceil((last + 1) / columns) - 1) * 100}%`;
-    for (const words of box.querySelectorAll('.words')) { const all = JSON.parse(words.dataset.tokens);
-      words.textContent = all.map((t, i) => (i < done ? String(t) : '.').padStart(5) +
-        ((i + 1) % side ? '' : '\\n')).join('') } };
+    for (const writer of writers) {
+      const tokens = JSON.parse(writer.dataset.tokens), likely = JSON.parse(writer.dataset.likely)[now];
+      [...writer.querySelector('.words').children].forEach((cell, i) => {
+        cell.textContent = i < T * k / last ? tokens[i] : '.'; cell.className = i == now ? 'now' : '' });
+      const rows = writer.querySelector('.likely').children;
+      likely.forEach(([code, p], j) => { const [patch, name, bar] = [0, 1, 2].map((c) => rows[3 * j + c]);
+        patch.style.backgroundPosition = `${j * 25}% ${now / (T - 1) * 100}%`;
+        name.textContent = code; name.className = bar.className = code == tokens[now] ? 'drawn' : '';
+        bar.firstChild.style.width = `${p}%`; bar.firstChild.textContent = `${p}%` }) } };
+  const written = () => Math.max(0, Math.ceil(T * slider.value / last) - 1);
+  for (const writer of writers) [...writer.querySelector('.words').children].forEach((cell, i) => {
+    cell.onclick = () => { slider.value = Math.ceil((i + 1) / T * last); show(i) } });
   let timer = null;
-  button.onclick = () => { if (timer) { clearInterval(timer); timer = null; return }
+  play.onclick = () => { if (timer) { clearInterval(timer); timer = null; return }
     if (+slider.value == last) slider.value = 0;
-    timer = setInterval(() => { slider.value = +slider.value + 1; show();
+    timer = setInterval(() => { slider.value = +slider.value + 1; show(written());
       if (+slider.value == last) { clearInterval(timer); timer = null } }, 80) };
-  slider.oninput = show; show();
+  slider.oninput = () => show(written()); show(Math.floor(T / 2 + Math.sqrt(T) / 2));  // the picture's middle
 }
 """
 
@@ -299,8 +317,13 @@ class Series(NamedTuple):
     high: np.ndarray = None
 
 
-def draw_panel(axes, title, series, healthy=None, x_name="step"):
-    """Draws a panel: for each Series its dots, its line and its band, and the healthy range (low, high) in green."""
+def draw_panel(axes, title, series, healthy=None, x_name="step", band=None):
+    """
+    Draws a panel: for each Series its dots, its line and its band, the healthy range (low, high) in green, and in grey
+    the band (steps, low, high) of our own runs.
+    """
+    if band:
+        axes.fill_between(*band, color="grey", alpha=0.2, linewidth=0)
     for k, one in enumerate(series):
         colour = f"C{k}"
         if one.dots is not None:
@@ -349,6 +372,42 @@ def curve(rows, key):
     return Series(key, column(rows, "step"), smooth(values), dots=values)
 
 
+def write_bands(folders, path):
+    """
+    Keeps the curves of several seeds of one recipe, for `bands`: {"flags": settings, "seeds": [{metric: values}]}.
+    """
+    flags = read_flags(folders[0])
+    seeds = []
+    for folder in folders:
+        rows = read_metrics(folder)
+        keys = [key for key in metric_keys(rows) if key not in ("lr", "peak_memory_gb")]
+        seeds.append({key: [float(f"{value:.3g}") for value in column(rows, key)] for key in keys})
+    text = json.dumps(dict(flags=flags, seeds=seeds))
+    zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
+
+
+def bands(flags):
+    """
+    {metric: (steps, low, high)} of our own runs of the same recipe, {} for any other: the range of three seeds within a
+    tenth of the run.
+    """
+    free = {"seed", "dtype"}  # these do not make another recipe
+    recipe = {name: value for name, value in flags.items() if name not in free}
+    for path in ASSETS.glob("curves_*.json"):
+        kept = json.loads(path.read_text())
+        if {name: value for name, value in kept["flags"].items() if name not in free} == recipe:
+            return {key: band_around([seed[key] for seed in kept["seeds"]]) for key in kept["seeds"][0]}
+    return {}
+
+
+def band_around(curves):
+    """(steps, lowest, highest) of some curves (seeds, steps) within a tenth of the run around each step."""
+    curves = np.array(curves)
+    half, steps = max(1, curves.shape[1] // 20), np.arange(curves.shape[1])
+    windows = [curves[:, max(0, k - half) : k + half + 1] for k in steps]
+    return steps, [window.min() for window in windows], [window.max() for window in windows]
+
+
 def write_curves(folder):
     """curves.png from metrics.jsonl: reward, KL, entropy and for a toy the share right."""
     import matplotlib.pyplot as plt
@@ -358,13 +417,16 @@ def write_curves(folder):
     if "right" in keys_of(rows):
         titles["right"] = "share right, by the verifier"
     figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 3), layout="constrained")
+    grey = bands(read_flags(folder))
     for panel, (key, title) in zip(axes, titles.items(), strict=True):
-        draw_panel(panel, title, [curve(rows, key)])
+        draw_panel(panel, title, [curve(rows, key)], band=grey.get(key))
+    if grey:
+        axes[0].set_xlabel("step (grey: our three seeds)", fontsize=8)
     zoo.write_whole(folder / "curves.png", lambda path: figure.savefig(path, dpi=90))
     plt.close(figure)
 
 
-def panel_svg(title, note, series, healthy=None, x_name="step"):
+def panel_svg(title, note, series, healthy=None, x_name="step", band=None):
     """
     A panel as an SVG inside a <figure>, with its note and the names of its lines below, where long names have room.
     Grey text is readable on light and dark pages.
@@ -376,7 +438,7 @@ def panel_svg(title, note, series, healthy=None, x_name="step"):
     with plt.rc_context(grey | {"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, axes = plt.subplots(figsize=(3.6, 2.3))
         figure.subplots_adjust(left=0.17, right=0.98, bottom=0.18, top=0.9)  # a computed layout takes twice as long
-        draw_panel(axes, title, series, healthy, x_name)
+        draw_panel(axes, title, series, healthy, x_name, band)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata=dict(Date=None))
         plt.close(figure)
@@ -393,15 +455,16 @@ def charts(rows, flags):
     """A panel for each metric of a run, and one of the seconds."""
     held = [f"{judge}_mean" for judge in held_out(parse_rewards(flags.get("rewards", "clip")))]
     notes = NOTES | dict.fromkeys(held, ("held out: it has no say, so what it says is evidence", None))
-    panels = []
+    panels, grey = [], bands(flags)
     for key in metric_keys(rows):
         note, healthy = notes.get(key, ("", None))
-        panels.append(panel_svg(key, note, [curve(rows, key)], healthy))
+        panels.append(panel_svg(key, note, [curve(rows, key)], healthy, band=grey.get(key)))
     parts = [key for key in keys_of(rows) if key.startswith("seconds_") or key.endswith("_seconds")]
     if parts:
         lines = [curve(rows, key)._replace(dots=None, label=key.replace("seconds_", "")) for key in parts]
         panels.append(panel_svg("seconds", "of each part of a step, and of each judge", lines))
-    return f'<div class="charts">{"".join(panels)}</div>'
+    said = "<p>Grey: the range of our three seeds of the same recipe.</p>" if grey else ""
+    return f'{said}<div class="charts">{"".join(panels)}</div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -434,44 +497,90 @@ def slides(folder):
     return f'<h2>Before and after</h2><div class="pair">{pair}</div>{slides}' if pair else slides
 
 
+class Written(NamedTuple):
+    """One picture as a model wrote it."""
+
+    tokens: list  # T codes
+    likely: list  # for each token the LIKELY likeliest [code, per cent]
+    moments: int
+    frames: Image.Image  # the picture at each moment, eight in a row
+    patches: Image.Image = None  # a row per token: its cell with each of its likeliest codes; of a toy
+
+
+LIKELY = 5
+
+
 @torch.no_grad()
-def writing(model, tokenizer, cond, cond_mask, **sampling):
+def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
     """
-    One picture as it is written: its tokens (T,), the number of moments, and a sheet of pictures, eight in a row, one
-    per moment: after 0 to T tokens for a toy; nine moments else, because a large tokenizer takes a second for each on a
-    CPU. Cells not written yet are grey; the decoder, which sees all cells at once, gets the last token repeated there.
+    A picture as it is Written, one moment after each token for a toy; nine moments else, because a large tokenizer
+    takes a second for each on a CPU.
     """
-    tokens, _ = model.generate(cond, cond_mask, noise=image_noise([0], model.config.num_tokens, 7), **sampling)
-    T, side = tokens.shape[1], math.isqrt(tokens.shape[1])
-    moments = np.linspace(0, T, (T if T <= 64 else 8) + 1).round().astype(int)
-    last = torch.as_tensor(moments, device=tokens.device)[:, None]  # (moments, 1)
-    place = torch.arange(T, device=tokens.device)
-    so_far = tokens[0, torch.minimum(place, (last - 1).clamp(min=0))]  # (moments, T)
-    images = torch.cat([tokenizer.decode(part) for part in so_far.split(16)])  # (moments, 3, H, W)
-    written = (place < last).view(-1, 1, side, side).float()
-    images = images * torch.nn.functional.interpolate(written, images.shape[2:], mode="nearest")  # 0 is grey
-    frames = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-    n, height, width, _ = frames.shape
-    sheet = np.full((math.ceil(n / 8) * height, 8 * width, 3), 128, np.uint8)
-    for k, frame in enumerate(frames):
-        sheet[k // 8 * height :, k % 8 * width :][:height, :width] = frame
-    sheet = Image.fromarray(sheet)
-    sheet.thumbnail((8 * 192, 10_000))  # of large pictures a small one
-    return tokens[0].tolist(), n, sheet
+    noise = image_noise([0], model.config.num_tokens, 7)
+    tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
+    states = policy_states(model, cond, tokens, cond_mask, cfg_scale)
+    shares, codes = policy_logprobs(model.head(states)[0], temperature).exp().topk(LIKELY)  # (T, LIKELY)
+    T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
+    moments = torch.linspace(0, T, (T if T <= 64 else 8) + 1, device=device).round().long()[:, None]
+    frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
+    written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
+    frames = frames * torch.nn.functional.interpolate(written, frames.shape[2:], mode="nearest")  # 0 is grey
+    patches = None
+    if T <= 64:
+        place = torch.arange(T, device=device).repeat_interleave(LIKELY)
+        pictures = decode_beginnings(tokenizer, tokens, place[:, None], codes.view(-1, 1))
+        cells = pictures.unflatten(2, (side, -1)).unflatten(4, (side, -1))  # (n, 3, side, px, side, px)
+        patches = sheet_of(cells[torch.arange(len(cells)), :, place // side, :, place % side], LIKELY)
+    frames = sheet_of(frames, 8)
+    frames.thumbnail((8 * 192, 10_000))  # of large pictures a small one
+    rows = zip(codes.tolist(), shares.tolist(), strict=True)
+    likely = [[[code, round(100 * p)] for code, p in zip(*row, strict=True)] for row in rows]
+    return Written(tokens[0].tolist(), likely, len(moments), frames, patches)
 
 
-def writers(policies, tokenizer, encode, caption, prompt, **sampling):
+def decode_beginnings(tokenizer, tokens, lengths, codes):
+    """
+    Pictures (n, 3, H, W) of the first `lengths` (n, 1) of tokens (1, T). The decoder sees all cells at once, so it gets
+    `codes` (n, 1) in those that are not written yet.
+    """
+    beginnings = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < lengths, tokens, codes)  # (n, T)
+    return torch.cat([tokenizer.decode(part) for part in beginnings.split(16)])
+
+
+def sheet_of(images, columns):
+    """Images (n, 3, H, W) in [-1, 1] as one picture, `columns` in a row."""
+    blank = images.new_zeros(-len(images) % columns, *images.shape[1:])
+    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
+    pixels = to_uint8(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2))  # (rows * H, columns * W, 3)
+    return Image.fromarray(pixels.cpu().numpy())
+
+
+def background(sheet, columns, rows):
+    """CSS that shows one cell of a sheet; the script moves it to another."""
+    return f"background-size:{100 * columns}% {100 * rows}%;background-image:url('{data_uri(sheet)}')"
+
+
+def writers(policies, tokenizer, encode, caption, prompt, cfg_scale, temperature):
     """The section in which {name: model} write the same prompt from the same random numbers."""
     boxes, (cond, cond_mask) = "", encode([prompt])
     for name, model in policies.items():
-        tokens, moments, sheet = writing(model, tokenizer, cond, cond_mask, **sampling)
-        size = f"background-size:800% {math.ceil(moments / 8) * 100}%"
-        boxes += f"""<div><b>{html.escape(name)}</b>
-            <div class="frame" style="{size};background-image:url('{data_uri(sheet)}')"></div>
-            <div class="words" data-tokens="{json.dumps(tokens)}"></div></div>"""
-    slider = f'<input type="range" aria-label="moments" min="0" max="{moments - 1}" value="{moments - 1}">'
+        found = write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature)
+        T, side = len(found.tokens), math.isqrt(len(found.tokens))
+        frames = background(found.frames, 8, math.ceil(found.moments / 8))
+        patch = background(found.patches, LIKELY, T) if found.patches else "display:none"
+        cells = "<button></button>" * T
+        bars = '<div class="patch"></div><span></span><div><div class="bar"></div></div>' * LIKELY
+        boxes += f"""<div data-tokens="{found.tokens}" data-likely="{found.likely}"><b>{html.escape(name)}</b>
+            <style>#{name} .patch {{ {patch} }}</style>
+            <div class="frame" style="{frames}"></div>
+            <div class="words" style="grid-template-columns:repeat({side},1fr)">{cells}</div>
+            <div class="likely" id="{name}">{bars}</div></div>"""
+    last = found.moments - 1
+    slider = f'<input type="range" aria-label="moments" min="0" max="{last}" value="{last}">'
     return f"""<h2>One picture, token by token: {html.escape(caption)}</h2>
-        <div data-writer data-tokens="{len(tokens)}"><button>play</button> {slider}
+        <p>Below each picture its tokens; click one. The bars are the codes that the model found likeliest there, each
+        with the patch that it would have drawn; bold is what was drawn.</p>
+        <div data-writer data-tokens="{T}"><button>play</button> {slider}
         <div class="writers">{boxes}</div></div>"""
 
 
@@ -681,7 +790,8 @@ def parse_args(argv=None):
         "runs", nargs="+", type=Path, help="folders that train.py wrote, or .json that evaluate.py wrote"
     )
     parser.add_argument("--out", type=Path, help="file of the page or picture (default: report.html in the run; of "
-                        "several, compare.html beside the first; of tables, frontier.png there)")  # fmt: skip
+                        "several, compare.html beside the first; of tables, frontier.png there); NAME.json keeps the "
+                        "curves of several runs, as the band behind others of their recipe")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -689,6 +799,9 @@ def run(args):
     if all(path.suffix == ".json" for path in args.runs):
         path = args.out or args.runs[0].parent / "frontier.png"
         write_frontier(args.runs, path)
+    elif args.out and args.out.suffix == ".json":
+        path = args.out
+        write_bands(args.runs, path)
     elif len(args.runs) == 1:
         (folder,) = args.runs
         path = args.out or folder / "report.html"

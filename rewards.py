@@ -128,9 +128,8 @@ def judge_images(judges, images, prompts):
         found = found if isinstance(found, dict) else {judge_name: found}
         for name, values in found.items():
             with zoo.reading(f"what the judge {name!r} returned", "a judge returns one number per picture"):
-                scores[name] = torch.as_tensor(values, device=images.device).float().reshape(len(images))
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+                scores[name] = torch.as_tensor(values).float().to(images.device).reshape(len(images))
+        zoo.synchronize(images.device)
         seconds |= dict.fromkeys(found, 0.0)
         seconds[next(iter(found))] = time.perf_counter() - start
     return scores, seconds

@@ -228,6 +228,15 @@ def test_a_run_of_train_py_is_the_algorithm(case, tmp_path, monkeypatch, no_page
     assert case != "c2i-twice" or read_metrics(tmp_path)[0]["clip_frac"] > 0  # and the ratio
 
 
+def test_the_rate_rises_for_a_tenth_of_the_run_and_falls_to_0():
+    """Catches: a run without its warm-up, which ends with less diversity."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0)
+    args = SimpleNamespace(lr=1.0, lr_schedule="linear", steps=20)
+    rates = [train.set_lr(args, optimizer, step) for step in range(20)]
+    assert rates == pytest.approx([0.5, 0.95] + [1 - step / 20 for step in range(2, 20)])
+    assert optimizer.param_groups[0]["lr"] == rates[-1]
+
+
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -499,6 +508,44 @@ def test_bfloat16_is_the_default_where_it_is_quick(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         assert zoo.quick_dtype("llamagen-b-256", "cpu") == expected and zoo.quick_dtype("toy-c2i", "cpu") == "float32"
     assert zoo.quick_dtype("toy-c2i", "cuda:1") == "bfloat16"
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes that operations of the rooms see whose tensors lie on the device."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        frame, rooms = sys._getframe(), [str(HERE / f"{room}.py") for room in ("model", "grpo", "tokenizer")]
+        while frame and frame.f_code.co_filename not in rooms:
+            frame = frame.f_back
+        found = op(*args, **kwargs or {})
+        if frame and frame.f_code.co_name not in ("image_noise", "rope_2d"):  # made on the CPU
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs, found)):
+                if isinstance(tensor, torch.Tensor):
+                    seen = self.__dict__.setdefault("seen", {})
+                    seen.setdefault(tensor.dtype, (frame.f_code.co_name, str(op)))
+        return found
+
+
+def test_a_device_never_sees_float64_or_complex_numbers(tmp_path, monkeypatch, no_pages, thin_toys):
+    """Catches: a rotation by complex numbers, or a sum in float64, on an accelerator that has neither (MPS)."""
+    monkeypatch.setattr(zoo, "COMPLEX", ())
+    for flags in ([], ["--kl", "exact", "--ref-cfg", "2", "--weigh-tokens", "--cfg-scale", "1.5"]):
+        with Dtypes() as watch:
+            train.main(["--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", str(tmp_path / f"run{len(flags)}"), *flags])
+            evaluate.main(["--ckpt", str(tmp_path / f"run{len(flags)}"), "--num", "8", "--best-of", "2"])
+        assert torch.float32 in watch.seen
+        assert not {torch.float64, torch.complex64, torch.complex128} & watch.seen.keys(), watch.seen
+
+
+@BOTH
+def test_rotation_by_real_numbers_is_the_same(config):
+    """Catches: another sign or order of the pairs where complex numbers are not to be had."""
+    model, (cond, mask) = tiny(config), tiny_cond(config)
+    tokens, _ = model.generate(cond, mask, noise=image_noise(range(4), 9, 0))
+    expected = model(cond, tokens, mask)
+    model.rope = torch.view_as_real(model.rope)
+    assert torch.allclose(model(cond, tokens, mask), expected, atol=1e-4)
+    assert torch.equal(model.generate(cond, mask, noise=image_noise(range(4), 9, 0))[0], tokens)
 
 
 # the official code's own outputs: assets/official-*.npz --------------------------------------------------------------
@@ -1442,7 +1489,7 @@ def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
 def test_shipped_weights_are_what_their_reports_describe():
     """Catches: a stage that was run again, and not the stages after it: the README's figures are of other weights."""
     reports = {path.stem: json.loads(path.read_text()) for path in (HERE / "weights").glob("*.json")}
-    assert set(reports) == {"toy-vq", "toy-t5", "toy-c2i", "toy-t2i", "toy-clip", "toy-realism"}
+    assert set(reports) == {"toy-vq", "toy-t5", "toy-c2i", "toy-c2i-small", "toy-t2i", "toy-clip", "toy-realism"}
     for name, found in reports.items():  # T5 and CLIP are folders, in their libraries' own form
         (path,) = [*(HERE / "weights").glob(f"{name}.safetensors"), *(HERE / "weights").glob(f"{name}/*.safetensors")]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == found["sha256"] and found["seed"] is not None
@@ -2311,6 +2358,21 @@ def test_a_comparison_names_every_run_and_shows_every_judge(tmp_path):
     assert named["late_mean"] == named["reward"][1:]
 
 
+def test_our_curves_stand_behind_runs_of_the_same_recipe_and_no_other(tmp_path, monkeypatch):
+    """Catches: a healthy run beside a band of another recipe, or a band that misses what our own seeds did."""
+    monkeypatch.setattr(report, "ASSETS", tmp_path)
+    for seed in range(3):
+        (tmp_path / f"{seed}").mkdir()
+        rows = [dict(step=step, reward=seed + step / 100, kl=0.1) for step in range(30)]
+        (tmp_path / f"{seed}/metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / f"{seed}/flags.json").write_text(json.dumps(dict(lr="1", seed=f"{seed}")))
+    report.main([*(str(tmp_path / f"{seed}") for seed in range(3)), "--out", str(tmp_path / "curves_x.json")])
+    steps, low, high = report.bands(dict(lr="1", seed="9"))["reward"]
+    assert len(steps) == len(low) == len(high) == 30
+    assert all(a <= step / 100 and b >= 2 + step / 100 for step, a, b in zip(steps, low, high, strict=True))
+    assert report.bands(dict(lr="2", seed="0")) == {}
+
+
 def test_a_page_of_a_moved_run_leaves_out_what_it_cannot_draw(tmp_path, capsys):
     """Catches: no page at all where the base is gone; tokens decoded by another tokenizer than that of training."""
     base = MODELS["toy-c2i"].ckpt
@@ -2345,51 +2407,38 @@ def test_the_frontier_has_the_tuned_policies_or_else_the_base_and_each_its_own_f
     assert [name for name, _ in report.points_of(table)] == ["a, cfg 1", "a, cfg 2"]
 
 
+MOVE = """
+  const page = frame.contentDocument, box = page.querySelector('[data-slides]'), found = [];
+  for (const value of [0, 99]) { const slider = box.querySelector('input'); slider.value = value; slider.oninput();
+    found.push(box.querySelector('b').textContent, box.querySelectorAll('.slide:not([hidden])').length) }
+  const writer = page.querySelector('[data-writer]'), look = () => { for (const one of page.querySelectorAll('[data-likely]'))
+    found.push([...one.querySelectorAll('.words button')].filter((cell) => cell.textContent != '.').length,
+      one.querySelector('.now').textContent == one.querySelector('.likely .drawn')?.textContent,
+      getComputedStyle(one.querySelector('.frame')).backgroundPosition) };
+  const slider = writer.querySelector('input'); slider.value = 64; slider.oninput(); look();
+  page.querySelectorAll('.words button')[9].onclick(); look();
+  document.title = JSON.stringify([found, page.documentElement.scrollWidth,
+    frame.contentWindow.matchMedia('(prefers-color-scheme: dark)').matches]);
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's sliders")
-def test_the_sliders_of_the_page_move_in_a_browser(tmp_path):
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's controls")
+def test_the_controls_of_the_page_move_in_a_browser(tmp_path):
     """Catches: a slider that shows the same picture at every moment looks like a policy that never changed."""
     train.main(["--steps", "2", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    text = (tmp_path / "report.html").read_text()
-    move = """<script>const all = [];
-        for (const box of document.querySelectorAll('[data-slides], [data-writer]')) {
-          const slider = box.querySelector('input');
-          for (const value of [0, slider.max]) { slider.value = value; slider.oninput();
-            all.push(box.querySelector('b').textContent, box.querySelectorAll('.slide:not([hidden])').length,
-              box.querySelector('.words')?.textContent.match(/[0-9]+/g)?.length ?? 0,
-              getComputedStyle(box.querySelector('.frame') ?? box).backgroundPosition) } }
-        document.title = JSON.stringify([all, document.documentElement.scrollWidth]);</script>"""
-    (tmp_path / "moved.html").write_text(text + move)
-    for width in (1280, 500):  # headless chromium is never narrower than 500 px
-        command = [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--window-size={width},900",
-            "--dump-dom",
-        ]
-        found = subprocess.run([*command, f"file://{tmp_path}/moved.html"], capture_output=True, text=True, timeout=120)
-        found, wide = json.loads(html.unescape(re.search("<title>(.*?)</title>", found.stdout)[1]))
-        assert found == [
-            "before",
-            1,
-            0,
-            "0% 0%",
-            "after",
-            1,
-            0,
-            "0% 0%",
-            "base",
-            0,
-            0,
-            "0% 0%",
-            "base",
-            0,
-            64,
-            "0% 100%",
-        ]
-        assert wide <= width
+    text = html.escape((tmp_path / "report.html").read_text())
+    for width, dark in itertools.product((1280, 400), (False, True)):  # in a frame: no window is narrower than 500 px
+        frame = f'<iframe id="frame" width="{width}" height="900" srcdoc="{text}"></iframe>'
+        (tmp_path / "moved.html").write_text(f"{frame}<script>frame.onload = () => {{ {MOVE} }}</script>")
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--dump-dom"]
+        command += ["--virtual-time-budget=5000", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+        done = subprocess.run([*command, f"file://{tmp_path}/moved.html"], capture_output=True, text=True, timeout=120)
+        found, wide, is_dark = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+        assert found[:4] == ["before", 1, "after", 1] and wide <= width and is_dark == dark
+        (ends, clicked) = found[4:10], found[10:]
+        # all 64 tokens, then ten; a code that was drawn is mostly, but not always, among the five likeliest
+        assert ends[::3] == [64, 64] and clicked[::3] == [10, 10] and any(found[5::3]) and ends[2] != clicked[2]
 
 
 @pytest.mark.slow

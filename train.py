@@ -64,6 +64,7 @@ from tokenizer import to_unit
 from zoo import Mistake
 
 MAX_GRAD_NORM = 1.0  # the release's; the toys' gradients stay below it most of the time
+WARMUP = 0.1  # of the steps, with --lr-schedule linear
 
 
 def train(args):
@@ -206,7 +207,11 @@ def judge(judges, images, captions, group_size):
 
 def set_lr(args, optimizer, step):
     """Sets the learning rate of a step, and returns it."""
-    lr = args.lr * (1 - step / args.steps) if args.lr_schedule == "linear" else args.lr
+    lr = args.lr
+    if args.lr_schedule == "linear":
+        # Adam's first steps are as long as any, but their direction comes from few gradients: without the warm-up the
+        # policy drifts away from the reference early, and loses diversity that it does not get back (RESULTS.md).
+        lr *= min(1, (step + 1) / (WARMUP * args.steps)) * (1 - step / args.steps)
     for parameters in optimizer.param_groups:
         parameters["lr"] = lr
     return lr
@@ -378,8 +383,9 @@ def add_flags(parser):
     add("--score-cfg", default="same", help="guidance in scoring: 'same' as in sampling, or a number; the release uses "
         "1 (default %(default)s)")  # fmt: skip
     add("--lr", type=float, help="AdamW's learning rate (default %(default)s)")
-    add("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear: the rate falls to 0 over "
-        "--steps, which averages the noise out again; constant: the release's (default %(default)s)")  # fmt: skip
+    add("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear: it rises for a tenth of "
+        "--steps, then falls to 0, which averages the noise out; constant: the release's "
+        "(default %(default)s)")  # fmt: skip
     add("--kl-coef", type=float, help="the paper's beta (default %(default)s)")
     add("--clip-eps", type=float, default=0.2, help="epsilon of the clipped ratio (default %(default)s, the paper's)")
     add("--updates-per-batch", type=int, default=1, help="AdamW steps per batch; above 1 the clip acts (default "

@@ -40,6 +40,7 @@ os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
 os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's backend may not exist here
 WEIGHTS = Path(__file__).parent / "weights"
+COMPLEX = ("cpu", "cuda")  # the kinds of devices that surely have complex numbers
 
 
 class Mistake(ValueError):
@@ -392,6 +393,8 @@ def load_model(name, path=None, device="cpu", compile_steps=False):
         model = Transformer(MODELS[name].config)
     load_strict(model, read_weights(path, "gpt_model."), path, ignore=("freqs_cis",))
     model.rope, model.compile_steps = rope_2d(model.config), compile_steps
+    if torch.device(device).type not in COMPLEX:
+        model.rope = torch.view_as_real(model.rope)
     return model.eval().to(device)
 
 
@@ -661,10 +664,17 @@ class BusyHint:
         self.wall, self.cpu = self.wall + wall, self.cpu + cpu
 
 
+def synchronize(device):
+    """Waits for a GPU, whose work is asynchronous."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def peak_memory_gb(device):
-    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None on Windows, which cannot say."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None where that cannot be asked."""
+    if torch.device(device).type != "cpu":
+        allocated = getattr(torch.accelerator, "max_memory_allocated", lambda device: 0)  # since torch 2.9
+        return allocated(device) / 1e9 or None  # 0 where the device does not count
     try:
         import resource
     except ImportError:
