@@ -757,7 +757,7 @@ def draw_frontier(axes, lines, key, ylabel):
         found = [(name, *f[key], *f["right: all"]) for name, f in points if {key, "right: all"} <= set(f)]
         if found:
             names, x, dx, y, dy = zip(*found, strict=True)
-            name = label if names == (label,) else textwrap.fill(f"{label}: {', '.join(names)}", 48)
+            name = label if names == (label,) else textwrap.fill(f"{label}: {'; '.join(names)}", 48)
             style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
             axes.errorbar(x, y, np.array(dy, float), np.array(dx, float), label=name, **style)
             axes.plot(x[0], y[0], "o", color=f"C{k}", markersize=8, fillstyle="none")

@@ -226,7 +226,7 @@ def warnings(history, settings):
         )
     if len(history) > 20 and now["entropy"] < history[-21]["entropy"] / 2:
         found["entropy"] = "entropy has fallen by half within twenty steps: lower --lr or raise --kl-coef"
-    if now["kl"] > 1:
+    if len(ten) == 10 and statistics.fmean(row["kl"] for row in ten) > 1:  # of one batch it is noisy
         found["kl"] = "the policy is more than a nat per token from its reference: raise --kl-coef or lower --lr"
     weights = dict(part.partition("=")[::2] for part in settings["rewards"].split(","))
     for judge, weight in weights.items():

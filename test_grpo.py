@@ -2507,6 +2507,9 @@ def test_the_readme_holds(tmp_path, monkeypatch):
         assert line.strip() in code or line.strip().startswith("..."), f"train.py does not say {line}"
     commands = re.findall(r"^python (\w+)\.py *(.*?) *(?:#.*)?$", readme, re.MULTILINE)
     assert {"train", "sample", "evaluate", "pretrain", "report"} <= {script for script, _ in commands}
+    exercises = re.findall(r"^\d\. `(--.*?)`", readme, re.MULTILINE)
+    assert len(exercises) == 5
+    commands += [("train", flags) for flags in exercises]
     for script, flags in commands:
         if script in ("train", "sample", "evaluate") and "--ckpt" not in flags:
             {"train": train, "sample": sample, "evaluate": evaluate}[script].parse_args(shlex.split(flags))

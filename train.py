@@ -338,7 +338,7 @@ PAPER = dict(
 BEYOND = dict(kl="exact", weigh_tokens=True, cfg_scale=1.0)  # found on the toys; not measured on LlamaGen
 BEST_TOY = BEYOND | dict(reward_norm="mean", ref_cfg="2")
 RECIPES = {
-    "toy-c2i": TOY | dict(steps=100, lr=3.2e-4, kl_coef=0.04),
+    "toy-c2i": TOY | dict(steps=90, lr=3.6e-4, kl_coef=0.045),
     "toy-t2i": TOY | dict(steps=220, lr=4.5e-4, kl_coef=0.03),
     # script: 4 GPUs x 8 images = 4 classes x 8; 4 x 16 = 8 captions x 8
     "llamagen-c2i": LLAMAGEN | dict(steps=400, prompts_per_step=4, cfg_scale=2.0, kl_coef=0.1),
@@ -349,8 +349,8 @@ RECIPES |= {
     "paper-c2i": RECIPES["llamagen-c2i"] | PAPER | dict(model="llamagen-xl-384", class_names=data.wordnet_classes),
     # script: text features are not moved to the left
     "paper-t2i": RECIPES["llamagen-t2i"] | PAPER | dict(model="llamagen-t2i-xl-256", text_pad="right"),
-    "best-c2i": RECIPES["toy-c2i"] | BEST_TOY | dict(model="toy-c2i", kl_coef=0.13, steps=270, lr=2e-4),
-    "best-t2i": RECIPES["toy-t2i"] | BEST_TOY | dict(model="toy-t2i", kl_coef=0.1, steps=300),
+    "best-c2i": RECIPES["toy-c2i"] | BEST_TOY | dict(model="toy-c2i", kl_coef=0.13, steps=160, lr=4.5e-4),
+    "best-t2i": RECIPES["toy-t2i"] | BEST_TOY | dict(model="toy-t2i", kl_coef=0.1, steps=300, lr=4.5e-4),
     # the guidance of the rollout moves into the reference
     "best-llamagen-c2i": RECIPES["llamagen-c2i"] | BEYOND | dict(model="llamagen-xl-384", ref_cfg="2"),
     "best-llamagen-t2i": RECIPES["llamagen-t2i"] | BEYOND | dict(model="llamagen-t2i-xl-256", ref_cfg="4"),
