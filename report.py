@@ -210,7 +210,7 @@ def draw_group(group):
     rows = [figure.add_axes(box, xlim=(0, G), xticks=[]) for box in boxes]
     names = [
         "1. sample and judge\n\nreward:\n" + group.rewarded.replace(",", "\n+ ").replace("=", " × "),
-        "2. compare\n\nadvantage: the reward\nagainst its group's",
+        "2. compare\n\nadvantage: the reward\nagainst the group's mean",
         *["3. divide\n\neach token's share\nof the advantage"] * shared,
         f"{3 + shared}. learn\n\nwhat one update did\nto each of the\n{T} tokens",
     ]
@@ -244,7 +244,9 @@ def draw_group(group):
         pushed = "shared out among" if shared else "pushes all of"
         rows[-1 - shared].text(middle, 1.06, f"{pushed}\nits {T} tokens", ha="center", fontsize=6.5, color="grey")
         with_it = np.mean(np.sign(group.change[k]) == np.sign(advantage))
-        rows[-1].text(middle, -0.06, f"{with_it:.0%} moved that way", ha="center", va="top", fontsize=6.5, color="grey")
+        rows[-1].text(
+            middle, -0.06, f"{with_it:.0%} moved as pushed", ha="center", va="top", fontsize=6.5, color="grey"
+        )
     bar = figure.add_axes([0.5 - 1.6 / width, 0.3 / total, 3.2 / width, 0.09 / total])
     figure.colorbar(rows[-1].images[-1], cax=bar, orientation="horizontal", extend="both")
     bar.tick_params(labelsize=6)
