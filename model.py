@@ -97,7 +97,8 @@ def rotate(x, rope):
     pairs = x.float().unflatten(-1, (-1, 2))  # (..., S, D/2, 2), interleaved
     if rope.is_complex():
         return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
-    (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+    a, b = pairs.unbind(-1)  # (..., S, D/2) each
+    cos, sin = rope.unbind(-1)  # (S, D/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 

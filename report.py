@@ -199,21 +199,27 @@ def draw_group(group):
     """A matplotlib figure of a Group: a column per picture, worst to best; the maps of all pictures on one scale."""
     import matplotlib.pyplot as plt
 
-    order, G, T = np.argsort(group.rewards), len(group.rewards), group.change.shape[1]
-    shared, lines = group.weights.shape[1] > 1, 1 + len(group.scores)
-    unit, left, width = 1.15, 1.75, 1.95 + 1.15 * G  # inches; a picture takes a square of one unit
-    gaps = [0.7 + 0.14 * lines, 0.2] + [0.42] * (1 + shared)  # above each row
+    order = np.argsort(group.rewards)
+    G, T = group.change.shape
+    shared = group.weights.shape[1] > 1
+    # all lengths are in inches; a picture takes a square of one unit
+    unit = 1.15
+    left = 1.75
+    width = left + G * unit + 0.2
+    gaps = [0.84 + 0.14 * len(group.scores), 0.2] + [0.42] * (1 + shared)  # above each row
     heights = [unit, 0.9] + [unit] * (1 + shared)
     total = sum(gaps) + sum(heights) + 0.85
-    figure, tops = plt.figure(figsize=(width, total)), np.cumsum([g + h for g, h in zip(gaps, heights, strict=True)])
-    boxes = [(left / width, 1 - y / total, G * unit / width, h / total) for y, h in zip(tops, heights, strict=True)]
+    figure = plt.figure(figsize=(width, total))
+    bottoms = np.cumsum(np.add(gaps, heights))  # from the top of the figure
+    boxes = [(left / width, 1 - y / total, G * unit / width, h / total) for y, h in zip(bottoms, heights, strict=True)]
     rows = [figure.add_axes(box, xlim=(0, G), xticks=[]) for box in boxes]
     names = [
         "1. sample and judge\n\nreward:\n" + group.rewarded.replace(",", "\n+ ").replace("=", " × "),
         "2. compare\n\nadvantage: the reward\nagainst the group's mean",
-        *["3. divide\n\neach token's share\nof the advantage"] * shared,
-        f"{3 + shared}. learn\n\nwhat one update did\nto each of the\n{T} tokens",
     ]
+    if shared:
+        names.append("3. divide\n\neach token's share\nof the advantage")
+    names.append(f"{len(names) + 1}. learn\n\nwhat one update did\nto each of the\n{T} tokens")
     for row, name in zip(rows, names, strict=True):
         row.text(-0.03, 0.5, name, transform=row.transAxes, ha="right", va="center", fontsize=8)
     title = f"One group: {G} pictures for “{group.caption}”, from the lowest reward to the highest"
@@ -405,7 +411,8 @@ def bands(flags):
 def band_around(curves):
     """(steps, lowest, highest) of some curves (seeds, steps) within a tenth of the run around each step."""
     curves = np.array(curves)
-    half, steps = max(1, curves.shape[1] // 20), np.arange(curves.shape[1])
+    steps = np.arange(curves.shape[1])
+    half = max(1, len(steps) // 20)
     windows = [curves[:, max(0, k - half) : k + half + 1] for k in steps]
     return steps, [window.min() for window in windows], [window.max() for window in windows]
 
@@ -457,7 +464,8 @@ def charts(rows, flags):
     """A panel for each metric of a run, and one of the seconds."""
     held = [f"{judge}_mean" for judge in held_out(parse_rewards(flags.get("rewards", "clip")))]
     notes = NOTES | dict.fromkeys(held, ("held out: it has no say, so what it says is evidence", None))
-    panels, grey = [], bands(flags)
+    panels = []
+    grey = bands(flags)
     for key in metric_keys(rows):
         note, healthy = notes.get(key, ("", None))
         panels.append(panel_svg(key, note, [curve(rows, key)], healthy, band=grey.get(key)))
@@ -515,8 +523,8 @@ LIKELY = 5
 @torch.no_grad()
 def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
     """
-    A picture as it is Written, one moment after each token for a toy; nine moments else, because a large tokenizer
-    takes a second for each on a CPU.
+    A picture as it is Written, from cond (1, ...) and cond_mask (1, P): one moment after each token for a toy; nine
+    moments else, because a large tokenizer takes a second for each on a CPU.
     """
     noise = image_noise([0], model.config.num_tokens, 7)
     tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
@@ -532,7 +540,7 @@ def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
         place = torch.arange(T, device=device).repeat_interleave(LIKELY)
         pictures = decode_beginnings(tokenizer, tokens, place[:, None], codes.view(-1, 1))
         cells = pictures.unflatten(2, (side, -1)).unflatten(4, (side, -1))  # (n, 3, side, px, side, px)
-        patches = sheet_of(cells[torch.arange(len(cells)), :, place // side, :, place % side], LIKELY)
+        patches = sheet_of(cells[torch.arange(len(cells), device=device), :, place // side, :, place % side], LIKELY)
     frames = sheet_of(frames, 8)
     frames.thumbnail((8 * 192, 10_000))  # of large pictures a small one
     rows = zip(codes.tolist(), shares.tolist(), strict=True)
