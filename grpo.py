@@ -75,7 +75,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     Every image has exactly T tokens: no EOS, no padding, no mask. Returns (scalar loss, dict of detached scalars).
     Beyond the paper: kl (N, T) nats, of exact_kl, replaces k3; advantages are (N, T) with token_weights.
 
-    The value of the first term says little: at rho = 1 it is -mean(A), which is 0 by construction. Its gradient is
+    The value of the first term says little: at rho = 1 it is -mean(A), which is 0 for whole groups. Its gradient is
     what counts: there it is REINFORCE's, with the group's mean as baseline.
     """
     A = advantages.view(len(logprobs), -1)  # (N, 1): one for all tokens of an image; (N, T) with token weights
@@ -179,6 +179,11 @@ def split(batch, size):
     return [type(batch)(*tensors) for tensors in zip(*columns, strict=True)]
 
 
+def take(batch, rows):
+    """Some rows of a Rollout or Batch."""
+    return type(batch)(*[tensor[rows] for tensor in batch])
+
+
 def sampler_gap(logprobs, sampled_logprobs):
     """
     mean |pi(token) / pi_sampler(token) - 1| of (N, T) nats each: is what is scored what was sampled? The mean of the
@@ -188,7 +193,21 @@ def sampler_gap(logprobs, sampled_logprobs):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One step beyond the paper: --reward-norm each, --kl exact, --weigh-tokens
+# One step beyond the paper: --learn-from, --reward-norm each, --kl exact, --weigh-tokens
+
+
+def extremes(advantages, group_size, keep):
+    """
+    The rows (B * K,), ascending, of the images to learn from: in each group the K//2 lowest and the K - K//2 highest of
+    advantages (N,), where K = keep; all rows where keep is group_size. An image of small advantage costs a full
+    backward pass too. So sample and judge more, and learn from the extremes.
+
+    After PODS (arXiv 2504.13818), which also searches for the best split, and normalises over the images that it keeps.
+    Here advantages compare with all of the group, so those that are kept need not sum to 0.
+    """
+    rank = advantages.view(-1, group_size).argsort(dim=1, stable=True).argsort(dim=1)  # (B, G), 0 is the lowest
+    kept = (rank < keep // 2) | (rank >= group_size - (keep - keep // 2))
+    return kept.flatten().nonzero()[:, 0]
 
 
 def decoupled_advantages(scores, weights, group_size):
@@ -266,7 +285,7 @@ def demo(prompt="red ring", seed=11):
         )
     group = report.Group(
         captions[0], weights, images.numpy(), {judge: values.numpy() for judge, values in scores.items()},
-        rewards.numpy(), advantages.numpy(), (after - logprobs.detach()).numpy(), weights=np.ones((8, 1)),
+        rewards.numpy(), advantages.numpy(), (after - logprobs.detach()).numpy(), np.ones((8, 1)), drawn=8,
     )  # fmt: skip
     Path("out").mkdir(exist_ok=True)
     report.draw_group(group).savefig("out/group.png", dpi=100)

@@ -187,6 +187,7 @@ class Group(NamedTuple):
     advantages: np.ndarray  # (G,)
     change: np.ndarray  # (G, T) nats, of each token's log-probability in the update
     weights: np.ndarray  # (G, T), the tokens' shares of the advantage with --weigh-tokens, or (G, 1)
+    drawn: int = 0  # with --learn-from, G are those that were learned from, of this many
 
 
 GROUP_NOTE = (
@@ -222,7 +223,8 @@ def draw_group(group):
     names.append(f"{len(names) + 1}. learn\n\nwhat one update did\nto each of the\n{T} tokens")
     for row, name in zip(rows, names, strict=True):
         row.text(-0.03, 0.5, name, transform=row.transAxes, ha="right", va="center", fontsize=8)
-    title = f"One group: {G} pictures for “{group.caption}”, from the lowest reward to the highest"
+    of = f" of {group.drawn}" if group.drawn > G else ""
+    title = f"One group: {G}{of} pictures for “{group.caption}”, from the lowest reward to the highest"
     figure.text(left / width, 1 - 0.3 / total, title, fontsize=10)
     largest = abs(group.advantages).max() * 1.5 or 1
     rows[1].set(ylim=(-largest, largest))

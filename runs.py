@@ -31,9 +31,10 @@ from zoo import Mistake
 
 # What a resumed run must share with the first to draw the same curve. Files are compared by content, in `content_of`.
 SETTINGS = (
-    "model", "seed", "prompts_per_step", "group_size", "temperature", "cfg_scale", "score_cfg", "ref_cfg", "text_pad",
-    "rewards", "reward_norm", "clip_model", "clip_pretrained", "qwen_answer", "qwen_model", "lr", "lr_schedule",
-    "adam_beta2", "kl_coef", "kl", "weigh_tokens", "clip_eps", "updates_per_batch", "lora_rank", "dtype",
+    "model", "seed", "prompts_per_step", "group_size", "learn_from", "temperature", "cfg_scale", "score_cfg",
+    "ref_cfg", "text_pad", "rewards", "reward_norm", "clip_model", "clip_pretrained", "qwen_answer", "qwen_model",
+    "lr", "lr_schedule", "adam_beta2", "kl_coef", "kl", "weigh_tokens", "clip_eps", "updates_per_batch", "lora_rank",
+    "dtype",
 )  # fmt: skip
 PATIENCE = 5  # steps in a row that may fail
 SAMPLE_EVERY = 50  # steps between grids of the same prompts and seeds

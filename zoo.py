@@ -272,9 +272,6 @@ def find_policy(ckpt=None, model=None, task=None):
             with reading(path, "the file is damaged or cut"), safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 found = dict(json.loads(metadata.get("ar-grpo", "{}")))
-            if metadata.get("model") in MODELS and model is None:
-                raise Mistake(f"{path} is of an earlier version of this project: give --model {metadata['model']}, and "
-                              "how it was trained (--base, --cfg-scale, --text-pad)")  # fmt: skip
     written_by = found.get("model")
     name = model or written_by or f"toy-{task or 'c2i'}"
     if written_by not in (None, name):
