@@ -205,7 +205,7 @@ def draw_group(group):
     shared = group.weights.shape[1] > 1
     # all lengths are in inches; a picture takes a square of one unit
     unit = 1.15
-    left = 1.75
+    left = 1.85
     width = left + G * unit + 0.2
     gaps = [0.84 + 0.14 * len(group.scores), 0.2] + [0.42] * (1 + shared)  # above each row
     heights = [unit, 0.9] + [unit] * (1 + shared)
