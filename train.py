@@ -21,7 +21,8 @@ images (--score-cfg; see grpo.py). Weights are float32; the official t2i run kee
 samples in float32 and scores in bfloat16. Every random number comes from (seed, step), so a resumed run draws what the
 unbroken one would have drawn.
 
-Shapes: B prompts per step, G = group_size samples each, N = B*G images, T image tokens.
+Shapes: B prompts per step, G = group_size samples each, of which K = learn_from are learned from (all by default), N =
+B*G images, T image tokens.
 """
 
 import argparse
