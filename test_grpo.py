@@ -296,6 +296,14 @@ def test_decoupled_advantages_normalise_each_judge_then_the_batch():
     assert found.tolist() == pytest.approx(normalised(total), abs=1e-4, rel=1e-4)
 
 
+def test_the_extremes_are_the_lowest_and_the_highest_of_each_group():
+    """Catches: an odd K that loses its middle, rows of the wrong group, equal rewards that keep more or fewer than K."""
+    values = torch.tensor([3.0, 1, 2, 0, 5, 1, 1, 1, 1, 1])
+    assert grpo.extremes(values, 5, 3).tolist() == [0, 3, 4, 5, 8, 9]  # one low and two high of each five
+    assert grpo.extremes(values, 5, 2).tolist() == [3, 4, 5, 9]
+    assert grpo.extremes(values, 5, 5).tolist() == list(range(10))
+
+
 def test_a_missing_score_counts_as_its_groups_mean():
     """Catches: a missing score set to 0, which would win its group under a metric that is never positive."""
     scores = torch.tensor([-3.0, NAN, -1, -2, INF, NAN, NAN, NAN])
