@@ -106,7 +106,7 @@ def train(args):
         if args.reward_norm == "each":  # beyond the paper: GDPO
             advantages = decoupled_advantages(scores, args.judge_weights, G)
         A = advantages[rows]  # (n,): back to this process's images
-        kept = extremes(A, G, args.learn_from)  # all rows; beyond the paper: fewer, and from here on n counts these
+        kept = extremes(A, G, args.learn_from)  # all n; beyond the paper: fewer, which n counts from here on
         rollout, A = take(rollout, kept), A[kept]
         run.lap("judge")
 
@@ -408,7 +408,7 @@ def add_flags(parser):
     add("--weigh-tokens", action=argparse.BooleanOptionalAction, default=False, help="with --ref-cfg: give each token "
         "a share of its image's advantage in proportion to what guidance changes about it")  # fmt: skip
     add("--learn-from", type=int, metavar="K", help="learn only from K of the --group-size pictures, half with the "
-        "lowest advantages and half with the highest (default %(default)s; None, or G or more: all)")  # fmt: skip
+        "lowest advantages and half with the highest (default %(default)s; None: all)")  # fmt: skip
     add = parser.add_argument_group("memory and processes").add_argument
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default %(default)s)")
     add("--checkpoint-layers", action="store_true", help="recompute most activations in the backward pass: two fifths "
