@@ -858,6 +858,7 @@ def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(t
 
     def ranks():
         parallel.start("cpu")
+        parallel.largest(0)  # waits for all: the first process keeps the store through which the others join
         Path(tmp_path / f"rank-{parallel.rank()}").write_text(str(parallel.world()))
 
     slurm = dict(WORLD_SIZE="", SLURM_PROCID="{}", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="{}")
