@@ -212,7 +212,7 @@ QUICK = ("t2i", "c2i-twice", "c2i-best")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in LOOPS])
-def test_a_run_of_train_py_is_the_algorithm(case, tmp_path, monkeypatch, no_pages):
+def test_a_run_of_train_py_is_the_algorithm(case, tmp_path, monkeypatch, no_pages, smooth_adam):
     """Catches: a rate that never falls, a short micro-batch of another weight, images kept of the wrong group."""
     task, (flags, options) = case[:3], LOOPS[case]
     monkeypatch.setattr(train, "MAX_GRAD_NORM", options.get("max_norm", 1.0))
@@ -226,10 +226,7 @@ def test_a_run_of_train_py_is_the_algorithm(case, tmp_path, monkeypatch, no_page
     ours = load_model(f"toy-{task}", tmp_path / "policy.safetensors")
     ours, theirs, base = (flat(model) for model in (ours, theirs, load_model(f"toy-{task}")))
     gap, moved = (ours - theirs).abs(), (ours - base).abs()
-    # AdamW divides a gradient by its size: a few weights in 100,000 have a gradient that is little more than rounding,
-    # and ten times as many with guidance, where train.py mixes states and this mixes logits.
-    few = 1e-3 if "--cfg-scale" in flags or "--ref-cfg" in flags else 1e-4
-    assert (gap > 1e-6).double().mean() < few and gap.max() < 4.5e-4 and moved.mean() > 1e-4
+    assert gap.max() < 3e-6 and moved.mean() > 5e-5
     assert case != "c2i-guided" or all(row["grad_norm"] > 0.2 for row in log)  # the gradient was clipped
     assert case != "c2i-twice" or read_metrics(tmp_path)[0]["clip_frac"] > 0  # and the ratio
 
@@ -261,6 +258,15 @@ def no_pages(monkeypatch):
     """Runs without grids and pages, which take most of the time of a short one."""
     monkeypatch.setattr(report, "draw_grid", lambda *_: None)
     monkeypatch.setattr(report, "finish_run", lambda *_: None)
+
+
+@pytest.fixture
+def smooth_adam(monkeypatch):
+    """
+    AdamW divides a gradient by its size, so where that is little more than rounding, the machine decides which way a
+    weight goes. With an epsilon of 1e-4 such weights stay, and two ways to compute a step agree in every weight.
+    """
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-4))
 
 
 # the equations -------------------------------------------------------------------------------------------------------
@@ -813,17 +819,11 @@ def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tmp_path, no_
     assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
 
 
-def same_weights(one, two):
-    """To 1e-5, but for the few weights whose gradient is little more than rounding, which AdamW divides by its size."""
-    gap = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
-    return (gap > 1e-5).double().mean() < 1e-4 and gap.max() < 5e-3
-
-
 @needs_fork
 @pytest.mark.parametrize(
     "case", ["t2i --shard --cfg-scale 2", *(pytest.param(task, marks=pytest.mark.slow) for task in ("c2i", "t2i"))]
 )
-def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_path, no_pages, thin_toys):
+def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_path, no_pages, thin_toys, smooth_adam):
     """Catches: each learning for itself, groups cut in two, a loss that is averaged twice, a state only N can read."""
     task, *more = case.split()
     flags = ["--task", task, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3", "--steps", "3"]
@@ -847,7 +847,9 @@ def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_pat
         assert in_children(two, *[partial(train.main, again)] * 2) == [0, 0], (two / "said-0").read_text()
     else:
         train.main(again)
-    assert same_weights(load_file(one / "policy.safetensors"), load_file(two / "policy.safetensors"))
+    one_weights, two_weights = (load_file(folder / "policy.safetensors") for folder in (one, two))
+    gap = max((one_weights[name] - two_weights[name]).abs().max() for name in one_weights)
+    assert gap < 3e-6, gap
     for row, expected in zip(without_seconds(two), without_seconds(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
