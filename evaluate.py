@@ -152,14 +152,13 @@ def shrunk(pixels):
 
 
 def open_array(path, shape, dtype, fill):
-    """The .npy at `path` as a memory-mapped array that can be written; new ones are filled with `fill`."""
+    """
+    The .npy at `path` as a memory-mapped array that can be written; new ones are filled with `fill`. All of it is on
+    disk before it is mapped, because a mapped page that finds the disk full kills the process. Raises OSError.
+    """
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        array[:] = fill
-        array.flush()
-        del array
-        temporary.rename(path)
+        filled = np.broadcast_to(np.asarray(fill, dtype), shape)  # takes no memory
+        zoo.write_whole(path, lambda temporary: np.save(temporary, filled))
     return np.lib.format.open_memmap(path, "r+")
 
 
@@ -267,13 +266,15 @@ def write_column(path, pixels, prompts):
     if parallel.rank() > 0:
         return
     if pixels.shape[1] > SIDE:
-        small = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.uint8, (len(pixels), SIDE, SIDE, 3))
+        unpacked = path.with_suffix(".tmp.npy")
+        unpacked.unlink(missing_ok=True)
+        small = open_array(unpacked, (len(pixels), SIDE, SIDE, 3), np.uint8, 0)
         for k in range(0, len(pixels), 64):
             small[k : k + 64] = shrunk(as_tensor(pixels[k : k + 64])).permute(0, 2, 3, 1).numpy()
         pixels = small
     key = "labels" if np.asarray(prompts).dtype.kind == "i" else "prompts"
     zoo.write_whole(path, lambda temporary: write_npz(temporary, {"arr_0": pixels, key: np.asarray(prompts)}))
-    path.with_suffix(".tmp").unlink(missing_ok=True)
+    path.with_suffix(".tmp.npy").unlink(missing_ok=True)
 
 
 def as_tensor(pixels):
@@ -634,7 +635,7 @@ def open_work(args, settings):
         args.out = next(out for out in numbered if not out.with_name(out.name + ".json").exists())
     decides = json.dumps({name: value for name, value in settings.items() if name not in NO_MATTER})
     args.work = args.out.with_name(f"{hashlib.sha256(decides.encode()).hexdigest()[:12]}.parts")
-    args.work.mkdir(parents=True, exist_ok=True)
+    zoo.make_folder(args.work)
     args.pictures = args.out.with_name(args.out.name + "-pictures")
 
 

@@ -728,18 +728,22 @@ def write_frontier(paths, place):
     tables of a base are a line through its guidance scales, one through its best-of-N, one of other temperatures. On
     the left the share right against recall in latents, which no reward sees. On the right against the judges' weighted
     sum: a policy below the line of best-of-N, which raises the reward without touching a weight, is hacking the judges.
-    A row per task. Raises Mistake.
+    A row per task. Raises Mistake, also for tables of different numbers of pictures, because recall depends on it.
     """
     import matplotlib.pyplot as plt
 
     if place.suffix not in (".png", ".svg", ".pdf"):
         raise Mistake(f"--out {place}: the figure's name ends in .png, .svg or .pdf")
     tasks = {}  # {task: {label of a line: [(name of a point, {metric: (value, standard error)})]}}
+    numbers = set()
     for path in paths:
         with zoo.reading(path, "give a .json that evaluate.py wrote"):
             table = json.loads(path.read_text())
+            numbers.add(table["num"])
             lines = tasks.setdefault(table["task"], {})
             lines.setdefault(line_label(table, path), []).extend(points_of(table))
+    if len(numbers) > 1:
+        raise Mistake(f"the tables are of {sorted(numbers)} pictures, on which recall depends: give all the same --num")
     points = [figures for lines in tasks.values() for line in lines.values() for _, figures in line]
     if not any("right: all" in figures for figures in points):
         raise Mistake("none of these tables says how many pictures are right: only the toys' do")

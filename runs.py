@@ -186,7 +186,8 @@ class Run:
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 flag = f"--{name.replace('_', '-')}"
-                raise Mistake(f"{flag} is {value}, but the run in {self.folder} began with {settings.get(name)}")
+                was = settings.get(name)
+                raise Mistake(f"{flag} is {value}, but {self.folder} began with {was}: give that, or {remedy}")
         for name in sorted({*content, *self.content}):
             if content.get(name) != self.content.get(name):
                 raise Mistake(f"the run in {self.folder} began with another {name}: its content differs; {remedy}")
@@ -199,12 +200,14 @@ class Run:
         self.first_step = step
 
     def cut_metrics(self):
-        """Leaves in metrics.jsonl the lines before the first step: a killed run may have logged more than it saved."""
+        """Leaves in metrics.jsonl the steps before the first: a killed run may have logged more than it saved."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True)[: self.first_step] if path.exists() else []
-        zoo.write_whole(path, lambda new: new.write_text("".join(lines)))
+        lines = path.read_text().splitlines()[: self.first_step] if path.exists() else []
         with zoo.reading(path, "delete it and resume: the weights are whole"):
-            self.history = [json.loads(line) for line in lines]
+            # somebody who deleted it has fewer lines than steps
+            self.history = [row for row in map(json.loads, lines) if row["step"] < self.first_step]
+        text = "".join(json.dumps(row) + "\n" for row in self.history)
+        zoo.write_whole(path, lambda new: new.write_text(text))
         self.said = set()
 
 

@@ -877,7 +877,7 @@ def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(t
 
 
 def test_a_run_is_resumed_by_content_not_by_path(tmp_path, no_pages):
-    """Catches: a resumed run whose KL is to other weights, and one that is refused because its files have moved."""
+    """Catches: a resumed run whose KL is to other weights or that logs a step twice; one refused as its files moved."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     for name, path in (("base", MODELS["toy-t2i"].ckpt), ("vq", MODELS["toy-t2i"].vq_ckpt)):
@@ -907,6 +907,10 @@ def test_a_run_is_resumed_by_content_not_by_path(tmp_path, no_pages):
         (there / file).write_bytes(whole)
     run(there, "2", "--resume")
     assert len(read_metrics(tmp_path / "run")) == 2
+    # somebody has deleted the log, and the step that was logged since then was not saved
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 2}\n')
+    run(there, "3", "--resume")
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [2]
 
 
 @pytest.mark.slow
@@ -1338,7 +1342,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--ckpt", "{}/nan.pt"], "norm.weight holds NaN"),
     (sample, ["--ckpt", "{}/header.safetensors"], "cannot be read"),
     (sample, ["--vq-ckpt", str(HERE / "weights/toy-c2i.safetensors")], "another model or size"),
-    (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "--model toy-c2i is a c2i model, but --task is t2i"),
+    (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "toy-c2i, which is c2i: leave out --task"),
     (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or has another shape"),
@@ -2127,6 +2131,23 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     assert "| FID |  |" in text and "Blank: FID of a#: 2,049 are needed" in text
 
 
+def test_an_array_is_on_disk_before_it_is_mapped(tmp_path, monkeypatch):
+    """Catches: a sparse file, of which a full disk kills the process (SIGBUS) where it could have said so."""
+    path, shape, map_file = tmp_path / "0-pixels.npy", (40, 64, 64, 3), np.lib.format.open_memmap
+
+    def open_memmap(path, *args):
+        assert path.stat().st_blocks * 512 >= math.prod(shape)
+        return map_file(path, *args)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", open_memmap)
+    array = evaluate.open_array(path, shape, np.uint8, 7)
+    assert (array == 7).all()
+    array[0] = 1
+    array.flush()
+    again = evaluate.open_array(path, shape, np.uint8, 7)
+    assert (again[0] == 1).all() and (again[1:] == 7).all()
+
+
 def test_files_are_columns_of_their_own_whatever_their_names_and_labels(tmp_path):
     """Catches: two files whose names differ by a sign and share one result; labels in a column or one-hot."""
     labels = np.arange(8) * 5
@@ -2352,6 +2373,9 @@ def assert_the_page_is_whole_safe_and_small(run):
     assert "reward against KL" in (run.parent / "compare.html").read_text()
     report.main([str(run / "evaluation.json"), "--out", str(run / "frontier.png")])
     assert Image.open(run / "frontier.png").width > 1000
+    (run / "fewer.json").write_text(json.dumps(json.loads((run / "evaluation.json").read_text()) | dict(num=2)))
+    with pytest.raises(SystemExit, match="give all the same --num"):
+        report.main([str(run / "evaluation.json"), str(run / "fewer.json")])
     for name, content in (("flags.json", "{bad"), ("evaluation.json", "[1]"), ("metrics.jsonl", "null")):
         whole = (run / name).read_text()
         (run / name).write_text(content)

@@ -377,7 +377,7 @@ def add_flags(parser):
     add("--steps", type=int, help="batches sampled and learned from (default %(default)s)")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts-per-step", type=int, default=8, help="B, prompts per step (default %(default)s)")
-    add("--group-size", type=int, default=8, help="G, samples per prompt (default %(default)s, the paper's)")
+    add("--group-size", type=int, default=8, help="G, samples per prompt (default %(default)s; paper: 8)")
     add("--temperature", type=float, default=1.0, help="divides the logits in sampling and scoring (default "
         "%(default)s, the paper's)")  # fmt: skip
     add("--cfg-scale", type=float, default=1.0, help="guidance in sampling; 1 is none (default %(default)s)")

@@ -145,14 +145,16 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from None
+        # only an error of the system has a strerror; torch's and numpy's speak of their containers and elements
+        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).splitlines()[0]}"
+        raise OSError(f"{path} could not be written ({reason})") from None
 
 
 def make_folder(folder):
     """Makes `folder` if need be, and tries to write in it: now, not after hours of work. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder), tempfile.TemporaryFile(dir=folder):
-        pass
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_whole(path, write):
@@ -278,7 +280,8 @@ def find_policy(ckpt=None, model=None, task=None):
         raise Mistake(f"{path} holds a {written_by} model, not {name}; all weights must be of one model")
     row = MODELS[name]
     if task not in (None, row.config.task):
-        raise Mistake(f"--model {name} is a {row.config.task} model, but --task is {task}")
+        where = f"{path} holds" if written_by else "the model is"
+        raise Mistake(f"{where} {name}, which is {row.config.task}: leave out --task {task}")
     plain = dict(step=0, text_pad="left", cfg_scale=row.cfg_scale, temperature=1.0, content={}, base_path=None)
     return name, path or row.ckpt, plain | found
 
