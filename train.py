@@ -347,7 +347,7 @@ BEST_TOY = BEYOND | dict(reward_norm="mean", group_size=16, learn_from=8)
 RECIPES = {
     "toy-c2i": TOY | dict(steps=90, lr=3.6e-4, kl_coef=0.045),
     # captions are harder: more samples per prompt, and an exact KL (RESULTS.md, "Captions")
-    "toy-t2i": TOY | dict(steps=140, lr=5.5e-4, kl="exact", kl_coef=0.12, group_size=16, learn_from=8),
+    "toy-t2i": TOY | dict(steps=127, lr=6e-4, kl="exact", kl_coef=0.1, group_size=16, learn_from=8),
     # script: 4 GPUs x 8 images = 4 classes x 8; 4 x 16 = 8 captions x 8
     "llamagen-c2i": LLAMAGEN | dict(steps=400, prompts_per_step=4, cfg_scale=2.0, kl_coef=0.1),
     "llamagen-t2i": LLAMAGEN | dict(steps=600, prompts_per_step=8, cfg_scale=4.0, kl_coef=1.0),
