@@ -892,7 +892,7 @@ def test_a_run_is_resumed_by_content_not_by_path(tmp_path, no_pages):
         train.main([*flags, *map(str, files), *more])
 
     run(here, "1")
-    for wrong, sentence in ((["--kl-coef", "0.1"], "--kl-coef is 0.1"), (["--seed", "1"], "--seed is 1")):
+    for wrong, sentence in ((["--kl-coef", "0.7"], "--kl-coef is 0.7"), (["--seed", "1"], "--seed is 1")):
         with pytest.raises(SystemExit, match=sentence):
             run(here, "2", "--resume", *wrong)
     here.rename(there)
