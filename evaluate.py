@@ -265,16 +265,16 @@ def write_column(path, pixels, prompts):
     """--npz: a column's pictures as an npz in ADM's form, unpacked, at most 256 px wide, with n labels or prompts."""
     if parallel.rank() > 0:
         return
+    unpacked = path.with_suffix(".tmp.npy")
     if pixels.shape[1] > SIDE:
-        unpacked = path.with_suffix(".tmp.npy")
-        unpacked.unlink(missing_ok=True)
+        unpacked.unlink(missing_ok=True)  # a killed evaluation's
         small = open_array(unpacked, (len(pixels), SIDE, SIDE, 3), np.uint8, 0)
         for k in range(0, len(pixels), 64):
             small[k : k + 64] = shrunk(as_tensor(pixels[k : k + 64])).permute(0, 2, 3, 1).numpy()
         pixels = small
     key = "labels" if np.asarray(prompts).dtype.kind == "i" else "prompts"
     zoo.write_whole(path, lambda temporary: write_npz(temporary, {"arr_0": pixels, key: np.asarray(prompts)}))
-    path.with_suffix(".tmp.npy").unlink(missing_ok=True)
+    unpacked.unlink(missing_ok=True)
 
 
 def as_tensor(pixels):
@@ -691,6 +691,8 @@ def references_of(args, tools, captions):
 
 def of_policies(args, tools):
     """((cfg, column), figures) of each policy at each guidance scale, and of a toy's round trips."""
+    for _, path, _ in args.policies:
+        zoo.read_weights(zoo.find_file(path))  # a damaged file shows now, and not after the columns before it
     captions = zoo.captions_of(args.model, args.prompts)
     references = references_of(args, tools, captions)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)

@@ -202,9 +202,9 @@ class Run:
     def cut_metrics(self):
         """Leaves in metrics.jsonl the steps before the first: a killed run may have logged more than it saved."""
         path = self.folder / "metrics.jsonl"
+        # no line after these, because a killed run may have cut its last; by step, because a user may delete the file
         lines = path.read_text().splitlines()[: self.first_step] if path.exists() else []
         with zoo.reading(path, "delete it and resume: the weights are whole"):
-            # somebody who deleted it has fewer lines than steps
             self.history = [row for row in map(json.loads, lines) if row["step"] < self.first_step]
         text = "".join(json.dumps(row) + "\n" for row in self.history)
         zoo.write_whole(path, lambda new: new.write_text(text))

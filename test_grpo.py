@@ -2131,6 +2131,14 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     assert "| FID |  |" in text and "Blank: FID of a#: 2,049 are needed" in text
 
 
+def test_a_damaged_policy_is_found_before_the_base_is_drawn(tmp_path, monkeypatch):
+    """Catches: hours of the base's pictures before a sentence about the other file."""
+    (tmp_path / "cut.pt").write_bytes(b"no weights")
+    monkeypatch.setattr(evaluate, "draw_column", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(SystemExit, match=r"cut\.pt"):
+        evaluate.main(["--ckpt", str(tmp_path / "cut.pt"), "--num", "2", "--out", str(tmp_path / "table")])
+
+
 def test_an_array_is_on_disk_before_it_is_mapped(tmp_path, monkeypatch):
     """Catches: a sparse file, of which a full disk kills the process (SIGBUS) where it could have said so."""
     path, shape, map_file = tmp_path / "0-pixels.npy", (40, 64, 64, 3), np.lib.format.open_memmap
