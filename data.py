@@ -1,10 +1,10 @@
 """
-What a model can be asked for: the toy world's classes and captions, ImageNet's class names, files of prompts.
+The toy world: its classes and captions, their pictures, a careless corpus of them, and the verifier.
 
-The toy world is 64x64 renders of coloured shapes on dark grey backgrounds. It is small enough for a laptop to learn,
-and simple enough that a program without any neural network can check whether a picture shows its caption. That program
-is the *verifier*, `satisfies(image, caption)`. It only evaluates. Training against it would turn the study of learned
-judges into a study of a perfect one.
+Its pictures are 64x64 renders of coloured shapes on dark grey. It is small enough for a laptop to learn, and simple
+enough that a program without any neural network can check whether a picture shows its caption. That program is the
+*verifier*, `satisfies(image, caption)`. It only evaluates. Training against it would turn the study of learned judges
+into a study of a perfect one.
 
     c2i   40 classes, 5 shapes x 8 colours: "red circle"
     t2i   57 captions in the six categories of GenEval (arXiv 2310.11513), 3 shapes x 2 colours:
@@ -17,16 +17,10 @@ caption, another fifth is badly made. Maximum likelihood learns all of that. Peo
 judges and reinforcement learning are for.
 
 All randomness comes from the generator that the caller passes: same generator state, same pictures, no files.
-
-    python data.py        # what the verifier says of right and wrong captions; out/data.png: twelve pictures of CORPUS
 """
 
-import csv
 import difflib
-import io
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -430,161 +424,3 @@ def satisfies(image, caption):
 def kind_of(caption, task):
     """The row of a table that a caption belongs to: a class's shape (c2i) or a category (t2i). Raises as `parse`."""
     return parse(caption)[0][0][2] if task == "c2i" else category_of(caption)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What users write: class names or numbers, captions, files of captions
-
-
-def imagenet_classes():
-    """The 1,000 names of ImageNet's classes in label order, as open_clip carries them: "tench"."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-    return tuple(IMAGENET_CLASSNAMES)
-
-
-def wordnet_classes():
-    """The same in WordNet's words, as the official AR-GRPO gives them to its judges: "tench, Tinca tinca"."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    return tuple(info.index_to_description(label) for label in range(info.num_classes()))
-
-
-def wordnet_ids():
-    """WordNet's ids of ImageNet's classes in label order: "n01440764"."""
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
-
-
-def find_class(text, toy):
-    """
-    The label of a class given by name or number; of ImageNet's also by WordNet's id (n01443537) or full name
-    ("goldfish, Carassius auratus"). Raises ValueError with the nearest names, or all labels of an ambiguous name.
-    """
-    text = str(text).strip()
-    names = TOY_CLASSES if toy else imagenet_classes()
-    if re.fullmatch(r"-?\d+", text):
-        if 0 <= int(text) < len(names):
-            return int(text)
-        raise ValueError(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
-    known = list(names)
-    labels = [label for label, name in enumerate(known) if name.lower() == text.lower()]
-    if not labels and not toy:  # last, because timm takes seconds to import
-        known = [*known, *wordnet_classes(), *wordnet_ids()]
-        labels = sorted({k % len(names) for k, name in enumerate(known) if name.lower() == text.lower()})
-    if len(labels) == 1:
-        return labels[0]
-    if labels:
-        raise ValueError(f"{text!r} names the classes {' and '.join(map(str, labels))}: give the number of one of them")
-    near = difflib.get_close_matches(text.lower(), [name.lower() for name in known], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the first names are {', '.join(names[:5])}"
-    raise ValueError(f"no class is called {text!r}; {hint}")
-
-
-PROMPT_FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
-PROMPT_KEYS = ("prompt", "prompts", "caption", "captions", "text", "value")
-
-
-def is_prompt_file(prompt):
-    """Whether an entry of --prompts is a file: it is there, or its name ends like one. Then it is not a caption."""
-    return Path(prompt).suffix.lower() in PROMPT_FILES or (len(prompt) < 1000 and Path(prompt).is_file())
-
-
-def read_prompt_file(path):
-    """
-    The prompts of a file: .txt, one per line; .json, a list, or COCO's {"annotations": [...]}; .jsonl, one per line;
-    .csv and .tsv, the column called prompt, caption or text, or the only one. JSON entries are strings, or objects with
-    the text under one of these names, or the release's {"conversations": [{"value": text}]}. UTF-8, or UTF-16 with its
-    mark. Raises ValueError for anything else, FileNotFoundError.
-    """
-    path, kind = Path(path), Path(path).suffix.lower()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file")
-    if kind not in PROMPT_FILES:
-        raise ValueError(f"{path} is a file; a file of prompts ends in {', '.join(PROMPT_FILES)}")
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        if kind == ".txt":
-            entries = text.splitlines()
-        elif kind in (".csv", ".tsv"):
-            entries = column_of_prompts(text, "," if kind == ".csv" else "\t")
-        else:
-            entries = json_entries(text)
-        prompts = [prompt_of(entry, k) for k, entry in enumerate(entries, 1)]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: a file of prompts must be in UTF-8") from None
-    except (ValueError, csv.Error, RecursionError) as error:  # also JSONDecodeError; a thousand brackets
-        raise ValueError(f"{path}: {error}") from None
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it")
-    return prompts
-
-
-def column_of_prompts(text, delimiter):
-    """The prompts of a table whose first line names its columns, or of a single column without a name."""
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
-    names = [name.strip().lower() for name in rows[0]] if rows else []
-    for key in PROMPT_KEYS:
-        if key in names:
-            return [row[names.index(key)] for row in rows[1:] if len(row) > names.index(key)]
-    if len(names) != 1:
-        raise ValueError(f"none of its columns ({', '.join(names)}) is called prompt, caption or text")
-    return [row[0] for row in rows]
-
-
-def json_entries(text):
-    """The entries of a JSON list, of COCO's annotations, or of one JSON value per line."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        lines = [line for line in text.split("\n") if line.strip()]  # splitlines would also split at U+2028
-        if len(lines) < 2:
-            raise
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
-            raise error from None
-    if isinstance(found, dict):
-        return found.get("annotations", [found])
-    if not isinstance(found, list):
-        raise ValueError("the file must hold a list of prompts")
-    return found
-
-
-def prompt_of(entry, number):
-    """The text of an entry (a string, or an object that holds it). Raises ValueError with the entry's number."""
-    if isinstance(entry, dict):
-        turns = entry.get("conversations")
-        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-            entry = turns[0]
-        entry = next((entry[key] for key in PROMPT_KEYS if key in entry), None)
-    if not isinstance(entry, str):
-        raise ValueError(f"entry {number} is neither a string nor an object with a prompt, caption or text")
-    return entry
-
-
-def demo():
-    """Renders and the verifier's verdicts; twelve pictures of the corpus."""
-    import torch
-
-    from sample import save_grid
-
-    rng = np.random.default_rng(0)
-    for caption in [class_caption("red ring")] + [T2I_CAPTIONS[c][0] for c in CATEGORIES]:
-        right, wrong = render([caption], rng)[0], wrong_caption(caption, rng)
-        print(f"{caption:48} {satisfies(right, caption)!s:6} {wrong:48} {satisfies(right, wrong)}")
-    ways = ["as captioned"] * 4 + ["another attribute"] * 4 + list(SPOILT)
-    captions = [class_caption(TOY_CLASSES[k]) for k in rng.permutation(40)[:6]] + sample_captions(6, rng)
-    captions = captions[::2] + captions[1::2]
-    images = np.stack([careless(caption, way, rng) for caption, way in zip(captions, ways, strict=True)])
-    labels = [f"{caption.removeprefix('a photo of ')}\n({way})" for caption, way in zip(captions, ways, strict=True)]
-    save_grid("out/data.png", torch.from_numpy(images), labels, 4, "what the bases imitate")
-    print("out/data.png: twelve pictures of the corpus that the bases imitate")
-
-
-if __name__ == "__main__":
-    demo()

@@ -56,6 +56,7 @@ import parallel
 import zoo
 from grpo import token_logprobs
 from metrics import as_cells, as_table, compare, feature_figures, mean_of, mean_of_figures, reference_of
+from prompts import captions_of, fixed_prompts, load_encoder, read_prompt_file, read_prompts
 from rewards import (
     BEST_BY,
     OPTIONS,
@@ -178,7 +179,7 @@ def draw_column(number, name, args, model, tokenizer, encode, cfg, judges, capti
         tokens = open_array(files[1], (n, row.config.num_tokens), np.int32, -1)
         entropy = open_array(files[2], (n,), np.float64, np.nan)
         done = int((tokens[:, 0] >= 0).sum())  # tokens are written last, so what has tokens is complete
-    start, busy = parallel.largest(done), zoo.BusyHint()
+    start = parallel.largest(done)
     with tqdm(total=n, initial=start, desc=name, unit="picture", disable=parallel.rank() > 0) as bar:
         while start < n:
             stop = min(start + args.batch_size * parallel.world(), n)
@@ -198,8 +199,6 @@ def draw_column(number, name, args, model, tokenizer, encode, cfg, judges, capti
                     tokens.flush()
             bar.update(stop - start)
             start = stop
-            if args.device == "cpu" and parallel.world() == 1:
-                busy.check()
     parallel.largest(0)  # the first process has written everything
     return np.load(files[0], mmap_mode="r"), np.load(files[2])
 
@@ -370,7 +369,7 @@ def read_benchmark(args):
     if args.geneval:
         if args.geneval.suffix != ".jsonl":
             raise Mistake(f"--geneval {args.geneval}: GenEval's evaluation_metadata.jsonl is needed")
-        prompts = data.read_prompt_file(args.geneval)
+        prompts = read_prompt_file(args.geneval)
         lines = [line for line in args.geneval.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         if len(lines) != len(prompts):
             raise Mistake(f"--geneval {args.geneval}: a line of it has no prompt")
@@ -550,7 +549,7 @@ def resolve(args):
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.toy = zoo.is_toy(args.model) and not args.samples
     if not args.samples:
-        args.base, base_header = zoo.find_base(args.model, header, args.base)
+        _, args.base, base_header = zoo.find_policy(zoo.base_of(args.model, header, args.base), args.model)
         base_pad = base_header["text_pad"]
         # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
         args.policies = [("base", args.base, base_pad if args.ckpt else args.text_pad or base_pad)]
@@ -558,7 +557,7 @@ def resolve(args):
         args.temperature = header["temperature"] if args.temperature is None else args.temperature
     for k, ckpt in enumerate(args.ckpt, 1):
         _, path, own_header = zoo.find_policy(ckpt, args.model)
-        zoo.find_base(args.model, own_header, args.base)  # all of them must have begun from this base
+        zoo.base_of(args.model, own_header, args.base)  # all of them must have begun from this base
         zoo.check_tokenizer(args.model, own_header, args.vq_ckpt)
         name = f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
         args.policies.append((name, path, args.text_pad or own_header["text_pad"]))
@@ -586,12 +585,12 @@ def prompts_of(args):
         if args.num:
             raise Mistake("--num: a benchmark has four pictures for each of its prompts; leave it out")
         prompts, args.items = read_benchmark(args)
-        return [prompt for prompt in zoo.read_prompts(args.model, None, prompts) for _ in range(4)]
+        return [prompt for prompt in read_prompts(args.model, None, prompts) for _ in range(4)]
     num = args.num or 1024
     if args.classes or args.prompts or (args.task == "t2i" and not args.toy):
-        pool = zoo.read_prompts(args.model, args.classes, args.prompts)
+        pool = read_prompts(args.model, args.classes, args.prompts)
         return [pool[k % len(pool)] for k in range(num)]
-    return zoo.fixed_prompts(args.model, num)
+    return fixed_prompts(args.model, num)
 
 
 # Where files lie, or how fast it goes. What the files hold stands in `sha256`.
@@ -693,10 +692,10 @@ def of_policies(args, tools):
     """((cfg, column), figures) of each policy at each guidance scale, and of a toy's round trips."""
     for _, path, _ in args.policies:
         zoo.read_weights(zoo.find_file(path))  # a damaged file shows now, and not after the columns before it
-    captions = zoo.captions_of(args.model, args.prompts)
+    captions = captions_of(args.model, args.prompts)
     references = references_of(args, tools, captions)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-    encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
+    encode = load_encoder(args.model, args.text_encoder, args.device, args.prompts)
     summed = partial(figures_of, references=references, prompts=args.prompts, captions=captions, task=args.task)
     numbers = itertools.count(1)
     for which, path, pad in args.policies:
@@ -734,7 +733,7 @@ def of_samples(args, tools):
         pixels = pixels[:count]
         # unlabelled: no two are known to be of one class
         prompts = np.arange(count) if labels is None else labels[:count]
-        captions = zoo.captions_of(args.model, prompts.tolist()) if tools.judges else [""] * count
+        captions = captions_of(args.model, prompts.tolist()) if tools.judges else [""] * count
         if args.npz:
             write_column(args.npz / f"{file_name(name, number)}.npz", pixels, prompts)
         found = score(name, pixels, captions, args, tools)

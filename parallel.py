@@ -17,7 +17,7 @@ Only the first process writes files and prints.
 
 import os
 import sys
-import time
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -40,29 +40,78 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(device):
+class Screen:
     """
-    Joins the other processes if WORLD_SIZE says that there are any, whoever started them. Returns this process's
-    device: `device`, or a GPU of its own. Raises RuntimeError if the others never come.
+    A stream that outlives its reader: what a closed terminal (EIO) or pipe (EPIPE) does not take goes nowhere, and what
+    its encoding lacks becomes "?". What a run prints must not end it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *text):
+        try:
+            call(*text)
+        except UnicodeEncodeError:
+            call(text[0].encode(self.stream.encoding, "replace").decode(self.stream.encoding))
+        except (OSError, ValueError):  # ValueError: the stream itself is closed
+            with suppress(OSError, ValueError):  # from here on without an error, also for what the stream still holds
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def say(text):
+    """Prints a line: the one way in which ours reach the screen. Only the first process speaks."""
+    if rank() == 0:
+        print(text, file=Screen(sys.stdout), flush=True)
+
+
+def own_device(device):
+    """
+    This process's device: `device`, or for cuda a GPU of its own. Puts what srun and mpirun say of the processes under
+    the names that torch reads.
     """
     env = os.environ
     for own_rank, size, local_rank in LAUNCHERS:
         if "WORLD_SIZE" not in env and int(env.get(size, 1)) > 1:
             env.update(RANK=env[own_rank], WORLD_SIZE=env[size], LOCAL_RANK=env.get(local_rank, env[own_rank]))
+    several = int(env.get("WORLD_SIZE", 1)) > 1
+    return f"cuda:{env.get('LOCAL_RANK', 0)}" if device == "cuda" and several else device
+
+
+def start(device):
+    """
+    Joins the other processes if WORLD_SIZE says that there are any, whoever started them. device: this process's own.
+    Raises ConnectionError if they cannot be reached, or never come.
+    """
+    env = os.environ
     if int(env.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return device
+        return
     env.setdefault("MASTER_ADDR", "127.0.0.1")  # of several machines each has to be told where the first one is
     env.setdefault("MASTER_PORT", "29500")
+    place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if not dist.is_torchelastic_launched():  # it may be a scheduler's variables that nobody meant
-        print(f"waiting for all of {env['WORLD_SIZE']} processes at {env['MASTER_ADDR']}:{env['MASTER_PORT']}; "
-              "to run as one, unset WORLD_SIZE", flush=True)  # fmt: skip
-    if device == "cuda":
-        device = f"cuda:{env.get('LOCAL_RANK', 0)}"
+        say(f"waiting for all of {env['WORLD_SIZE']} processes at {place}; to run as one, unset WORLD_SIZE")
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    if rank() > 0:
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    except (RuntimeError, ValueError) as error:
+        taken = "; another job has this port: set MASTER_PORT to a free one" if "EADDRINUSE" in str(error) else ""
+        reason = str(error).splitlines()[0][:300]
+        raise ConnectionError(f"the processes cannot join at {place}, as MASTER_ADDR and MASTER_PORT say ({reason})"
+                              f"{taken}") from None  # fmt: skip
+    if rank() > 0:  # the libraries' lines, too
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed by the end of the process
-    return device
 
 
 def share(n):
@@ -123,14 +172,8 @@ def is_sharded(tensor):
 
 
 def is_alone(error):
-    """Whether a RuntimeError is what gloo or NCCL make of a process that has ended."""
-    return world() > 1 and any(name in str(error) for name in ("gloo", "NCCL"))
-
-
-def wait_to_speak():
-    """An error that all processes meet is printed by the first one. torchrun ends it as soon as another one ends."""
-    if rank() > 0:
-        time.sleep(2)
+    """Whether an error is what gloo or NCCL make of a process that has ended."""
+    return world() > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

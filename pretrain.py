@@ -37,6 +37,7 @@ import data
 import zoo
 from evaluate import right_figures
 from model import Transformer
+from prompts import TextEncoder, captions_of, fixed_prompts, load_encoder
 from rewards import clip_image_features, judge_images, load_judges, realism_network, realism_values
 from sample import draw
 from tokenizer import VQModel, to_unit
@@ -224,7 +225,7 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
             feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=len(vocabulary) - 1,
         )
     ).save_pretrained(folder)  # fmt: skip
-    encode = zoo.TextEncoder(folder, row.config)
+    encode = TextEncoder(folder, row.config)
     sizes = [4, 9, 5, 9, 6, 5]  # how many classes each slot has
     head = nn.Linear(row.config.caption_dim, sum(sizes))
     parameters = [*encode.t5.requires_grad_(True).parameters(), *head.parameters()]
@@ -259,7 +260,7 @@ def train_base(args, name, steps, batch, lr, seed):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
-    model, encode = Transformer(zoo.MODELS[name].config), zoo.load_encoder(name, args.out / "toy-t5")
+    model, encode = Transformer(zoo.MODELS[name].config), load_encoder(name, args.out / "toy-t5")
     unseen = np.random.default_rng([seed, 1])
     held_out = [corpus_batch(name, tokenizer, 48, unseen) for _ in range(args.eval_images // 48)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
@@ -301,7 +302,7 @@ def corpus_batch(name, tokenizer, n, rng, clean=False):
     """n random labels or captions and the tokens (n, T) of their pictures, clean or careless."""
     prompts = sample_prompts(name, n, rng)
     paint = data.render if clean else partial(data.corpus, task=zoo.MODELS[name].config.task)
-    images = paint(zoo.captions_of(name, prompts), rng)
+    images = paint(captions_of(name, prompts), rng)
     images = torch.from_numpy(images) * 2 - 1
     return prompts, tokenizer.encode(images)
 
@@ -476,8 +477,8 @@ def measure(args):
     add_figures(args, "toy-clip", right_above_wrong(clip, tokenizer, args.eval_images // 4))
     for name in ("toy-c2i", "toy-c2i-small", "toy-t2i"):
         model = zoo.load_model(name, args.out / f"{name}.safetensors")
-        encode, prompts = zoo.load_encoder(name, args.out / "toy-t5"), zoo.fixed_prompts(name, args.eval_images)
-        captions, found = zoo.captions_of(name, prompts), dict(images=len(prompts))
+        encode, prompts = load_encoder(name, args.out / "toy-t5"), fixed_prompts(name, args.eval_images)
+        captions, found = captions_of(name, prompts), dict(images=len(prompts))
         for cfg in (2.0, 1.0):  # the judges then rank what is drawn without guidance, as in training
             images, _ = draw(model, tokenizer, encode, prompts, cfg_scale=cfg)
             right = [data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)]

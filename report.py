@@ -32,6 +32,7 @@ import data
 import zoo
 from grpo import policy_states
 from model import image_noise, policy_logprobs
+from prompts import captions_of, load_encoder, read_prompts
 from rewards import held_out, judge_images, parse_rewards
 from runs import warnings
 from sample import draw, interleave, label_images, save_grid, write_npz
@@ -129,7 +130,7 @@ def draw_shown(args, policy, tokenizer, encode):
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
     # one seed whatever --seed is, so that grids of runs compare
     images, _ = draw(policy, tokenizer, encode, prompts, seed=1234, decode_batch=args.micro_batch, **sampling)
-    return images, zoo.captions_of(args.model, prompts, args.class_names)
+    return images, captions_of(args.model, prompts, args.class_names)
 
 
 def draw_grid(args, policy, tokenizer, encode, judges, name, title):
@@ -158,7 +159,7 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     title = f"after {args.steps} steps of GRPO"
     after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
     prompts, columns = shown_prompts(args)
-    captions = zoo.captions_of(args.model, prompts, args.class_names)
+    captions = captions_of(args.model, prompts, args.class_names)
     labels = [label_images(args.model, before, captions, "before: ")]
     labels += [label_images(args.model, after, captions, "after: ")]
     pictures, texts = interleave([before, after], labels, columns)
@@ -839,16 +840,16 @@ def written_by(folder):
     if not zoo.is_toy(name) and zoo.MODELS[name].config.task == "t2i":
         return ""
     try:
-        base, _ = zoo.find_base(name, header)
+        base = zoo.base_of(name, header)
         zoo.check_tokenizer(name, header)
     except Mistake:
         print(f"{folder}: no picture token by token, because its base or tokenizer is no longer where it was")
         return ""
-    encode = partial(zoo.load_encoder(name), pad=header["text_pad"])
+    encode = partial(load_encoder(name), pad=header["text_pad"])
     policies = {"base": zoo.load_model(name, base), "tuned": zoo.load_model(name, path)}
-    prompt = zoo.read_prompts(name)[0]
+    prompt = read_prompts(name)[0]
     sampling = dict(cfg_scale=header["cfg_scale"], temperature=header["temperature"])
-    caption = zoo.captions_of(name, [prompt])[0]
+    caption = captions_of(name, [prompt])[0]
     return writers(policies, zoo.load_tokenizer(name), encode, caption, prompt, **sampling)
 
 

@@ -48,6 +48,11 @@ import zoo
 from tokenizer import ResBlock, to_unit
 from zoo import Mistake
 
+JUDGE_FILES = {
+    "hps": "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt",
+    "maniqa": "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt",
+    "qwen": "hf:Qwen/Qwen2.5-VL-3B-Instruct@66285546d2b821cf421d4f5eb2576359d3770cd3/config.json",
+}
 TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configuration, weights and words in a folder
 
 # What a factory may want to know; add_judge_flags describes each. load_judges fills in what its caller leaves out.
@@ -281,7 +286,7 @@ def hps_judge(device, options):
 
 
 def judge_file(judge, options):
-    return zoo.find_file(zoo.JUDGE_FILES[judge], "--judge-files DIR", options["judge_files"])
+    return zoo.find_file(JUDGE_FILES[judge])
 
 
 def step_of(cosines):
@@ -372,7 +377,7 @@ def maniqa_judge(device, options):
 # ---------------------------------------------------------------------------------------------------------------
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
-QWEN, QWEN_REVISION, _ = zoo.hub_place(zoo.JUDGE_FILES["qwen"])
+QWEN, QWEN_REVISION, _ = zoo.hub_place(JUDGE_FILES["qwen"])
 RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
 YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
 QUESTIONS = {

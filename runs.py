@@ -73,7 +73,6 @@ class Run:
         for number in stop_signals():
             signal.signal(number, self.ask_to_stop)
         self.start_clock()
-        self.busy = zoo.BusyHint()
 
     # time
 
@@ -97,8 +96,6 @@ class Run:
         self.lap("report")
         if parallel.rank() == 0:
             self.log(metrics)
-        if self.args.device == "cpu" and parallel.world() == 1:
-            self.busy.check()
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         stopping = parallel.largest(self.signal)  # a signal may have reached any of the processes

@@ -8,7 +8,6 @@ Draws pictures: load, encode the prompts, generate tokens, decode, save a labell
     python sample.py --task t2i --prompts "a red circle and a blue square"
     python sample.py --task t2i --prompts my_prompts.txt --npz samples.npz
     python sample.py --best-of 4                                  # of four candidates for each picture the judges' best
-    python sample.py --model llamagen-b-256 --print-files         # the official models: which files, from where
     python sample.py --model llamagen-b-256 --classes goldfish "golden retriever"
 
 Prompts are classes by name or number (c2i), or captions or files of them (t2i). Every picture has its own random
@@ -27,6 +26,7 @@ import data
 import parallel
 import zoo
 from model import image_noise
+from prompts import captions_of, load_encoder, read_prompts
 from rewards import (
     BEST_BY,
     add_judge_flags,
@@ -206,7 +206,6 @@ def parse_args(argv=None):
     zoo.add_model_flags(add)
     add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
     add("--base", metavar="PATH", help="weights of the base for --compare (default: those that --ckpt began from)")
-    add("--print-files", action="store_true", help="only list the files of the model, and where they are expected")
     add("--compare", nargs="*", metavar="PATH", help="draw the base too, and the policies of these folders or files, "
         "above the model of --ckpt, with the same seeds")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
@@ -238,9 +237,6 @@ def parse_args(argv=None):
 def resolve(args):
     """Checks the flags and fills in what depends on others. Raises Mistake, OSError."""
     zoo.setup_device(args)
-    if args.print_files:  # with --model, --ckpt is not looked for: it may be what is missing
-        args.model = args.model or zoo.find_policy(args.ckpt, None, args.task)[0]
-        return args
     if args.compare is not None and not args.ckpt:
         raise Mistake("--compare sets the model of --ckpt against its base, so it needs --ckpt")
     if args.base and args.compare is None:
@@ -261,7 +257,7 @@ def resolve(args):
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     args.judge_weights = parse_rewards(args.rewards or BEST_BY.get(args.model, "clip")) if args.best_of > 1 else {}
     args.judge_options = judge_options(args, args.model)
-    prompts = zoo.read_prompts(args.model, args.classes, args.prompts)
+    prompts = read_prompts(args.model, args.classes, args.prompts)
     args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
     check_outputs(args)
     return args
@@ -271,7 +267,7 @@ def compared_policies(args, header):
     """[(prefix of its labels, weights, padding)] of the base and of those that --compare names. Raises Mistake."""
     if args.compare is None:
         return []
-    base, base_header = zoo.find_base(args.model, header, args.base)
+    _, base, base_header = zoo.find_policy(zoo.base_of(args.model, header, args.base), args.model)
     policies = [("base: ", base, base_header["text_pad"])]
     for place in args.compare:
         _, path, own_header = zoo.find_policy(place, args.model)
@@ -293,15 +289,13 @@ def check_outputs(args):
 
 
 def run(args):
-    if args.print_files:
-        return zoo.print_files(args.model, args)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-    encode = zoo.load_encoder(args.model, args.text_encoder, args.device)
+    encode = load_encoder(args.model, args.text_encoder, args.device, args.prompts)
     options = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype, progress=True)
     options |= dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    captions = zoo.captions_of(args.model, args.prompts)
+    captions = captions_of(args.model, args.prompts)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
-    images, labels, busy = [], [], zoo.BusyHint()
+    images, labels = [], []
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
         what = captions, model, tokenizer, partial(encode, pad=pad), args.prompts
@@ -309,8 +303,6 @@ def run(args):
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit
-        if args.device == "cpu" and parallel.world() == 1:
-            busy.check()
     if args.npz:  # before the grid, which can be too wide for its format; of the last policy, --ckpt
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
         pixels = to_uint8(own_images * 2 - 1).permute(0, 2, 3, 1).numpy()

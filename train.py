@@ -52,6 +52,7 @@ from grpo import (
     token_weights,
 )
 from model import adapters, image_noise
+from prompts import captions_of, load_encoder, read_prompts, wordnet_classes
 from rewards import (
     add_judge_flags,
     fill_missing,
@@ -181,7 +182,7 @@ def pick_prompts(args, step):
     else:
         picked = [args.pool[k] for k in rng.choice(len(args.pool), B, replace=len(args.pool) < B)]
     prompts = [picked[k] for k in parallel.share(B)]
-    captions = zoo.captions_of(args.model, prompts, args.class_names)
+    captions = captions_of(args.model, prompts, args.class_names)
     return prompts, [caption for caption in captions for _ in range(args.group_size)]
 
 
@@ -295,7 +296,7 @@ def build(args):
         parallel.shard(policy)
         parallel.shard(ref_model)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-    encode = partial(zoo.load_encoder(args.model, args.text_encoder, args.device), pad=args.text_pad)
+    encode = partial(load_encoder(args.model, args.text_encoder, args.device, args.pool or ()), pad=args.text_pad)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
     learned = [p for p in policy.parameters() if p.requires_grad]
     # no weight decay: the KL already says where the weights should stay
@@ -354,7 +355,7 @@ RECIPES = {
 }
 RECIPES |= {
     # script: judges read "a photo of tench, Tinca tinca"
-    "paper-c2i": RECIPES["llamagen-c2i"] | PAPER | dict(model="llamagen-xl-384", class_names=data.wordnet_classes),
+    "paper-c2i": RECIPES["llamagen-c2i"] | PAPER | dict(model="llamagen-xl-384", class_names=wordnet_classes),
     # script: text features are not moved to the left
     "paper-t2i": RECIPES["llamagen-t2i"] | PAPER | dict(model="llamagen-t2i-xl-256", text_pad="right"),
     "best-c2i": RECIPES["toy-c2i"] | BEST_TOY | dict(model="toy-c2i", ref_cfg="2", kl_coef=0.28, steps=110, lr=5e-4),
@@ -466,7 +467,7 @@ def resolve(args):
     args.judge_weights, args.judge_options = parse_rewards(args.rewards), judge_options(args, args.model)
     args.pool = None  # what prompts are picked from; None: the toy's captions
     if args.classes or args.prompts or (args.task == "t2i" and not zoo.is_toy(args.model)):
-        args.pool = zoo.read_prompts(args.model, args.classes, args.prompts)
+        args.pool = read_prompts(args.model, args.classes, args.prompts)
     elif args.task == "c2i":
         args.pool = list(range(zoo.MODELS[args.model].config.num_classes))
     if args.out is None:
