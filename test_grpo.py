@@ -8,7 +8,9 @@ The invariants, one per test. Each docstring names the bug that the test catches
 import argparse
 import ast
 import base64
+import contextlib
 import copy
+import errno
 import hashlib
 import html
 import http.server
@@ -56,8 +58,9 @@ import train
 import zoo
 from grpo import decoupled_advantages, group_advantages, grpo_loss, sample_groups, sampler_gap, token_logprobs
 from model import ModelConfig, Transformer, adapters, image_noise, keep_likeliest, merged, sample_row
+from prompts import TextEncoder, captions_of, clean_caption, find_class, known_caption, load_encoder, read_prompts
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
-from zoo import MODELS, Mistake, load_encoder, load_model, load_tokenizer
+from zoo import MODELS, Mistake, load_model, load_tokenizer
 
 HERE = Path(zoo.__file__).parent
 torch.set_num_threads(1)  # on a busy machine two threads, which wait for each other, take ten times as long
@@ -521,13 +524,17 @@ def test_in_bfloat16_pi_old_is_not_the_samplers(tmp_path, no_pages):
     assert row["ratio"] == 1 and row["sampler_gap"] > 1e-4
 
 
-def test_bfloat16_is_the_default_where_it_is_quick(monkeypatch):
-    """Catches: bfloat16 on a processor that only imitates it, or for a toy, which is not faster in it."""
+def test_bfloat16_is_the_default_where_the_hardware_has_it(monkeypatch):
+    """Catches: bfloat16 on a GPU or a processor that only imitates it, or for a toy on one, which gains nothing."""
     monkeypatch.setattr(zoo, "quick_dtype", QUICK_DTYPE)
     for able, expected in ((dict(avx512_bf16=True), "bfloat16"), (dict(amx_bf16=True), "bfloat16"), ({}, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         assert zoo.quick_dtype("llamagen-b-256", "cpu") == expected and zoo.quick_dtype("toy-c2i", "cpu") == "float32"
-    assert zoo.quick_dtype("toy-c2i", "cuda:1") == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for inside, expected in ((True, "bfloat16"), (False, "float32")):  # a T4 has it by emulation alone
+        supported = lambda including_emulation, inside=inside: including_emulation or inside  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert zoo.quick_dtype("toy-c2i", "cuda:1") == expected
 
 
 class Dtypes(TorchDispatchMode):
@@ -548,7 +555,6 @@ class Dtypes(TorchDispatchMode):
 
 def test_a_device_never_sees_float64_or_complex_numbers(tmp_path, monkeypatch, no_pages, thin_toys):
     """Catches: a rotation by complex numbers, or a sum in float64, on an accelerator that has neither (MPS)."""
-    monkeypatch.setattr(zoo, "COMPLEX", ())
     for flags in ([], ["--kl", "exact", "--ref-cfg", "2", "--weigh-tokens", "--cfg-scale", "1.5"]):
         with Dtypes() as watch:
             train.main(["--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", str(tmp_path / f"run{len(flags)}"), *flags])
@@ -859,7 +865,7 @@ def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(t
     """Catches: a scheduler's RANK=1 that silences a plain run; srun's processes that each do all of the work."""
 
     def ranks():
-        parallel.start("cpu")
+        parallel.start(parallel.own_device("cpu"))
         parallel.largest(0)  # waits for all: the first process keeps the store through which the others join
         Path(tmp_path / f"rank-{parallel.rank()}").write_text(str(parallel.world()))
 
@@ -874,6 +880,19 @@ def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(t
     (tmp_path / "rank-0").unlink()
     assert in_children(tmp_path, ranks, WORLD_SIZE="1", RANK="1") == [0]
     assert (tmp_path / "rank-0").read_text() == "1"
+
+
+@needs_fork
+def test_who_cannot_join_the_others_reads_why(tmp_path):
+    """Catches: a taken port or Kubernetes' MASTER_PORT=tcp://..., for which --device was blamed."""
+    train_one = partial(train.main, ["--steps", "1", *TINY_RUN, "--out", str(tmp_path / "run")])
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::", 0))
+        other.listen()
+        for port, reason in ((str(other.getsockname()[1]), "set MASTER_PORT"), ("tcp://10.0.0.1:80", "tcp://10.0.0.1")):
+            assert in_children(tmp_path, train_one, WORLD_SIZE="2", MASTER_PORT=port) == [1]
+            said = (tmp_path / "said-0").read_text().splitlines()[-1]
+            assert reason in said and "--device" not in said and said.startswith("train.py: "), said
 
 
 def test_a_run_is_resumed_by_content_not_by_path(tmp_path, no_pages):
@@ -1105,14 +1124,15 @@ def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
     Catches: features at padding, or text away from the image: official weights see a prompt that they never
     learned.
     """
-    encode = zoo.TextEncoder(save_tiny_t5(tmp_path), replace(T2I, cond_len=12, caption_dim=64))
+    encode = TextEncoder(save_tiny_t5(tmp_path), replace(T2I, cond_len=12, caption_dim=64))
     captions = ["A Photo of a red circle", "cat", "a photo of a red circle"]
     features, mask = encode(captions)
     assert features.shape == (3, 12, 64) and features.dtype == torch.float32 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [7, 2, 7] and mask[1].tolist() == [False] * 10 + [True] * 2  # with </s>
     assert not features[~mask].any() and torch.equal(features[0], features[2])  # case is lost
     assert torch.allclose(encode(["cat"])[0][0], features[1], atol=1e-5)
-    assert encode(["a photo of a red circle, a photo of a red circle, a photo of a red circle"])[1].all()  # cut to P
+    long = "a photo of a red circle, a photo of a red circle, a photo of a red circle"
+    assert encode([long])[1].all() and encode.count_cut([*captions, long, long]) == 1  # cut to P
     # The released AR-GRPO pads on the right and predicts token 0 from what T5 makes of the last padding position.
     other, other_mask = encode(captions, "right")
     read = encode.words(captions[1], max_length=12, padding="max_length", return_tensors="pt")
@@ -1130,11 +1150,12 @@ def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
     ("tom &lt;3 jerry!!", "tom <3 jerry!!"),
     ("wait...what", "wait what"),
     ("'quoted.'", "quoted."),
+    ("A 4x4 truck and a Ford F150 at 10:30", "a truck and a ford at 10:30"),  # LlamaGen took them for articles
     *((caption, caption) for captions in data.T2I_CAPTIONS.values() for caption in captions[:2]),
 ])  # fmt: skip
 def test_captions_are_cleaned_as_llamagens_were(caption, cleaned):
     """Catches: t5's features change with case, quotes and spaces, and the picture with them."""
-    assert zoo.clean_caption(caption) == cleaned
+    assert clean_caption(caption) == cleaned
 
 
 FORMS = {
@@ -1157,38 +1178,34 @@ def test_prompt_files_of_every_form(encoding, tmp_path):
     for name, text in FORMS.items():
         text = text if encoding == "utf-8" else text.removeprefix("\ufeff")  # utf-16 writes a mark of its own
         (tmp_path / name).write_text(text, encoding=encoding)
-        found = zoo.read_prompts("llamagen-t2i-xl-256", None, [str(tmp_path / name), "three"])
+        found = read_prompts("llamagen-t2i-xl-256", None, [str(tmp_path / name), "three"])
         assert found == ["one", "two", "three"], name
 
 
-def test_a_file_is_never_taken_for_a_caption(tmp_path):
+def test_a_path_is_never_taken_for_a_caption_nor_a_caption_for_a_path(tmp_path, capsys):
     """Catches: training for days on the caption "drawbench.csv"; a caption of which T5 reads nothing."""
     files = {"bad.json": "[1", "empty.txt": "\n", "two.csv": "a,b\n1,2\n", "late.jsonl": '"one"\n{"prompt": \n'}
     for name, text in (files | {"list.parquet": "x"}).items():
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    for name in (*files, "list.parquet", "latin.txt", "none.txt"):
+    (tmp_path / "folder").mkdir()
+    for name in (*files, "list.parquet", "latin.txt", "none.txt", "folder"):
         with pytest.raises((Mistake, FileNotFoundError), match=name):
-            zoo.read_prompts("llamagen-t2i-xl-256", None, [str(tmp_path / name)])
-
-
-def test_a_caption_that_cleaning_empties_is_left_out_and_said(capsys):
-    """Catches: a caption of nothing, with which the model draws anything."""
-    prompts = ["a dog", "https://example.com/a"]
-    assert zoo.read_prompts("llamagen-t2i-xl-256", None, prompts) == ["a dog"]
-    assert "https://example.com/a" in capsys.readouterr().out
+            read_prompts("llamagen-t2i-xl-256", None, [str(tmp_path / name)])
+    prompts = ["a dog " * 80, "half of a pair: \ud83d", "https://example.com/a"]
+    assert read_prompts("llamagen-t2i-xl-256", None, prompts) == [prompts[0], "half of a pair: ?"]
+    assert "https://example.com/a" in capsys.readouterr().out and known_caption("llamagen-t2i-xl-256", prompts[2]) == ""
     with pytest.raises(Mistake, match="no caption is left"):
-        zoo.read_prompts("llamagen-t2i-xl-256", None, prompts[1:])
+        read_prompts("llamagen-t2i-xl-256", None, prompts[2:])
 
 
-def test_classes_have_names_numbers_and_wordnets_names():
+def test_classes_have_names_numbers_and_wordnets_ids():
     """Catches: the first of two classes of one name, taken in silence."""
-    for name in ("goldfish", "1", "n01443537", "Goldfish, Carassius auratus"):
-        assert data.find_class(name, toy=False) == 1
-    assert data.find_class("Red Circle", toy=True) == data.find_class("0", toy=True) == 0
+    assert {find_class("llamagen-b-256", name) for name in ("Goldfish", "1", 1, "n01443537")} == {1}
+    assert find_class("toy-c2i", "Red Circle") == find_class("toy-c2i", "0") == 0
     for name, labels in (("sunglasses", "836 and 837"), ("missile", "657 and 744")):
-        with pytest.raises(ValueError, match=labels):
-            data.find_class(name, toy=False)
+        with pytest.raises(Mistake, match=labels):
+            find_class("llamagen-b-256", name)
 
 
 def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, capsys, monkeypatch, no_pages, thin_toys):
@@ -1245,25 +1262,45 @@ def test_every_official_form_of_file_loads(tmp_path):
             assert all(torch.equal(found[k], v) for k, v in expected.items()), name
 
 
-def test_an_inherited_environment_does_no_harm(tmp_path):
-    """Catches: a variable of somebody's shell or notebook that ends a run; what Python 3.10 does not have."""
-    (tmp_path / "script.py").write_text("""
-import hashlib
-vars(hashlib).pop("file_digest", None)
-import zoo
-import matplotlib.pyplot as plt
+def test_our_files_are_guests_in_the_process(tmp_path):
+    """Catches: an import or a script that changes its caller; a variable of somebody's shell that ends a run."""
+    modules = [name for name in OURS if name not in ("test_grpo", "bench")]
+    (tmp_path / "script.py").write_text(f"""
+import hashlib, os, signal, sys
 import torch
+vars(hashlib).pop("file_digest", None)  # Python 3.10 does not have it
+
+
+def state():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    switches = torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32
+    return dict(os.environ), handlers, switches, sys.stdout, sys.stderr
+
+
+before = state()
+import {", ".join(modules)}
+assert state() == before and "matplotlib" not in sys.modules
 
 
 def run(path):
-    zoo.write_whole(path, lambda place: torch.save({"w": torch.zeros(2), "step": 3}, place))
+    assert torch.ones(1, requires_grad=True).mul(2).requires_grad and torch.ones(1).dtype == torch.float32
+    zoo.write_whole(path, lambda place: torch.save(dict(w=torch.zeros(2), step=3), place))
     assert zoo.load_tensors(path)["step"] == 3 and len(zoo.file_hash(path)) == 64
+    import matplotlib.pyplot as plt
+
     plt.figure()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["RANK"] = "1"
     print("\u00b1 is printed")
 
 
-if __name__ == "__main__":
-    zoo.run_script(lambda argv: zoo.Path("state.pt"), run)
+torch.set_default_dtype(torch.float64)
+torch.set_grad_enabled(False)
+before = state()
+zoo.run_script(lambda argv: zoo.Path("state.pt"), run)
+assert state() == before
+import matplotlib
+assert matplotlib.get_backend() == "module://nowhere"
 """)
     inherited = dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
     environment = os.environ | inherited | dict(PYTHONPATH=str(HERE))
@@ -1272,15 +1309,52 @@ if __name__ == "__main__":
     assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
 
 
+def test_a_closed_terminal_or_pipe_ends_nothing(monkeypatch):
+    """Catches: `| head`, or a window that is closed, which ends a run that is already paid for."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        parallel.say("nobody reads this")
+        parallel.Screen(stream).flush()
+    print("closed", file=parallel.Screen(stream))
+
+
 def test_a_remedy_is_true(tmp_path):
-    """Catches: the advice to fetch a file again that is whole, but holds more than tensors."""
+    """Catches: an advice that cannot help, such as to fetch a file again that is whole, but holds more than tensors."""
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, tmp_path / "code.pt")
     with pytest.raises(Mistake, match=r"pathlib.*torch\.save") as said:
         zoo.read_weights(tmp_path / "code.pt")
     assert "fetch" not in str(said.value)
-    (tmp_path / "model").mkdir()
-    shutil.copy(MODELS["toy-c2i"].ckpt, tmp_path / "model/model.safetensors")
-    load_model("toy-c2i", tmp_path / "model")
+    full, cut = OSError(errno.ENOSPC, "No space left on device"), ValueError("cut")
+    for error, helps in ((cut, True), (full, False), (PermissionError(13, "x"), False), (ImportError("x"), False)):
+        with pytest.raises(Mistake) as said, zoo.reading("it", "fetch it"):
+            raise error
+        assert ("fetch it" in str(said.value)) == helps
+    for error, asked in ((RuntimeError("unexpected pos 576 vs 534"), True), (OSError("broken data stream"), False)):
+        with pytest.raises(OSError) as said, zoo.writing("it"):
+            raise error
+        assert ("is the disk full?" in str(said.value)) == asked
+    misfits = ("operator torchvision::nms does not exist", "module 'tensorflow' has no attribute 'io'")
+    for text in (*misfits, "libcudart.so.12: cannot open shared object file", "a bug"):
+        try:
+            raise RuntimeError(text)
+        except RuntimeError as error:
+            found = zoo.sentence_of(error)
+        assert found is None if text == "a bug" else f"({text})" in found and "install" in found
+
+
+def test_paths_are_what_their_owner_means(tmp_path, monkeypatch):
+    """Catches: a folder named ~; another text encoder, because somebody has looked into its folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert zoo.user_path("~/a") == tmp_path / "a" and zoo.user_path("hf:a/b/c") == "hf:a/b/c"
+    shutil.copytree(HERE / "weights/toy-t5", tmp_path / "t5")
+    before = zoo.content_hash(tmp_path / "t5")
+    (tmp_path / "t5/.cache").mkdir()
+    for hidden in (".DS_Store", ".cache/a.metadata"):
+        (tmp_path / "t5" / hidden).write_text("now")
+    assert zoo.content_hash(tmp_path / "t5") == before
+    assert zoo.find_file(tmp_path / "t5") == tmp_path / "t5/model.safetensors"
 
 
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):
@@ -1291,9 +1365,9 @@ def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch)
     calls = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *where, **at: calls.append((where, at)) or tmp_path)
     for name in ("hps", "maniqa"):
-        zoo.find_file(zoo.JUDGE_FILES[name])
+        zoo.find_file(rewards.JUDGE_FILES[name])
         (_, file), at = calls.pop()
-        assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and zoo.JUDGE_FILES[name].endswith(f"/{file}")
+        assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and rewards.JUDGE_FILES[name].endswith(f"/{file}")
     assert re.fullmatch("[0-9a-f]{40}", rewards.QWEN_REVISION)
     place, at = zoo.folder_or_repo(zoo.FLAN_T5_XL)
     assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", at["revision"])
@@ -1308,7 +1382,6 @@ def wrong_files(tmp_path_factory):
     """A folder of files that are not what they are taken for."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
-    torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, folder / "code.pt")
     state = load_model("toy-c2i").state_dict()
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
@@ -1316,14 +1389,16 @@ def wrong_files(tmp_path_factory):
     content = zoo.content_of("toy-c2i", MODELS["toy-c2i"].ckpt)
     save_file(state, folder / "header.safetensors", metadata={"ar-grpo": "{bad"})
     zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i", step=1, content=content))
+    torch.save({name: w.char() for name, w in state.items()}, folder / "int8.pt")
+    (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4f1d\nsize 444983394\n")
+    (folder / "shards").mkdir()
+    (folder / "shards/model.safetensors.index.json").write_text("{}")
     save_tiny_t5(folder / "narrow", dim=32)
     some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
     save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
-    for name in ("run", "judges"):
-        (folder / name).mkdir()
+    (folder / "run").mkdir()
     (folder / "run/state.pt").write_bytes(b"PK\x03\x04 not whole")
-    torch.save({"w": torch.zeros(2)}, folder / "judges/ckpt_koniq10k.pt")
     two = np.zeros((2, 8, 8, 3), np.uint8)
     np.savez(folder / "float.npz", two.astype(np.float32))
     np.savez(folder / "good.npz", two)
@@ -1335,9 +1410,10 @@ def wrong_files(tmp_path_factory):
 
 WRONG = [  # (script, flags, a part of its one sentence)
     # weights that would load in part, or run code
-    (sample, ["--ckpt", "{}/none.safetensors"], "no such weights file"),
+    (sample, ["--ckpt", "{}/shards"], "holds weights in shards"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "damaged or cut"),
-    (sample, ["--ckpt", "{}/code.pt"], "it also holds a pathlib"),
+    (sample, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
+    (sample, ["--ckpt", "{}/int8.pt"], "torch.int8, whole numbers"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight"),
     (sample, ["--ckpt", "{}/nan.pt"], "norm.weight holds NaN"),
     (sample, ["--ckpt", "{}/header.safetensors"], "cannot be read"),
@@ -1346,7 +1422,6 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--model", "llamagen-b-256"], "of huggingface.co/FoundationVision/LlamaGen cannot be read"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/narrow"], "32 wide, the model's 64"),
     (sample, ["--task", "t2i", "--text-encoder", "{}/gap-t5"], "is missing or has another shape"),
-    (train, ["--rewards", "maniqa", "--judge-files", "{}/judges"], "another model"),
     # flags
     (train, ["--preset", "best-c2i", "--model", "llamagen-b-256"], "is not for llamagen-b-256"),
     (train, ["--preset", "best-c2i", "--cfg-scale", "2"], "--no-weigh-tokens"),
@@ -1404,7 +1479,7 @@ def test_no_reader_takes_rubbish_for_something(tmp_path):
         evaluate.open_pictures(path, tmp_path / "unpacked.npy"),
     )
     for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
-        readers[name] = lambda path: zoo.read_prompts("llamagen-t2i-xl-256", None, [str(path)])
+        readers[name] = lambda path: read_prompts("llamagen-t2i-xl-256", None, [str(path)])
     for name, read in readers.items():
         path = tmp_path / name
         whole = path.read_bytes()
@@ -2317,7 +2392,7 @@ def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
     prompts, weights = [3, 3, 7, 0], dict(bright=1.0, red=0.5)
     red = lambda images: torch.where(images[:, 0].mean((1, 2)) > 0.3, NAN, images[:, 0].mean((1, 2)))  # noqa: E731
     judges = dict(both=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
-    captions, model_and_more = zoo.captions_of("toy-c2i", prompts), (model, tokenizer, encode)
+    captions, model_and_more = captions_of("toy-c2i", prompts), (model, tokenizer, encode)
     plain = sample.draw(*model_and_more, prompts, 5, first=2)
     drawn = [plain, *(sample.draw(*model_and_more, prompts, (5, sample.CANDIDATE, j), first=2) for j in (1, 2))]
     for k, noise in ((0, image_noise([2], 64, 5)), (1, image_noise([2], 64, 5, sample.CANDIDATE, 1))):
@@ -2576,7 +2651,8 @@ def test_each_file_imports_only_from_the_floors_below_it():
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
     assert all(floors[name] == set() for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
-    assert floors["zoo"] <= ground and floors["rewards"] <= ground | {"zoo"}
-    assert floors["sample"] <= ground | {"zoo", "rewards"} and floors["runs"] <= ground | {"zoo"}
+    assert floors["zoo"] <= ground - {"data"} and floors["rewards"] <= ground | {"zoo"}
+    assert floors["prompts"] <= ground | {"zoo"} and floors["runs"] <= ground | {"zoo"}
+    assert floors["sample"] <= ground | {"zoo", "prompts", "rewards"}
     scripts = {"train", "evaluate", "bench"}
     assert all(scripts.isdisjoint(floors[name]) for name in {*OURS} - {"test_grpo", "pretrain"})

@@ -125,7 +125,7 @@ def user_path(text):
 def reading(what, remedy):
     """
     Turns whatever a library raises inside (each has its own errors for a missing or cut file) into a Mistake that
-    quotes it. The remedy is one for files that are missing or hold something else. Where the system or a package refuses
+    quotes it. The remedy is for files that are missing or hold something else. Where the system or a package refuses
     (no permission, a full disk, no such module), it would be a guess, and the quotation stands alone.
     """
     try:
