@@ -41,10 +41,7 @@ def world():
 
 
 class Screen:
-    """
-    A stream that outlives its reader: what a closed terminal (EIO) or pipe (EPIPE) does not take goes nowhere, and what
-    its encoding lacks becomes "?". What a run prints must not end it.
-    """
+    """A stream that outlives its reader: what a closed terminal (EIO) or pipe (EPIPE) does not take goes nowhere."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -53,20 +50,24 @@ class Screen:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
-        return len(text)
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:  # a terminal that is not UTF-8 gets ? for what it lacks
+            self.stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
+        except (OSError, ValueError):  # ValueError: it has been closed here
+            self.silence()
 
     def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, call, *text):
         try:
-            call(*text)
-        except UnicodeEncodeError:
-            call(text[0].encode(self.stream.encoding, "replace").decode(self.stream.encoding))
-        except (OSError, ValueError):  # ValueError: the stream itself is closed
-            with suppress(OSError, ValueError):  # from here on without an error, also for what the stream still holds
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.silence()
+
+    def silence(self):
+        with suppress(
+            OSError, ValueError
+        ):  # also what the stream still holds, which the interpreter flushes in the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def say(text):

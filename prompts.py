@@ -147,7 +147,7 @@ def is_prompt_file(prompt):
 def read_prompt_file(path):
     """
     The prompts of a file in UTF-8, or UTF-16 with its mark: .txt, one per line; .csv and .tsv, the column called
-    prompt, caption or text, or the only one; .json and .jsonl, strings, or objects with the text under one of these
+    prompt, caption or text; .json and .jsonl, strings, or objects with the text under one of these
     names, or the release's {"conversations": [{"value": text}]}, in a list, in COCO's "annotations" or one per line.
     Lines without text are left out. Raises Mistake, FileNotFoundError.
     """
@@ -171,15 +171,13 @@ KEYS = ("prompt", "prompts", "caption", "captions", "text", "value")
 
 
 def table_prompts(text, delimiter):
-    """The prompts of a table whose first line names its columns, or of a single column without a name."""
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
-    names = [name.strip().lower() for name in rows[0]] if rows else []
+    """The prompts of a table whose first line names its columns."""
+    table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    names = {str(name).strip().lower(): name for name in table.fieldnames or ()}
     for key in KEYS:
         if key in names:
-            return [row[names.index(key)] for row in rows[1:] if len(row) > names.index(key)]
-    if len(names) != 1:
-        raise ValueError(f"none of its columns ({', '.join(names)}) is called prompt, caption or text")
-    return [row[0] for row in rows]
+            return [row[names[key]] or "" for row in table]  # None: a line that is too short
+    raise ValueError(f"none of its columns ({', '.join(names)}) is called prompt, caption or text")
 
 
 def json_prompts(text):

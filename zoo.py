@@ -215,8 +215,13 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
     """
     if not str(where).startswith("hf:"):
         path = Path(where)
+        for name in ("policy.safetensors", "model.safetensors"):  # a run's folder; a model's as the hub has it
+            if (path / name).is_file():
+                return path / name
         if path.is_dir():
-            return weights_in(path, flag)
+            names = ", ".join(file.name for file in visible_files(path))[:200]
+            raise Mistake(f"{path} is a folder without policy.safetensors: give {flag} the file in it that holds all "
+                          f"weights ({names}); if they are in shards, join those in one file first")  # fmt: skip
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file")
         return path
@@ -227,19 +232,6 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
         raise Mistake(f"{where}: a file on the hub is written hf:OWNER/REPO/FILE")
     with reading(f"{file} of huggingface.co/{repo}", f"fetch it elsewhere and give it with {flag}"):
         return Path(hf_hub_download(repo, file, revision=revision))
-
-
-def weights_in(folder, flag):
-    """The one file of weights that a folder stands for: a run's, or a model's as the hub has it. Raises Mistake."""
-    for name in ("policy.safetensors", "model.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
-    if (folder / "model.safetensors.index.json").is_file():
-        raise Mistake(f"{folder} holds weights in shards: join them in one file with load_file and save_file of "
-                      f"safetensors.torch, and give that with {flag}")  # fmt: skip
-    files = [file.name for file in visible_files(folder) if file.suffix in (".safetensors", ".pt", ".pth", ".bin")]
-    found = f"give one of its files with {flag}: {', '.join(files[:5])}" if files else "it holds no file of weights"
-    raise Mistake(f"{folder} is a folder without policy.safetensors; {found}")
 
 
 def visible_files(folder):
@@ -548,10 +540,8 @@ def guest():
     """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     streams, dtype, tf32 = (sys.stdout, sys.stderr), torch.get_default_dtype(), torch.backends.cudnn.allow_tf32
-    plotted = "matplotlib" in sys.modules
     quiet = os.environ.get("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
-    # Agg: figures go to files, and a notebook's backend may not exist here
-    with tensors_only(), environment(HF_HUB_VERBOSITY=quiet, MPLBACKEND="Agg"), torch.enable_grad():
+    with tensors_only(), environment(HF_HUB_VERBOSITY=quiet), torch.enable_grad():
         try:
             sys.stdout, sys.stderr = map(parallel.Screen, streams)
             torch.set_default_dtype(torch.float32)
@@ -561,19 +551,15 @@ def guest():
             sys.stdout, sys.stderr = streams
             torch.set_default_dtype(dtype)
             torch.backends.cudnn.allow_tf32 = tf32
-            for number in [number for number, handler in handlers.items() if signal.getsignal(number) != handler]:
-                with suppress(ValueError):  # outside the main thread nobody can have changed one
-                    signal.signal(number, handlers[number])
-    if not plotted and "matplotlib" in sys.modules:  # it has read MPLBACKEND when the script imported it
-        drawing = sys.modules["matplotlib"]
-        chosen = os.environ.get("MPLBACKEND") or dict.get(drawing.rcParamsOrig, "backend")
-        dict.__setitem__(drawing.rcParams, "backend", chosen)  # as the library does it: only this skips the check
+            for number, handler in handlers.items():
+                if signal.getsignal(number) != handler:  # only in the main thread can it be another one
+                    signal.signal(number, handler)
 
 
 MISFITS = {  # what an error and its way say where packages do not fit each other: what helps
     r"torchvision::|torchvision.*(CUDA|undefined symbol|partially initialized)": "torchvision is not the one for this "
     "torch: pip install --upgrade torch torchvision brings a pair",
-    r"[/\\]tensorflow[/\\]|module 'tensorflow'": "TensorBoard stumbles over a tensorflow that does not work: "
+    r"-packages[/\\]tensorflow[/\\]|module 'tensorflow'": "TensorBoard stumbles over a tensorflow that does not work: "
     "pip uninstall tensorflow, which nothing here needs",
     r"lib(cu|nv|nccl|hip|amd|roc|rccl|MIOpen)\S*\.so\S*: cannot open": "a library of CUDA or ROCm is missing: install "
     "the torch and torchvision that https://pytorch.org lists for this machine",
