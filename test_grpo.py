@@ -1207,30 +1207,28 @@ def test_classes_have_names_numbers_and_wordnets_ids():
             find_class("llamagen-b-256", name)
 
 
-def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, capsys, monkeypatch, no_pages, thin_toys):
+def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, monkeypatch, no_pages, thin_toys):
     """Catches: another base that is compared in silence, because it lies where the right one lay or is the default."""
     monkeypatch.chdir(tmp_path)
-    base = load_file(MODELS["toy-c2i"].ckpt)
-    save_file({name: 1.01 * value for name, value in base.items()}, "mine.safetensors")
+    for name, place in (("mine", MODELS["toy-c2i"].ckpt), ("vq", MODELS["toy-c2i"].vq_ckpt)):
+        save_file({key: 1.01 * value for key, value in load_file(place).items()}, f"{name}.safetensors")
     train.main(["--ckpt", "mine.safetensors", "--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", "run"])
-    compare = ["--ckpt", "run", "--compare", "--num", "1", "--classes", "7", "--out", "a.png"]
-    sample.main(compare)
-    Path("mine.safetensors").rename("moved.safetensors")
-    sample.main([*compare, "--base", "moved.safetensors"])
-    for more in ([], ["--base", str(MODELS["toy-c2i"].ckpt)]):  # gone, and another one
-        for script, flags in ((sample, compare), (evaluate, ["--ckpt", "run", "--num", "8"])):
-            with pytest.raises(SystemExit, match="--base"):
-                script.main([*flags, *more])
-    shutil.copy(MODELS["toy-c2i"].ckpt, "mine.safetensors")  # another file in its place
-    with pytest.raises(SystemExit, match="--base"):
-        sample.main(compare)
-    vq = load_file(MODELS["toy-c2i"].vq_ckpt)
-    save_file({name: 1.01 * value for name, value in vq.items()}, "vq.safetensors")
+    name, _, header = zoo.find_policy("run")
+    assert zoo.base_of(name, header) == tmp_path / "mine.safetensors"
+    moved = Path("mine.safetensors").rename("moved.safetensors")
+    assert zoo.base_of(name, header, moved) == moved
+    compare = ["--compare", "--num", "1", "--out", "a.png"]
+    for script, flags in ((sample, compare), (sample, [*compare, "--base", MODELS[name].ckpt]), (evaluate, [])):
+        with pytest.raises(SystemExit, match="--base"):
+            script.main(["--ckpt", "run", "--classes", "7", *map(str, flags)])
+    shutil.copy(MODELS[name].ckpt, "mine.safetensors")  # another file in its place
+    with pytest.raises(Mistake, match="--base"):
+        zoo.base_of(name, header)
     with pytest.raises(SystemExit, match="another tokenizer"):
         sample.main(["--ckpt", "run", "--vq-ckpt", "vq.safetensors"])
     one, two = Path("one.safetensors"), Path("two.safetensors")
     for path in (one, two):
-        zoo.save_weights(base, path, dict(model="toy-c2i", step=1, b=2, a=1))
+        zoo.save_weights(load_file("vq.safetensors"), path, dict(model="toy-c2i", step=1, b=2, a=1))
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -1356,16 +1354,10 @@ def test_paths_are_what_their_owner_means(tmp_path, monkeypatch):
 
 
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):
-    """
-    Catches: whoever can write to a repository could otherwise put another file in the place of the one we looked
-    at.
-    """
-    calls = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *where, **at: calls.append((where, at)) or tmp_path)
+    """Catches: whoever can write to a repository could put another file in the place of the one that was looked at."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, revision: f"{repo}@{revision}/{file}")
     for name in ("hps", "maniqa"):
-        zoo.find_file(rewards.JUDGE_FILES[name])
-        (_, file), at = calls.pop()
-        assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and rewards.JUDGE_FILES[name].endswith(f"/{file}")
+        assert re.search("@[0-9a-f]{40}/", f"hf:{zoo.find_file(rewards.JUDGE_FILES[name])}")
     assert re.fullmatch("[0-9a-f]{40}", rewards.QWEN_REVISION)
     place, at = zoo.folder_or_repo(zoo.FLAN_T5_XL)
     assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", at["revision"])
@@ -1408,7 +1400,7 @@ def wrong_files(tmp_path_factory):
 
 WRONG = [  # (script, flags, a part of its one sentence)
     # weights that would load in part, or run code
-    (sample, ["--ckpt", "{}/shards"], "shards, join those in one file"),
+    (sample, ["--ckpt", "{}/shards"], "shards must first be joined"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "damaged or cut"),
     (sample, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
     (sample, ["--ckpt", "{}/int8.pt"], "torch.int8, whole numbers"),

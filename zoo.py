@@ -138,11 +138,11 @@ def reading(what, remedy):
         text = " ".join(f"{type(error).__name__}: {error}".split())
         reason = text.split(". ")[0][:200]  # the first sentence, because libraries explain at length
         system = getattr(error, "errno", None) and not isinstance(error, FileNotFoundError)
-        advice = "" if system or isinstance(error, ImportError) else f"; {remedy}"
+        advice = "" if system or isinstance(error, (ImportError, MemoryError)) else f"; {remedy}"
         raise Mistake(f"{what} cannot be read ({reason}){advice}") from None
 
 
-DISK_FULL = r"No space left|quota|unexpected pos|failed writing|requested and \d+ written"  # torch's and numpy's words
+DISK_FULL = r"unexpected pos|failed writing|requested and \d+ written"  # in the words of torch and numpy
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         question = "; is the disk full?" if re.search(DISK_FULL, reason) else ""
         raise OSError(f"{path} could not be written ({reason}){question}") from None
 
@@ -219,9 +219,9 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
             if (path / name).is_file():
                 return path / name
         if path.is_dir():
-            names = ", ".join(file.name for file in visible_files(path))[:200]
-            raise Mistake(f"{path} is a folder without policy.safetensors: give {flag} the file in it that holds all "
-                          f"weights ({names}); if they are in shards, join those in one file first")  # fmt: skip
+            files = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+            raise Mistake(f"{path} is a folder without policy.safetensors: give the file in it that holds all weights "
+                          f"with {flag} ({', '.join(sorted(files)[:5])}; shards must first be joined)")  # fmt: skip
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file")
         return path
@@ -552,7 +552,7 @@ def guest():
             torch.set_default_dtype(dtype)
             torch.backends.cudnn.allow_tf32 = tf32
             for number, handler in handlers.items():
-                if signal.getsignal(number) != handler:  # only in the main thread can it be another one
+                if signal.getsignal(number) != handler:
                     signal.signal(number, handler)
 
 
@@ -575,7 +575,7 @@ def misfit():
 def sentence_of(error):
     """What to say of an error that the user can mend; None for a bug, ours or of a reader who changed the code."""
     if advice := misfit():
-        return f"{advice} ({str(error).splitlines()[0]})"
+        return f"{advice} ({' '.join(str(error).split())[:200]})"
     if parallel.is_alone(error):
         return "another process of this run has ended; --resume continues from the last save"
     if not isinstance(error, (Mistake, OSError)):
@@ -599,8 +599,6 @@ def run_script(parse_args, run, argv=None):
         except Exception as error:
             if (sentence := sentence_of(error)) is None:
                 raise
-            if (
-                parallel.rank() > 0
-            ):  # the first process meets most errors too and says them; torchrun then ends the rest
+            if parallel.rank() > 0:  # the first process says what all of them meet, and torchrun then ends the others
                 time.sleep(2)
             sys.exit(f"{script}: {sentence}")
