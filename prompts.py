@@ -147,8 +147,8 @@ def is_prompt_file(prompt):
 def read_prompt_file(path):
     """
     The prompts of a file in UTF-8, or UTF-16 with its mark: .txt, one per line; .csv and .tsv, the column called
-    prompt, caption or text; .json and .jsonl, strings, or objects with the text under one of these
-    names, or the release's {"conversations": [{"value": text}]}, in a list, in COCO's "annotations" or one per line.
+    prompt, caption or text; .json and .jsonl, strings, or objects with the text under one of these names, or the
+    release's {"conversations": [{"value": text}]}, in a list, in COCO's "annotations" or one per line.
     Lines without text are left out. Raises Mistake, FileNotFoundError.
     """
     if path.is_dir():
@@ -187,10 +187,9 @@ def json_prompts(text):
         entry, end = json.JSONDecoder().raw_decode(text, start)
         entries.append(entry)
         start = re.compile(r"\s*").match(text, end).end()
-    if len(entries) == 1 and isinstance(entries[0], dict):
-        entries = entries[0].get("annotations", entries)
-    elif len(entries) == 1 and isinstance(entries[0], list):
-        entries = entries[0]
+    if len(entries) == 1:  # which may be the list of them, or COCO's object around it
+        found = entries[0].get("annotations") if isinstance(entries[0], dict) else entries[0]
+        entries = found if isinstance(found, list) else entries
     return [prompt_of(entry) for entry in entries]
 
 
