@@ -219,9 +219,11 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
             if (path / name).is_file():
                 return path / name
         if path.is_dir():
-            files = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+            names = sorted(
+                file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin")
+            )
             raise Mistake(f"{path} is a folder without policy.safetensors: give the file in it that holds all weights "
-                          f"with {flag} (here: {', '.join(sorted(files)[:5]) or 'none'}; shards must first be joined)")  # fmt: skip
+                          f"with {flag} ({', '.join(names[:5]) or 'none'}; shards must first be joined)")  # fmt: skip
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file")
         return path
