@@ -64,9 +64,7 @@ class Screen:
             self.silence()
 
     def silence(self):
-        with suppress(
-            OSError, ValueError
-        ):  # also what the stream still holds, which the interpreter flushes in the end
+        with suppress(OSError, ValueError):  # with what it still holds, which the interpreter flushes in the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
