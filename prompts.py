@@ -280,7 +280,8 @@ class TextEncoder:
     def count_cut(self, captions):
         """How many distinct captions have more than P tokens, of which T5 reads the first P."""
         cleaned = [clean_caption(caption) for caption in dict.fromkeys(captions)]
-        return sum(len(words) > self.cond_len for words in self.words(cleaned).input_ids) if cleaned else 0
+        words = self.words(cleaned, verbose=False).input_ids if cleaned else []
+        return sum(len(tokens) > self.cond_len for tokens in words)
 
 
 def left_pad(features, mask):
