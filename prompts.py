@@ -316,9 +316,8 @@ NOISE = [(re.compile(pattern), instead) for pattern, instead in (
 )]  # fmt: skip
 LOOSE_ENDS = [(re.compile(pattern), instead) for pattern, instead in (
     (r"\b[a-z]{1,3}\d{3,15}\b", ""),  # codes of articles, but also "a ford f150"
-    (r"\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),  # and "r2d2"
+    (r"\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),  # and "r2d2", "a 4x4 truck"
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes, "a 4x4 truck"
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),  # "red,blue" is read as "red, blue"
     (r"\s+", " "),

@@ -1299,7 +1299,8 @@ import matplotlib
 assert matplotlib.get_backend() == "module://nowhere"
 """)
     inherited = dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
-    environment = os.environ | inherited | dict(PYTHONPATH=str(HERE))
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    environment = clean | inherited | dict(PYTHONPATH=str(HERE))  # not pytest's own, which has imported our files
     command = [sys.executable, "script.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
