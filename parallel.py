@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 LAUNCHERS = [  # rank, number of processes, rank on its machine, as srun and mpirun set them
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
@@ -63,6 +64,17 @@ def start(device):
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed by the end of the process
     return device
+
+
+def say(text):
+    """Prints a line, in the first process alone. A closed terminal or pipe silences all that follow, and no more."""
+    if rank() > 0:
+        return
+    try:
+        tqdm.write(text)  # above the progress bar, if there is one
+        sys.stdout.flush()
+    except (OSError, ValueError, RuntimeError):  # gone; closed; a signal's line amid another
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed by the end of the process
 
 
 def share(n):
