@@ -992,7 +992,7 @@ def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
             rows.append(healthy | noise | (changes if step >= after else {}))
         return rows
 
-    assert runs.warnings(history(), settings) == {}
+    assert runs.warnings(history(), settings) == runs.warnings(history(right=0.2), settings) == {}
     hacked = dict(reward=0.9, right=0.2)
     ailing = {
         "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=0.2),
