@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 LAUNCHERS = [  # rank, number of processes, rank on its machine, as srun and mpirun set them
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
@@ -56,6 +57,8 @@ class Screen:
             self.stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
         except (OSError, ValueError):  # ValueError: it has been closed here
             self.silence()
+        except RuntimeError:  # a signal's line amid another
+            pass
 
     def flush(self):
         try:
@@ -69,9 +72,11 @@ class Screen:
 
 
 def say(text):
-    """Prints a line: the one way in which ours reach the screen. Only the first process speaks."""
+    """Prints a line above the progress bar: how ours reach the screen. Only the first process speaks."""
     if rank() == 0:
-        print(text, file=Screen(sys.stdout), flush=True)
+        screen = Screen(sys.stdout)
+        tqdm.write(text, file=screen)
+        screen.flush()
 
 
 def own_device(device):

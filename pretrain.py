@@ -13,11 +13,15 @@ has its own seed and reads only files, so stages can be run one by one with the 
 The bases learn from pictures as careless as those of the web (data.CORPUS), until more steps no longer help. They draw
 well, but as often the wrong thing as their corpus shows it. Tokenizer, judges and metrics are of clean renders.
 
-Shapes: B images, T = 64 tokens, V = 512 codes.
+Shapes: B images, P words, T = 64 tokens, V = 512 codes, D numbers per code.
 """
 
-import copy
-import hashlib
+if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
+    import os
+
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait for each other spin: on a busy machine, shorter
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import json
 import math
 import shutil
@@ -60,17 +64,36 @@ def dtype_here():
     return zoo.quick_dtype("llamagen-b-256", "cpu")
 
 
-def set_lr(optimizer, step, steps, lr, warmup=50):
-    """Linear warm-up, a cosine down to a fiftieth at five sixths of the steps, then constant."""
-    done = min(1, step / (steps * 5 / 6))
-    now = lr * min(1, (step + 1) / warmup) * (0.51 + 0.49 * math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = now
+class Fit:
+    """
+    The part that all stages share: AdamW, clipped gradients, a progress bar. The learning rate warms up, falls along a
+    cosine to a fiftieth at five sixths of the steps, and then stays.
+    """
+
+    def __init__(self, name, parameters, steps, lr, betas=(0.9, 0.95), weight_decay=0.0, warmup=50):
+        self.parameters, self.lr, self.warmup = list(parameters), lr, warmup
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay)
+        self.steps, self.shown = trange(steps, desc=name), []
+
+    def learn(self, loss, number):
+        """A step on `loss`. `number` says how it goes: the bar shows its mean of twenty steps."""
+        step = len(self.shown)
+        done = min(1, step / (len(self.steps) * 5 / 6))
+        now = self.lr * min(1, (step + 1) / self.warmup) * (0.51 + 0.49 * math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = now
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.shown.append(number)
+        self.steps.set_postfix_str(f"{np.mean(self.shown[-20:]):.3f}", refresh=False)
 
 
-def save_half(state, path):
+def save_half(module, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+    weights = {name: value.detach().half().contiguous() for name, value in module.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def put_in_place(folder):
@@ -81,14 +104,19 @@ def put_in_place(folder):
     return place
 
 
-def report(args, name, path, figures, seed, seconds):
-    """Writes weights/NAME.json beside the weights at `path`: command, seed, seconds, figures, sha256."""
+def report(args, path, figures, seed, seconds):
+    """Writes NAME.json beside the weights at `path`: command, seed, seconds, figures, sha256."""
     facts = dict(
         command=" ".join(["python pretrain.py", *sys.argv[1:]]), seed=seed, seconds=round(seconds),
-        threads=torch.get_num_threads(), figures=figures, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        threads=torch.get_num_threads(), figures=figures, sha256=zoo.file_hash(path),
     )  # fmt: skip
-    (args.out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    place = path if path.parent == args.out else path.parent  # toy-t5 and toy-clip are folders
+    place.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {seconds:.0f} s, {json.dumps(figures)}")
+
+
+def toy_tokenizer(args):
+    return zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,44 +138,35 @@ def revive(codebook, counts, latents, error):
         codebook.embedding.weight[dead] = latents.flatten(0, 1)[cells]
 
 
-def train_vq(args, steps=7500, batch=32, lr=1e-3, seed=1):
+def train_vq(args, seed, steps=7500, batch=32, lr=1e-3):
     """
     VQGAN's loss (arXiv 2012.09841, eq. 4) without LPIPS, whose weights would be a download, and without the
     discriminator, which caused halos around the objects: reconstruction + codebook |sg(z) - e|^2 + 0.25 commitment |z -
     sg(e)|^2.
     """
-    torch.manual_seed(seed)
-    rng, start = np.random.default_rng(seed), time.time()
+    rng = np.random.default_rng(seed)
     model, side = VQModel(zoo.VQ_TOY), 8  # px of a token's cell
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
-    counts, errors = torch.zeros(512), []
-    for step in (bar := trange(steps, desc="tokenizer")):
-        set_lr(optimizer, step, steps, lr)
+    fit, counts = Fit("tokenizer", model.parameters(), steps, lr), torch.zeros(512)
+    for step in fit.steps:
         images = renders(world_captions(batch, rng), rng)
         with zoo.autocast("cpu", dtype_here()):
             latents = model.latents(images).float()  # (B, T, D)
             tokens = model.nearest(latents)  # (B, T)
             codes = model.quantize.vectors()[tokens]  # (B, T, D)
-            output = model.from_codes(
-                latents + (codes - latents).detach()
-            )  # d output / d latents = 1: straight-through
+            straight = latents + (codes - latents).detach()  # d straight / d latents = 1
+            output = model.from_codes(straight)  # (B, 3, 64, 64)
         commitment = (codes - latents.detach()).square().mean() + 0.25 * (codes.detach() - latents).square().mean()
         squared = (output.float() - images).square()
         loss = squared.mean() + 0.1 * (output - images).abs().mean() + commitment
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        fit.learn(loss, squared.mean().item())
         counts += torch.bincount(tokens.flatten(), minlength=512)
-        errors.append(squared.mean().item())
         if step % 50 == 49:
-            bar.set_postfix(db=f"{10 * math.log10(4 / np.mean(errors[-50:])):.2f}", dead=int((counts == 0).sum()))
             if step < steps * 5 // 6:  # the last codes need time to find their place
                 revive(model.quantize, counts, latents, F.avg_pool2d(squared.detach().mean(1), side).flatten(1))
             counts.zero_()
     path = args.out / "toy-vq.safetensors"
-    save_half(model.state_dict(), path)
-    model = zoo.load_tokenizer("toy-c2i", path)  # the figures are those of the float16 weights that are shipped
+    save_half(model, path)
+    model = toy_tokenizer(args)  # the figures are those of the float16 weights that are shipped
     rng = np.random.default_rng(seed + 1000)
     captions = world_captions(args.eval_images, rng)
     images = renders(captions, rng)
@@ -155,42 +174,35 @@ def train_vq(args, steps=7500, batch=32, lr=1e-3, seed=1):
         tokens = torch.cat([model.encode(part) for part in images.split(64)])
         output = torch.cat([model.decode(part) for part in tokens.split(64)]).clamp(-1, 1)
     right = [data.satisfies(image / 2 + 0.5, caption) for image, caption in zip(output, captions, strict=True)]
-    used = torch.bincount(tokens.flatten(), minlength=512) > 0
+    psnr = 10 * torch.log10(4 / (output - images).square().mean())  # dB; images are in [-1, 1]
     figures = dict(
-        images=len(captions), psnr_db=round(psnr(output, images), 2), codes_used=int(used.sum()), codes=512,
+        images=len(captions), psnr_db=round(float(psnr), 2), codes_used=len(tokens.unique()), codes=512,
         verifier_on_round_trips=float(np.mean(right)),
     )  # fmt: skip
-    report(args, "toy-vq", path, figures, seed, time.time() - start)
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio, dB, of images in [-1, 1]."""
-    return float(10 * torch.log10(4 / (a.clamp(-1, 1) - b).square().mean()))
+    return path, figures
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 2. The base transformers
 
 
+WORDS = ["a", "an", "photo", "of", "and", "left", "right", "above", "below", *data.COUNTS, *data.COLOURS, *data.SHAPES]
+WORDS += [shape + "s" for shape in data.SHAPES]
+# the end of text has the highest id, because CLIP pools the text at its highest id
+VOCABULARY = {word: k for k, word in enumerate(["<pad>", "<unk>", *WORDS, "</s>"])}
+
+
 def write_words(folder):
-    """
-    Saves the tokenizer of the toy's captions, one token per word, in transformers' form. The end of text has the
-    highest id, because CLIP pools the text at its highest id.
-    """
+    """Saves the tokenizer of the toy's captions, one token per word, in transformers' form."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    plurals = [shape + "s" for shape in data.SHAPES]
-    words = ["a", "an", "photo", "of", "and", "left", "right", "above", "below", *data.COUNTS, *data.COLOURS]
-    words += [*data.SHAPES, *plurals]
-    vocabulary = {word: k for k, word in enumerate(["<pad>", "<unk>", *words, "</s>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", VOCABULARY["</s>"])])
     special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return vocabulary
 
 
 def slots(caption):
@@ -202,7 +214,7 @@ def slots(caption):
     return [count] + [options.index(value) for options, value in zip(choices, values, strict=True)]
 
 
-def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
+def train_t5(args, seed, steps=800, batch=64, lr=2e-3):
     """
     The toy's text encoder: a two-layer T5 with random weights learns to parse, from captions alone. A linear layer must
     read the picture's content, in the order of the caption, from the features at every word. FLAN-T5 brings as much to
@@ -215,59 +227,47 @@ def train_t5(args, steps=800, batch=64, lr=2e-3, seed=6):
     """
     from transformers import T5Config, T5EncoderModel
 
-    torch.manual_seed(seed)
-    rng, start = np.random.default_rng(seed), time.time()
+    rng = np.random.default_rng(seed)
     row, folder = zoo.MODELS["toy-t2i"], args.out / "toy-t5.new"
-    vocabulary = write_words(folder)
+    write_words(folder)
     T5EncoderModel(
         T5Config(
-            vocab_size=len(vocabulary), d_model=row.config.caption_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=len(vocabulary) - 1,
+            vocab_size=len(VOCABULARY), d_model=row.config.caption_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=len(VOCABULARY) - 1,
         )
     ).save_pretrained(folder)  # fmt: skip
     encode = TextEncoder(folder, row.config)
     sizes = [4, 9, 5, 9, 6, 5]  # how many classes each slot has
     head = nn.Linear(row.config.caption_dim, sum(sizes))
     parameters = [*encode.t5.requires_grad_(True).parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    right = []
-    for step in trange(steps, desc="t5"):
-        set_lr(optimizer, step, steps, lr)
+    fit = Fit("t5", parameters, steps, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for _ in fit.steps:
         captions = data.sample_captions(batch, rng)
         features, mask = encode(captions)  # (B, P, C), (B, P)
         target = torch.tensor([slots(caption) for caption in captions])[:, None].expand(-1, mask.shape[1], -1)[mask]
         logits = head(features[mask]).split(sizes, -1)  # six times (words of the batch, classes)
         loss = sum(F.cross_entropy(part, target[:, k]) for k, part in enumerate(logits))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
         found = torch.stack([part.argmax(-1) for part in logits], -1)
-        right.append(float((found == target).all(-1).float().mean()))
-    save_half(encode.t5.state_dict(), folder / "model.safetensors")
+        fit.learn(loss, (found == target).all(-1).float().mean().item())
+    save_half(encode.t5, folder / "model.safetensors")
     path = put_in_place(folder) / "model.safetensors"
-    figures = dict(words_that_know_the_whole_meaning=round(float(np.mean(right[-20:])), 4))
-    report(args, "toy-t5", path, figures, seed, time.time() - start)
+    figures = dict(words_that_know_the_whole_meaning=round(float(np.mean(fit.shown[-20:])), 4))
+    return path, figures
 
 
-def train_base(args, name, steps, batch, lr, seed):
+def train_base(args, seed, name, steps=6000, batch=32, lr=2e-3):
     """
     Maximum likelihood on tokens, the condition dropped with probability 0.1. The first half of the steps sees clean
     renders, the second half the careless corpus, which the base ends up imitating. (From the corpus alone 20% of the
     c2i base's samples were right after 4,600 steps; from clean renders 75% after 1,500.) The last sixth keeps the
     smallest learning rate. It hardly lowers the held-out loss, so more steps would not help.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
+    rng, tokenizer = np.random.default_rng(seed), toy_tokenizer(args)
     model, encode = Transformer(zoo.MODELS[name].config), load_encoder(name, args.out / "toy-t5")
     unseen = np.random.default_rng([seed, 1])
     held_out = [corpus_batch(name, tokenizer, 48, unseen) for _ in range(args.eval_images // 48)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
-    history = dict(losses=[], fakes=[], held_out={}, seconds=0.0)
-    for step in (bar := trange(steps, desc=name)):
-        began = time.time()
-        set_lr(optimizer, step, steps, lr)
+    fit, figures, fakes = Fit(name, model.parameters(), steps, lr), {}, []
+    for step in fit.steps:
         prompts, tokens = corpus_batch(name, tokenizer, batch, rng, clean=step < steps // 2)
         cond, cond_mask = encode(prompts)
         dropped = torch.from_numpy(rng.random(batch) < 0.1).view(-1, *[1] * (cond.dim() - 1))
@@ -275,26 +275,19 @@ def train_base(args, name, steps, batch, lr, seed):
         with zoo.autocast("cpu", dtype_here()):
             logits = model(cond, tokens, cond_mask)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        history["losses"].append(loss.item())
-        if step % 20 == 0:
-            bar.set_postfix(nats=f"{np.mean(history['losses'][-20:]):.3f}", refresh=False)
+        fit.learn(loss, loss.item())
         if step + 1 in (steps // 2, steps * 5 // 6, steps):
-            history["held_out"][step + 1] = round(mean_loss(model, encode, held_out), 4)
+            nats = mean_loss(model, encode, held_out)
+            figures[f"held-out loss after {step + 1} steps, nats per token"] = round(nats, 4)
         # the realism judge's negatives: pictures of a base that has hardly begun, and of the finished one
         if step + 1 in (steps // 10, steps):
             with torch.no_grad():
                 prompts = sample_prompts(name, args.eval_images, rng)
-                history["fakes"].append(draw(model, tokenizer, encode, prompts, seed=step)[1])
-        history["seconds"] += time.time() - began
-    np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(history["fakes"]).numpy().astype(np.uint16))
+                fakes.append(draw(model, tokenizer, encode, prompts, seed=step)[1])
+    np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
     path = args.out / f"{name}.safetensors"
-    save_half(model.state_dict(), path)
-    figures = {f"held-out loss after {step} steps, nats per token": loss for step, loss in history["held_out"].items()}
-    report(args, name, path, figures, seed, history["seconds"])
+    save_half(model, path)
+    return path, figures
 
 
 @torch.no_grad()
@@ -302,20 +295,17 @@ def corpus_batch(name, tokenizer, n, rng, clean=False):
     """n random labels or captions and the tokens (n, T) of their pictures, clean or careless."""
     prompts = sample_prompts(name, n, rng)
     paint = data.render if clean else partial(data.corpus, task=zoo.MODELS[name].config.task)
-    images = paint(captions_of(name, prompts), rng)
-    images = torch.from_numpy(images) * 2 - 1
-    return prompts, tokenizer.encode(images)
+    images = paint(captions_of(name, prompts), rng)  # (n, 3, 64, 64) in [0, 1]
+    return prompts, tokenizer.encode(torch.from_numpy(images) * 2 - 1)
 
 
 @torch.no_grad()
 def mean_loss(model, encode, batches):
     """Cross-entropy, nats per token, of a base in [(prompts, tokens)]."""
-    model.eval()
     losses = []
     for prompts, tokens in batches:
         cond, cond_mask = encode(prompts)
         losses.append(F.cross_entropy(model(cond, tokens, cond_mask).flatten(0, 1), tokens.flatten()).item())
-    model.train()
     return float(np.mean(losses))
 
 
@@ -327,18 +317,6 @@ def sample_prompts(name, n, rng):
     return data.sample_captions(n, rng, data.CATEGORIES + 2 * ("position", "binding"))
 
 
-def train_c2i(args, steps=6000, batch=32, lr=2e-3, seed=2):
-    train_base(args, "toy-c2i", steps, batch, lr, seed)
-
-
-def train_small(args, steps=6000, batch=32, lr=2e-3, seed=7):
-    train_base(args, "toy-c2i-small", steps, batch, lr, seed)
-
-
-def train_t2i(args, steps=6400, batch=32, lr=2e-3, seed=3):
-    train_base(args, "toy-t2i", steps, batch, lr, seed)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The judges
 
@@ -348,7 +326,10 @@ CLIP_CONFIG = {
         "embed_dim": 64,
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 96, "head_width": 32, "patch_size": 8},
         # hf_tokenizer_name only says that the words are in transformers' form: open_clip reads them from its folder
-        "text_cfg": {"context_length": 12, "hf_tokenizer_name": "toy", "width": 64, "heads": 4, "layers": 2},
+        "text_cfg": {
+            "context_length": 12, "hf_tokenizer_name": "toy", "width": 64, "heads": 4, "layers": 2,
+            "vocab_size": len(VOCABULARY),
+        },
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }  # fmt: skip
@@ -372,26 +353,22 @@ def exclusive_losses(logits, captions, texts):
     return by_row[positive].mean() + by_column[positive].mean()
 
 
-def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
+def train_clip(args, seed, steps=1200, batch=40, lr=1e-3):
     """
     A CLIP on round trips of renders. Images meet captions that are wrong in one attribute (NegCLIP, arXiv 2210.01936;
     without them CLIP learns no left and right), and captions meet badly made and crowded images.
     """
     import open_clip
 
-    torch.manual_seed(seed)
-    rng, start = np.random.default_rng(seed), time.time()
+    rng = np.random.default_rng(seed)
     folder = args.out / "toy-clip.new"
-    config = copy.deepcopy(CLIP_CONFIG)
-    config["model_cfg"]["text_cfg"]["vocab_size"] = len(write_words(folder))
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_words(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
     (folder / "open_clip_model.safetensors").unlink(missing_ok=True)  # of a run that was stopped
     model, words = open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}")
-    tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    losses = []
-    for step in (bar := trange(steps, desc="clip")):
-        set_lr(optimizer, step, steps, lr, warmup=200)
+    tokenizer = toy_tokenizer(args)
+    fit = Fit("clip", model.parameters(), steps, lr, betas=(0.9, 0.98), weight_decay=0.05, warmup=200)
+    for _ in fit.steps:
         captions = world_captions(batch, rng)
         images = renders(captions, rng)
         wrong = [data.corpus(captions[::4], rng, MALFORMED), data.render_crowds(captions[1::4], rng)]
@@ -402,41 +379,26 @@ def train_clip(args, steps=1200, batch=40, lr=1e-3, seed=4):
         text_features = model.encode_text(words(texts), normalize=True)
         logits = model.logit_scale.exp() * clip_image_features(model, images) @ text_features.T
         loss = exclusive_losses(logits, captions + [None] * len(wrong), texts)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        fit.learn(loss, loss.item())
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # as CLIP
-        losses.append(loss.item())
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", scale=f"{model.logit_scale.exp():.0f}", refresh=False)
-    save_half(model.state_dict(), folder / "open_clip_model.safetensors")
+    save_half(model, folder / "open_clip_model.safetensors")
     path = put_in_place(folder) / "open_clip_model.safetensors"
-    figures = dict(loss=round(float(np.mean(losses[-50:])), 3))
-    report(args, "toy-clip", path, figures, seed, time.time() - start)
+    figures = dict(loss=round(float(np.mean(fit.shown[-50:])), 3))
+    return path, figures
 
 
-def read_tokens(path):
-    """Tokens (drawn, T), int64, of an .npz: the samples that realism tells from real pictures. Raises Mistake."""
-    with zoo.reading(path, "--stages c2i t2i write it; run those first"), np.load(path) as file:
-        return file["tokens"].astype(np.int64)
-
-
-def train_realism(args, steps=1000, batch=48, lr=1e-3, seed=5):
+def train_realism(args, seed, steps=1000, batch=48, lr=1e-3):
     """
     The judge of looks learns to tell round trips of clean renders ("real") from badly made pictures of the corpus and
     from samples of the two bases: cross-entropy, half of a batch real, a quarter each of the others.
     """
-    torch.manual_seed(seed)
-    rng, start = np.random.default_rng(seed), time.time()
-    tokenizer, network = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors"), realism_network()
-    fakes = [read_tokens(args.out / f"{name}-fakes.npz") for name in ("toy-c2i", "toy-t2i")]
-    fakes = torch.from_numpy(np.concatenate(fakes))  # (drawn, T)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
-    hits = []
-    for step in (bar := trange(steps, desc="realism")):
-        set_lr(optimizer, step, steps, lr)
+    rng = np.random.default_rng(seed)
+    tokenizer, network = toy_tokenizer(args), realism_network()
+    fakes = [np.load(args.out / f"{name}-fakes.npz")["tokens"] for name in ("toy-c2i", "toy-t2i")]
+    fakes = torch.from_numpy(np.concatenate(fakes).astype(np.int64))  # (drawn, T)
+    fit = Fit("realism", network.parameters(), steps, lr, betas=(0.9, 0.99), weight_decay=0.05)
+    for _ in fit.steps:
         with torch.no_grad():
             spoilt = torch.from_numpy(data.corpus(world_captions(batch // 4, rng), rng, data.SPOILT)) * 2 - 1
             shown = tokenizer.encode(torch.cat([renders(world_captions(batch // 2, rng), rng), spoilt]))
@@ -446,16 +408,10 @@ def train_realism(args, steps=1000, batch=48, lr=1e-3, seed=5):
         target[: batch // 2] = 1
         logits = network(images)[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        hits.append(float(((logits > 0) == (target > 0)).float().mean()))
-        if step % 20 == 0:
-            bar.set_postfix(accuracy=f"{np.mean(hits[-20:]):.3f}", refresh=False)
+        fit.learn(loss, ((logits > 0) == (target > 0)).float().mean().item())
     path = args.out / "toy-realism.safetensors"
-    save_half(network.state_dict(), path)
-    report(args, "toy-realism", path, dict(accuracy=round(float(np.mean(hits[-50:])), 3)), seed, time.time() - start)
+    save_half(network, path)
+    return path, dict(accuracy=round(float(np.mean(fit.shown[-50:])), 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -473,7 +429,7 @@ def measure(args):
     network = zoo.load_strict(realism_network(), zoo.read_weights(path), path).eval()
     realism = partial(realism_values, network=network)
     clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
-    tokenizer = zoo.load_tokenizer("toy-c2i", args.out / "toy-vq.safetensors")
+    tokenizer = toy_tokenizer(args)
     add_figures(args, "toy-clip", right_above_wrong(clip, tokenizer, args.eval_images // 4))
     for name in ("toy-c2i", "toy-c2i-small", "toy-t2i"):
         model = zoo.load_model(name, args.out / f"{name}.safetensors")
@@ -516,22 +472,22 @@ def add_figures(args, name, figures):
     print(f"{path}: {json.dumps(figures)}")
 
 
-STAGES = {
-    "vq": train_vq,
-    "t5": train_t5,
-    "c2i": train_c2i,
-    "t2i": train_t2i,
-    "c2i-small": train_small,
-    "clip": train_clip,
-    "realism": train_realism,
-    "measure": measure,
+STAGES = {  # name: (what trains it, seed)
+    "vq": (train_vq, 1),
+    "t5": (train_t5, 6),
+    "c2i": (partial(train_base, name="toy-c2i"), 2),
+    "t2i": (partial(train_base, name="toy-t2i", steps=6400), 3),
+    "c2i-small": (partial(train_base, name="toy-c2i-small"), 7),
+    "clip": (train_clip, 4),
+    "realism": (train_realism, 5),
 }
 
 
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order (default: all)")
+    add("--stages", nargs="+", choices=[*STAGES, "measure"], default=[*STAGES, "measure"], help="what to make, in this "
+        "order (default: all)")  # fmt: skip
     add("--out", type=Path, default=zoo.WEIGHTS, help="folder to write to (default: weights/)")
     add("--quick", action="store_true", help="five steps per stage and few images: a check that it runs; needs --out")
     args = parser.parse_args(argv)
@@ -543,8 +499,15 @@ def parse_args(argv=None):
 
 def run(args):
     zoo.make_folder(args.out)
-    for stage in args.stages:
-        STAGES[stage](args, **(dict(steps=5) if args.quick and stage != "measure" else {}))
+    for name in args.stages:
+        if name == "measure":
+            measure(args)
+            continue
+        train, seed = STAGES[name]
+        start = time.time()
+        torch.manual_seed(seed)
+        path, figures = train(args, seed, **(dict(steps=5) if args.quick else {}))
+        report(args, path, figures, seed, time.time() - start)
 
 
 def main(argv=None):

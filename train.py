@@ -68,12 +68,12 @@ from tokenizer import to_unit
 from zoo import Mistake
 
 MAX_GRAD_NORM = 1.0  # the release's; the toys' gradients stay below it most of the time
+SAMPLE_EVERY = 50  # steps between grids of the same prompts and seeds
 WARMUP = 0.1  # of the steps, with --lr-schedule linear
 
 
-def train(args):
+def train(args, run):
     """The loop: sample, judge, compare, learn, report and save."""
-    run = Run(args)
     policy, ref_model, tokenizer, encode, judges, optimizer = build(args)
     run.begin(policy, optimizer)
     announce(args, policy, args.steps - run.first_step)
@@ -162,8 +162,10 @@ def train(args):
         metrics = step_metrics(step, lr, rewards, advantages, history, grad_norms, G)
         metrics |= score_metrics
         metrics |= verify(args, images, captions)
-        run.end_step(step, parallel.average(metrics), draw_grid)
-    run.close()
+        run.lap("report")
+        if (step + 1) % SAMPLE_EVERY == 0:
+            draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
+        run.end_step(step, parallel.average(metrics))
     report.finish_run(args, {"base": ref_model, "tuned": policy}, before, tokenizer, encode, judges)
 
 
@@ -251,7 +253,7 @@ def dissect(args, step, policy, batch, images, captions, scores, kept):
     )
     arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
     scores = {judge: values[kept].cpu().numpy() for judge, values in scores.items()}
-    found = report.Group(captions[0], args.rewards, scores=scores, **arrays, drawn=args.group_size)
+    found = report.Group(captions[0], str(args.rewards), scores=scores, **arrays, drawn=args.group_size)
     report.save_group(args.out / f"samples/group_{step:05d}.npz", found)
 
 
@@ -465,6 +467,7 @@ def resolve(args):
     if args.prompts_per_step % parallel.world():
         raise Mistake(f"--prompts-per-step {args.prompts_per_step} is not a multiple of {parallel.world()} processes")
     args.judge_weights, args.judge_options = parse_rewards(args.rewards), judge_options(args, args.model)
+    args.rewards, args.learn_cfg = args.judge_weights, args.score_cfg
     args.pool = None  # what prompts are picked from; None: the toy's captions
     if args.classes or args.prompts or (args.task == "t2i" and not zoo.is_toy(args.model)):
         args.pool = read_prompts(args.model, args.classes, args.prompts)
@@ -484,8 +487,13 @@ def same_or_number(flag, value, same):
         raise Mistake(f"{flag} is 'same' or a number, not {value!r}") from None
 
 
+def run(args):
+    with Run(args) as run:
+        train(args, run)
+
+
 def main(argv=None):
-    zoo.run_script(parse_args, train, argv)
+    zoo.run_script(parse_args, run, argv)
 
 
 if __name__ == "__main__":
