@@ -119,25 +119,16 @@ def judge_images(judges, images, prompts):
         found = judge(images.clone(), list(prompts))  # copies: a judge that edits them edits nobody else's
         found = found if isinstance(found, dict) else {judge_name: found}
         if judge_name not in found:
-            raise Mistake(f"the judge {judge_name!r} returned a dict without {judge_name!r} in it")
+            raise Mistake(f"the dict that the judge {judge_name!r} returned has no {judge_name!r} in it")
         for name, values in found.items():
-            scores[name] = one_per_picture(name, values, images)
+            what = f"the {type(values).__name__} that the judge {name!r} returned"
+            with zoo.reading(what, "a judge returns one number per picture"):
+                values = torch.as_tensor(values).detach()
+                assert not values.is_complex(), "complex numbers"
+                scores[name] = values.float().to(images.device).reshape(len(images))
         zoo.synchronize(images.device)
         seconds |= dict.fromkeys(found, (time.perf_counter() - start) / len(found))
     return scores, seconds
-
-
-def one_per_picture(name, values, images):
-    """What the judge `name` returned, as (N,) float32 beside the images. Raises Mistake, whatever it is instead."""
-    try:
-        values = torch.as_tensor(values).detach()
-        if values.is_complex():
-            raise TypeError("complex numbers have no order")
-        return values.float().to(images.device).reshape(len(images))
-    except Exception as error:  # each type has its own way to fail
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        what = f"the judge {name!r} returned a {type(values).__name__} that is not one number per picture"
-        raise Mistake(f"{what}, {len(images)} in all ({reason})") from None
 
 
 def fill_missing(values, group_size):
@@ -223,14 +214,6 @@ def clip_image_features(model, images):
     return model.encode_image((images - mean) / std, normalize=True)
 
 
-def clip_cosines(images, prompts, model, words):
-    """Cosine of each image with its prompt, (N,) in [-1, 1]."""
-    distinct = list(dict.fromkeys(prompts))
-    texts = model.encode_text(words(distinct).to(images.device), normalize=True)  # (distinct, E)
-    which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=images.device)
-    return (clip_image_features(model, images) * texts[which]).sum(-1)
-
-
 def step_of(cosines):
     """The paper's step function of cosines (N,): below 0 -> -1, below 0.3 -> 0.5, below 0.6 -> 1, else 1.5."""
     values = cosines.new_tensor([-1, 0.5, 1, 1.5])
@@ -238,18 +221,20 @@ def step_of(cosines):
     return torch.where(cosines.isfinite(), values[which], torch.nan)  # NaN would fall into the best step
 
 
-def count_cut(prompts, words):
-    """How many of the distinct `prompts` the model does not read to their end: with more room their tokens differ."""
-    tokens = words(prompts)
-    return (words(prompts, 8 * tokens.shape[1])[:, : tokens.shape[1]] != tokens).any(1).sum().item()
-
-
 def clip_scores(images, prompts, model, words, names, said):
-    """The cosines (N,); if `names` ask for their steps, {name: (N,)}. `said` is a list, empty until a line is said."""
-    if not said and (cut := count_cut(distinct := list(dict.fromkeys(prompts)), words)):
+    """
+    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`
+    is a list, empty until a line has said that captions are cut.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    tokens = words(distinct)  # (distinct, 77): no more of a caption is read
+    whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # goes on where a caption is cut
+    if not said and (cut := (whole != tokens).any(1).sum().item()):
         said.append(f"{names[0]}: {cut} of {len(distinct)} captions are longer than this CLIP reads, and are cut")
-        parallel.say(said[0])  # once, not at each step
-    cosines = clip_cosines(images, prompts, model, words)
+        parallel.say(said[0])
+    texts = model.encode_text(tokens.to(images.device), normalize=True)  # (distinct, E)
+    which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=images.device)
+    cosines = (clip_image_features(model, images) * texts[which]).sum(-1)
     if names in (["clip"], ["hps"]):
         return cosines
     return {name: step_of(cosines) if name.endswith("-step") else cosines for name in names}
@@ -331,19 +316,19 @@ def maniqa_network():
         return MANIQA(train_dataset="koniq", scale=0.8, pretrained=False, test_sample=1)  # it gets single crops
 
 
-def even_crops(images, grid):
+def even_crops(images, rows, columns):
     """
-    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, evenly spaced from edge to edge.
-    With the grid (4, 5) every pixel up to 896 px is in some crop. Images of 224 px or less are one crop, enlarged if
-    need be.
+    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, evenly spaced from edge to edge:
+    4 rows of 5 leave no pixel out up to 896 px. Images of 224 px or less are one crop, enlarged if need be.
     """
     side = max(images.shape[-1], 224)
     images = F.interpolate(images, (side, side), mode="bilinear")  # leaves images of that size as they are
-    rows, columns = (sorted(set(torch.linspace(0, side - 224, n).round().int().tolist())) for n in grid)
-    return torch.stack([images[..., y : y + 224, x : x + 224] for y in rows for x in columns], 1).flatten(0, 1)
+    tops = torch.linspace(0, side - 224, rows).round().int().unique().tolist()
+    lefts = torch.linspace(0, side - 224, columns).round().int().unique().tolist()
+    return torch.stack([images[..., y : y + 224, x : x + 224] for y in tops for x in lefts], 1).flatten(0, 1)
 
 
-def maniqa_values(images, prompts, network, batch, grid=(4, 5)):
+def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
     """
     MANIQA's score of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, higher is better: the mean over its
     20 crops of 224 px, as in the official code. The crops are ours. pyiqa's never reach the last 8 rows of 256, or the
@@ -354,7 +339,7 @@ def maniqa_values(images, prompts, network, batch, grid=(4, 5)):
     for part in images.split(batch):
         # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
         # pyiqa resizes 224 px to 225 before it crops, which blurs. Of 225 px it takes the first 224 as they are.
-        crops = F.pad(even_crops(part, grid), (0, 1, 0, 1))
+        crops = F.pad(even_crops(part, rows, columns), (0, 1, 0, 1))
         scores.append(network(crops).view(len(part), -1).mean(1))
     return torch.cat(scores)
 
@@ -370,6 +355,7 @@ def maniqa_judge(device, options):
 
 RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
 YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
+ANSWERS = [*RATING, *YES_NO]  # each is one token of Qwen's
 QUESTIONS = {
     "qwen-match": (
         'An image generator was given the caption "{prompt}" and drew this picture. Rate the picture from 0 to 5. Ask '
@@ -411,39 +397,44 @@ def expected_worth(logprobs, worth):
 
 
 def qwen_scores(images, prompts, names, answer, ask):
-    """{name: (N,)}: the scores of all questions `names` about all images (N, 3, H, W) in [0, 1]."""
-    pixels = (images * 255).round().to(torch.uint8)  # 8 bits, as in the files that it was trained on; never JPEG
-    which = [k for k in range(len(prompts)) for _ in names]  # image-major
-    texts = [question_text(name, prompt, answer) for prompt in prompts for name in names]
-    values = ask(pixels[which], texts, [QUESTIONS[name][1] for _ in prompts for name in names])
-    values = torch.tensor(values, device=images.device).view(len(prompts), len(names))
-    return {name: values[:, k] for k, name in enumerate(names)}
+    """
+    {name: (N,)} for the questions `names` about images (N, 3, H, W) in [0, 1]. `ask` gives the replies to questions
+    (picture, text): {token: nats} where `answer` is "probability", texts where it is "json", None for one that is late.
+    """
+    pixels = (images * 255).round().to(torch.uint8).cpu()  # 8 bits, as in the files that it was trained on; never JPEG
+    scores = {}
+    for name in names:
+        worth, pairs = QUESTIONS[name][1], zip(pixels, prompts, strict=True)
+        replies = ask([(picture, question_text(name, prompt, answer)) for picture, prompt in pairs])
+        if answer == "json":
+            values = [read_rating(reply or "", max(worth.values())) for reply in replies]
+        else:
+            values = [expected_worth(reply or {}, worth) for reply in replies]
+        scores[name] = torch.tensor(values, device=images.device)
+    return scores
 
 
-def ask_model(pixels, texts, worths, model, processor, answer, batch):
+def ask_model(questions, model, processor, answer, batch):
     """
-    n scores, as floats, from n texts about n uint8 pictures (n, 3, H, W), `batch` at once.
-    probability: one forward pass, expected_worth over the answers' tokens at the first position of the reply.
-    json: up to 64 tokens, the likeliest ones, then read_rating.
+    The replies to questions (picture (3, H, W) uint8, text), `batch` at once. probability: one forward pass, of which
+    ANSWERS at the first position of the reply. json: up to 64 tokens, the likeliest ones.
     """
-    values = []
-    for k in range(0, len(texts), batch):
-        chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])]
-                 for text in texts[k : k + batch]]  # fmt: skip
+    replies = []
+    for k in range(0, len(questions), batch):
+        pictures, texts = zip(*questions[k : k + batch], strict=True)
+        chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])] for text in texts]
         chats = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-        inputs = processor(text=chats, images=list(pixels[k : k + batch]), padding=True, return_tensors="pt")
+        inputs = processor(text=chats, images=list(pictures), padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)  # (n, P) tokens, padded on the left: replies start together
         if answer == "json":
             tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            replies = processor.batch_decode(tokens, skip_special_tokens=True)
-            pairs = zip(replies, worths[k : k + batch], strict=True)
-            values += [read_rating(reply, max(worth.values())) for reply, worth in pairs]
+            replies += processor.batch_decode(tokens, skip_special_tokens=True)
         else:
             logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (n, V)
-            for logprobs, worth in zip(logits.log_softmax(-1), worths[k : k + batch], strict=True):
-                ids = processor.tokenizer.convert_tokens_to_ids(list(worth))  # each answer is one token of Qwen's
-                values.append(expected_worth(dict(zip(worth, logprobs[ids].tolist(), strict=True)), worth))
-    return values
+            ids = processor.tokenizer.convert_tokens_to_ids(ANSWERS)
+            logprobs = logits.log_softmax(-1)[:, ids].tolist()
+            replies += [dict(zip(ANSWERS, row, strict=True)) for row in logprobs]
+    return replies
 
 
 def load_qwen(device):
@@ -465,45 +456,46 @@ def load_qwen(device):
     return model.eval().requires_grad_(False).to(device), processor
 
 
-async def ask_server(pixels, texts, worths, url, model, answer, timeout):
+def ask_server(questions, loop, **server):
+    """Like ask_model, of a server, while this thread waits for the event loop of another one. Raises Mistake."""
+    return asyncio.run_coroutine_threadsafe(ask_together(questions, **server), loop).result()
+
+
+async def ask_together(questions, url, model, answer, timeout):
     """
-    Like ask_model, of an OpenAI-compatible server: 32 requests at a time, which it batches. All scores are there after
-    `timeout` seconds; one that is late, is refused with 429 or 5xx, or whose reply is no JSON, is NaN. Raises Mistake.
+    The replies of an OpenAI-compatible server, which gets all requests at once and batches them. All are there after
+    `timeout` seconds. One that is late, is refused with 429 or 5xx, or is no JSON is None. Raises Mistake.
     """
     import openai
 
-    limit, deadline = asyncio.Semaphore(32), time.monotonic() + timeout
     # the client repeats what was lost, and what was refused with 429 or 5xx, when Retry-After says so
     async with openai.AsyncOpenAI(**server_options(url), timeout=timeout, max_retries=10**6) as client:
-        questions = zip(pixels.cpu(), texts, worths, strict=True)
-        asks = [ask_once(*question, client, model, answer, limit, deadline) for question in questions]
-        return await asyncio.gather(*asks)
+        return await asyncio.gather(*[ask_once(*question, client, model, answer, timeout) for question in questions])
 
 
-async def ask_once(pixels, text, worth, client, model, answer, limit, deadline):
-    """The score of one picture (3, H, W), which travels as PNG and so arrives unchanged. Raises Mistake."""
+async def ask_once(picture, text, client, model, answer, timeout):
+    """The reply to one question. Its picture (3, H, W) travels as PNG and so arrives unchanged. Raises Mistake."""
     import openai
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [dict(type="image_url", image_url=dict(url=picture)), dict(type="text", text=text)]
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [dict(type="image_url", image_url=dict(url=url)), dict(type="text", text=text)]
     how = dict(max_tokens=256) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
     how |= dict(model=model, messages=[dict(role="user", content=content)], temperature=0)
     try:
-        async with limit:
-            reply = await asyncio.wait_for(client.chat.completions.create(**how), deadline - time.monotonic())
+        reply = await asyncio.wait_for(client.chat.completions.create(**how), timeout)
     except (asyncio.TimeoutError, openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError):
-        return math.nan  # the client raises the second and third at once if Retry-After is above two minutes
+        return None  # the client raises the second and third at once if Retry-After is above two minutes
     except openai.APIStatusError as error:  # no repetition can mend any other
         raise Mistake(f"--qwen-server {client.base_url} refuses: {' '.join(str(error).split())[:500]}") from None
     remedy = "OpenAI's form is needed" if answer == "json" else "if it gives no logprobs, use --qwen-answer json"
     with zoo.reading(f"--qwen-server {client.base_url}: its answer", remedy):
         if answer == "json":
-            return read_rating(reply.choices[0].message.content or "", max(worth.values()))
+            return str(reply.choices[0].message.content)
         likeliest = reply.choices[0].logprobs.content[0].top_logprobs  # an answer that is not among 20 weighs nothing
-        return expected_worth({entry.token: entry.logprob for entry in likeliest}, worth)
+        return {entry.token: entry.logprob for entry in likeliest}
 
 
 def server_options(url):
@@ -529,16 +521,15 @@ def qwen_judge(device, options):
     names, answer, url = options["names"], options["qwen_answer"], options["qwen_server"]
     if not url:
         model, processor = load_qwen(device)
-        batch = options["judge_batch"] * len(names)
-        ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=batch)
+        ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=options["judge_batch"])
         return partial(qwen_scores, names=names, answer=answer, ask=ask)
     options["qwen_model"] = options["qwen_model"] or only_model(url)  # the run remembers it
-    ask = partial(ask_server, url=url, model=options["qwen_model"], answer=answer, timeout=options["judge_timeout"])
+    timeout = options["judge_timeout"] / len(names)  # s, for one question about all pictures
     # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    wait = lambda *questions: asyncio.run_coroutine_threadsafe(ask(*questions), loop).result()  # noqa: E731
-    judge = partial(qwen_scores, names=names, answer=answer, ask=wait)
+    ask = partial(ask_server, loop=loop, url=url, model=options["qwen_model"], answer=answer, timeout=timeout)
+    judge = partial(qwen_scores, names=names, answer=answer, ask=ask)
     first = judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
     if all(scores.isnan().all() for scores in first.values()):
         parallel.say(f"--qwen-server {url} gave no readable answer to a first question: late, or in another form")
@@ -547,12 +538,5 @@ def qwen_judge(device, options):
 
 # name -> factory(device, options). Names of one factory share its model, which is loaded and asked once: it finds in
 # options["names"] which of them are wanted, and its judge returns {name: scores} if there are several.
-JUDGES = {
-    "clip": clip_judge,
-    "clip-step": clip_judge,
-    "realism": realism_judge,
-    "hps": hps_judge,
-    "hps-step": hps_judge,
-    "maniqa": maniqa_judge,
-    **dict.fromkeys(QUESTIONS, qwen_judge),
-}
+JUDGES = {"clip": clip_judge, "realism": realism_judge, "hps": hps_judge, "maniqa": maniqa_judge}
+JUDGES |= {"clip-step": clip_judge, "hps-step": hps_judge, **dict.fromkeys(QUESTIONS, qwen_judge)}
