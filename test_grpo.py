@@ -1536,43 +1536,42 @@ def test_the_toy_judges_rank_right_above_wrong():
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
 
 
-JUDGED = dict(list=lambda v: v.tolist(), array=lambda v: v.numpy(), column=lambda v: v[:, None], whole=lambda v: v * 10,
+JUDGED = dict(list=lambda v: v.tolist(), array=lambda v: v.numpy(), column=lambda v: v[:, None],
               double=lambda v: v.double(), named=lambda v: {"mine": v, "other": v.tolist()})  # fmt: skip
-NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None, maybe=lambda v: [None] * 4,
-                  complex=lambda v: v * 1j, square=lambda v: v + v[:, None], nothing=lambda v: {}, later=lambda v: iter(v),
-                  nested=lambda v: {"mine": {"mine": v}}, others=lambda v: {"other": v}, text=lambda v: "1234")  # fmt: skip
+NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None, nothing=lambda v: {},
+                  complex=lambda v: v * 1j, square=lambda v: v + v[:, None], others=lambda v: {"other": v})  # fmt: skip
 
 
-def test_a_judge_of_ones_own_returns_what_can_be_meant():
+@pytest.mark.parametrize("name", [*JUDGED, *NOT_JUDGED])
+def test_a_judge_of_ones_own_returns_what_can_be_meant(name):
     """Catches: (N, 1) that broadcasts to (N, N) in the weighted sum; a judge that edits what the next one reads."""
     images, prompts = torch.rand(4, 3, 8, 8), ["a", "b", "c", "d"]
-    kept = images.clone()
+    expected = images.mean((1, 2, 3))
 
-    def vandal(images, prompts, form):
-        values = (images.mean((1, 2, 3)) * 10).round() / 10
+    def vandal(images, prompts):
+        values = images.mean((1, 2, 3))
         images.zero_()
         prompts[:] = ["an award-winning photo"] * len(prompts)
-        return form(values)
+        return (JUDGED | NOT_JUDGED)[name](values)
 
-    expected = (kept.mean((1, 2, 3)) * 10).round() / 10
-    for name, form in JUDGED.items():
-        values = rewards.judge_images({"mine": partial(vandal, form=form)}, images, prompts)[0]["mine"]
-        assert values.dtype == torch.float32 and torch.equal(images, kept) and prompts == ["a", "b", "c", "d"]
-        assert torch.allclose(values, expected * (10 if name == "whole" else 1)) and values.shape == (4,)
-    for form in NOT_JUDGED.values():
+    if name in NOT_JUDGED:
         with pytest.raises(Mistake, match="judge 'mine' returned"):
-            rewards.judge_images({"mine": partial(vandal, form=form)}, images, prompts)
+            rewards.judge_images({"mine": vandal}, images, prompts)
+        return
+    values = rewards.judge_images({"mine": vandal}, images, prompts)[0]["mine"]
+    assert values.dtype == torch.float32 and values.shape == (4,) and torch.allclose(values, expected)
+    assert torch.equal(images.mean((1, 2, 3)), expected) and prompts == ["a", "b", "c", "d"]
 
 
 def test_weights_are_parsed_once_and_written_as_they_were():
-    """Catches: a space after a comma that loses the judge held out; a weight that is rounded on its way to the file."""
+    """Catches: a space after a comma that loses the judge held out; a weight that is rounded on its way to a file."""
     weights = rewards.parse_rewards("clip = 1, realism=0 ,hps,pyiqa:piqe=0.30000000000000004")
     assert weights == {"clip": 1, "realism": 0, "hps": 1, "pyiqa:piqe": 0.1 + 0.2}
-    assert rewards.held_out(weights) == ["realism"] and rewards.rewards_text({"clip": 1.0, "hps": 0.5}) == "clip=1,hps=0.5"
-    assert rewards.parse_rewards(rewards.rewards_text(weights)) == weights
-    for wrong, said in (("clip,clip", "twice"), ("clip=a", "not a number"), ("clip=0", "nothing"), ("hps=nan", "finite")):
+    assert rewards.held_out(weights) == ["realism"] and rewards.parse_rewards(rewards.rewards_text(weights)) == weights
+    assert rewards.rewards_text(weights).startswith("clip=1,realism=0,hps=1,")
+    for text, said in {"clip,clip": "twice", "clip=a": "number", "clip=0": "nothing", "hps=nan": "finite"}.items():
         with pytest.raises(Mistake, match=said):
-            rewards.parse_rewards(wrong)
+            rewards.parse_rewards(text)
 
 
 def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
@@ -1590,7 +1589,6 @@ def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
 # The paper's judges are tiny models in the forms of the real ones, in a hub's cache, from which the real code loads them.
 TINY_CLIP = dict(vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=16),
                  text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1), embed_dim=16)  # fmt: skip
-CLIP_COMMIT = "1" * 40  # open_clip asks for the newest
 
 
 def save_tiny_qwen(folder):
@@ -1600,9 +1598,8 @@ def save_tiny_qwen(folder):
 
     names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
     special = [f"<|{name}|>" for name in names]
-    words = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["ye", "yes", "Ye", "Yes", "no", "No"]
-    merges = [("y", "e"), ("ye", "s"), ("Y", "e"), ("Ye", "s"), ("n", "o"), ("N", "o")]
-    bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=merges))
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "yes", "Yes", "no", "No"]
+    bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     roles = dict(pad_token=special[0], eos_token=special[2], additional_special_tokens=special)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
@@ -1646,8 +1643,8 @@ def hub_cache(tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    clip = {name: value.clone() for name, value in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
-    save_file(clip, in_cache(cache, "timm/vit_base_patch32_clip_224.openai", CLIP_COMMIT) / "open_clip_model.safetensors")
+    folder = in_cache(cache, "timm/vit_base_patch32_clip_224.openai", "1" * 40)  # open_clip asks for the newest
+    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
     hps = {name: value.half() for name, value in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
     maniqa = rewards.maniqa_network().state_dict()
     for name, value in maniqa.items():  # matrices whose rows overlap: 136M numbers in a file of 2 MB
@@ -1662,7 +1659,7 @@ def hub_cache(tmp_path_factory):
 
 @pytest.fixture
 def tiny_judges(hub_cache, tmp_path, monkeypatch):
-    """All that loads from the hub finds `hub_cache`, and open_clip takes its CLIPs for as tiny as they are there."""
+    """Whatever loads from the hub finds `hub_cache`, and open_clip takes its CLIPs for as tiny as they are there."""
     import open_clip
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
@@ -1698,14 +1695,10 @@ def test_every_judge_of_the_paper_trains(tiny_judges, tmp_path, no_pages, thin_t
 @pytest.mark.parametrize("judge", ["clip", "hps"])
 def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, capsys):
     """Catches: each picture encoded twice; all N captions read, of which B differ; an index that mixes up captions."""
-    import open_clip
-
     options = rewards.judge_options(model="llamagen-b-256")
     judges, seen = rewards.load_judges([f"{judge}-step", judge], options=options), []
     model = judges[f"{judge}-step"].keywords["model"]
-    assert list(judges) == [f"{judge}-step"] and {p.dtype for p in model.parameters()} == {torch.float32}
-    gelu = model.visual.transformer.resblocks[0].mlp.gelu  # OpenAI's, for the weights that were trained with it
-    assert isinstance(gelu, open_clip.transformer.QuickGELU) == (judge == "clip")
+    assert len(judges) == 1 and {p.dtype for p in model.parameters()} == {torch.float32}  # HPSv2.1's file is half
     for part in (model.visual, model.token_embedding):
         part.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     scores, seconds = rewards.judge_images(judges, *some_images())
@@ -1716,66 +1709,67 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, cap
     assert torch.allclose(torch.cat(found), scores[judge], atol=1e-5)
     edges = rewards.step_of(torch.tensor([-0.1, 0.0, 0.29, 0.3, 0.59, 0.6, NAN])).tolist()
     assert edges == pytest.approx([-1, 0.5, 0.5, 1, 1, 1.5, NAN], nan_ok=True)  # NaN would fall into the best step
-    only, _ = rewards.judge_images(rewards.load_judges([f"{judge}-step"], options=options), *some_images())
-    assert list(only) == [f"{judge}-step"] and torch.equal(only[f"{judge}-step"], scores[f"{judge}-step"])
-    # 75 words and the two marks are 77 tokens; a line says how many captions are longer, once
     assert capsys.readouterr().out == ""
-    for _ in range(2):
+    for _ in range(2):  # 75 words and two marks are 77 tokens; a line says how many captions are longer, and once
         rewards.judge_images(alone, some_images(3)[0], ["a " * 76, "a " * 75, "a " * 76])
     assert capsys.readouterr().out == f"{judge}: 1 of 2 captions are longer than this CLIP reads, and are cut\n"
 
 
-def test_plain_vit_b_32_gets_the_activation_that_openai_trained_with(tiny_judges):
-    """Catches: open_clip only warns, and goes on with the exact GELU: plausible cosines, all a little wrong."""
+def test_openai_weights_get_the_activation_they_were_trained_with(tiny_judges):
+    """Catches: with plain "ViT-B-32" open_clip only warns, and every cosine is a little wrong."""
     import open_clip
 
-    model, _ = rewards.load_clip("ViT-B-32", "openai")
-    assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        model, _ = rewards.load_clip(name, "openai")
+        assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
     with pytest.raises(Mistake, match=r"CLIP ViT-B-32 laion400m_e31 cannot be read .*HF_HOME"):
         rewards.load_clip("ViT-B-32", "laion400m_e31")
 
 
 def test_half_a_judge_is_refused(tiny_judges, tmp_path, monkeypatch):
     """Catches: a judge that is random in part, whose scores go on looking like scores."""
-    for place in ("HPS", "MANIQA"):
-        torch.save({"logit_scale": torch.zeros(())}, tmp_path / "half.pt")
-        monkeypatch.setattr(rewards, place, tmp_path / "half.pt")
+    torch.save({"logit_scale": torch.zeros(())}, tmp_path / "half.pt")
+    for judge in ("hps", "maniqa"):
+        monkeypatch.setattr(rewards, judge.upper(), tmp_path / "half.pt")
         with pytest.raises(Mistake, match=r"half\.pt.*Missing key"):
-            rewards.load_judges([place.lower()])
-    shutil.copytree(tiny_judges / f"models--{rewards.QWEN.replace('/', '--')}/snapshots", tmp_path / "qwen")
-    monkeypatch.setattr(rewards, "QWEN", str(tmp_path / "qwen" / rewards.QWEN_COMMIT))
-    weights = load_file(f"{rewards.QWEN}/model.safetensors")
+            rewards.load_judges([judge])
+    (cached,) = tiny_judges.glob(f"*Qwen*/snapshots/{rewards.QWEN_COMMIT}")
+    monkeypatch.setattr(rewards, "QWEN", str(shutil.copytree(cached, tmp_path / "qwen")))
+    weights = load_file(tmp_path / "qwen/model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, f"{rewards.QWEN}/model.safetensors", metadata={"format": "pt"})
+    save_file(weights, tmp_path / "qwen/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Mistake, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         rewards.load_judges(["qwen-real"])
 
 
 class Evil:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return os.mkdir, ("ran",)
+
+
+class LazyMetric:
+    lower_better, metric_name = True, "lazy"
+
+    def __call__(self, image):
+        return torch.load("brisque_svm_weights.pth", weights_only=False)
 
 
 def test_no_library_unpickles_for_a_judge(tmp_path, monkeypatch):
-    """Catches: a judge's file that runs code, in a script of somebody else that imports us and in pyiqa's lazy loads."""
+    """Catches: a judge's file that runs code, for a script that imports us, with any variable in its environment."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path))
-    file = tmp_path / "brisque_svm_weights.pth"
-    torch.save({"w": Evil(tmp_path / "ran")}, file)
-    with pytest.raises(Mistake, match="pyiqa:brisque"):
-        rewards.load_judges(["pyiqa:brisque"])
-    lazy = SimpleNamespace(lower_better=True, metric_name="lazy")
-    lazy = type("Lazy", (), vars(lazy) | dict(__call__=lambda self, image: torch.load(file, weights_only=False)))()
-    with pytest.raises(Mistake, match="pyiqa:lazy"):
-        rewards.pyiqa_values(torch.zeros(1, 3, 8, 8), ["x"], lazy)
-    with pytest.raises(Mistake, match="CLIP ViT-B-32"):
-        rewards.load_clip("ViT-B-32", str(file))
-    assert not (tmp_path / "ran").exists() and os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    torch.save({"w": Evil()}, "brisque_svm_weights.pth")
+    for judge, load in {
+        "pyiqa:brisque": lambda: rewards.load_judges(["pyiqa:brisque"]),
+        "pyiqa:lazy": lambda: rewards.pyiqa_values(torch.zeros(1, 3, 8, 8), ["x"], LazyMetric()),
+        "CLIP": lambda: rewards.load_clip("ViT-B-32", "brisque_svm_weights.pth"),
+    }.items():
+        with pytest.raises(Mistake, match=judge):
+            load()
+    assert not Path("ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
 @pytest.mark.slow
@@ -1896,8 +1890,8 @@ def redness(judges):
     return rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"].tolist()
 
 
-async def in_a_cell(judges):
-    return redness(judges)
+async def redness_in_a_notebook(judges):
+    return redness(judges)  # a notebook's thread has an event loop already
 
 
 def test_a_server_may_answer_for_qwen(server_url, monkeypatch):
@@ -1910,8 +1904,7 @@ def test_a_server_may_answer_for_qwen(server_url, monkeypatch):
         start = time.monotonic()
         assert redness(judges) == pytest.approx([3, 0, last, 1], nan_ok=True)
         assert time.monotonic() - start > 0.9  # waited as Retry-After says
-    # in a notebook, whose thread has an event loop already
-    assert asyncio.run(in_a_cell(judges)) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
+    assert asyncio.run(redness_in_a_notebook(judges)) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
     monkeypatch.setenv("OPENAI_API_KEY", "")
     assert rewards.server_options("http://x")["api_key"] == "none"  # an empty one ends in "Connection error"
 
