@@ -19,14 +19,12 @@ the cosines, 2 for MANIQA, 1/4 for each question) are weights. A judge of weight
 say, which shows whether the policy got better or only learned to please the others.
 
 A score that is not finite is missing. It counts as the mean of its group, and the log counts it. Every judge loads
-strictly: one that was half initialised at random would still return plausible numbers. Weights come from
---judge-files DIR where the file is there (`python sample.py --print-files` has the names), else from the hub.
+strictly: one that was half initialised at random would still return plausible numbers. Weights come from the Hugging
+Face hub: HF_HOME moves its cache, and HF_HUB_OFFLINE=1 forbids downloads.
 
 Where the official code differs: it rounds pictures down to 8 bits before CLIP, HPS and MANIQA. It runs HPS in half
 precision. MANIQA sees random crops. Its prompt for Qwen puts the text before the image and asks for a description, five
 criteria and a score, in up to 256 tokens; it tries three times, and an unreadable answer then counts as the worst one.
-
-    python rewards.py     # what the toy's two judges say about right pictures and wrong ones
 """
 
 import asyncio
@@ -36,36 +34,26 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from functools import partial
-from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import parallel
 import zoo
-from tokenizer import ResBlock, to_unit
+from tokenizer import ResBlock
 from zoo import Mistake
 
-JUDGE_FILES = {
-    "hps": "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt",
-    "maniqa": "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt",
-    "qwen": "hf:Qwen/Qwen2.5-VL-3B-Instruct@66285546d2b821cf421d4f5eb2576359d3770cd3/config.json",
-}
 TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configuration, weights and words in a folder
-
-# What a factory may want to know; add_judge_flags describes each. load_judges fills in what its caller leaves out.
-OPTIONS = dict(
-    clip_model=TOY_CLIP,
-    clip_pretrained=None,
-    judge_files=None,
-    qwen_answer="probability",
-    qwen_server=None,
-    qwen_model=None,
-    judge_batch=16,
-    judge_timeout=300.0,
-)
+# Where the paper's judges lie on the hub, each at a commit, so nobody can replace a file. CLIP is what open_clip takes.
+HPS = "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt"
+MANIQA = "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt"
+QWEN, QWEN_COMMIT = "Qwen/Qwen2.5-VL-3B-Instruct", "66285546d2b821cf421d4f5eb2576359d3770cd3"
+HUB_CACHE = "the hub's cache, which HF_HOME moves"  # how a judge's file is given to a machine without a network
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,7 +62,7 @@ OPTIONS = dict(
 
 def parse_rewards(text):
     """ "clip=1,realism=0.5" -> {"clip": 1.0, "realism": 0.5}; a name alone weighs 1. Raises Mistake."""
-    weights, known = {}, [*JUDGES, *STEPS, *QUESTIONS]
+    weights = {}
     for part in text.split(","):
         name, _, weight = (word.strip() for word in part.partition("="))
         if name in weights:
@@ -83,13 +71,18 @@ def parse_rewards(text):
             weights[name] = float(weight or 1)
         except ValueError:
             raise Mistake(f"--rewards: {weight!r} in {part!r} is not a number") from None
-        if name not in known and not name.startswith("pyiqa:"):
-            raise Mistake(f"--rewards: no judge is called {name!r}; there are {', '.join(known)} and pyiqa:NAME")
+        if name not in JUDGES and not name.startswith("pyiqa:"):
+            raise Mistake(f"--rewards: no judge is called {name!r}; there are {', '.join(JUDGES)} and pyiqa:NAME")
         if not math.isfinite(weights[name]):
             raise Mistake(f"--rewards: the weight of {name} is not finite")
     if not any(weights.values()):
         raise Mistake("--rewards: all weights are 0, so nothing would be learned")
     return weights
+
+
+def rewards_text(weights):
+    """{"clip": 1.0, "realism": 0.25} -> "clip=1,realism=0.25", which parse_rewards reads as the same numbers."""
+    return ",".join(f"{name}={str(weight).removesuffix('.0')}" for name, weight in weights.items())
 
 
 def held_out(weights):
@@ -99,44 +92,42 @@ def held_out(weights):
 
 def load_judges(names, device="cpu", options=None):
     """
-    {name: judge} for the names of a --rewards; those that share a model are one entry, under the model's name.
-    `options`: see OPTIONS; the model that a server answers with is put into it. Raises Mistake, FileNotFoundError.
+    {name: judge} for the names of a --rewards. Names of one factory share a model and a forward pass: they are one
+    judge, under the first of them. `options`: any of judge_options; load_judges adds the others, and the model that a
+    server answers with. Raises Mistake, FileNotFoundError.
     """
     options = {} if options is None else options
-    for option, default in OPTIONS.items():
-        options.setdefault(option, default)
+    options |= judge_options() | options
     judges = {}
     for name in names:
-        base = STEPS.get(name, name)
-        if name.startswith("pyiqa:"):
-            judges[name] = pyiqa_judge(name.removeprefix("pyiqa:"), device)
-        elif name in QUESTIONS:
-            if "qwen" not in judges:
-                judges["qwen"] = qwen_judge(device, options, [other for other in names if other in QUESTIONS])
-        elif base not in judges:
-            judge = JUDGES[base](device, options)
-            both = [other for other in names if STEPS.get(other, other) == base]
-            judges[base] = judge if both == [base] else partial(with_step, judge=judge, base=base, names=both)
+        factory = JUDGES.get(name, pyiqa_judge)
+        options["names"] = [other for other in names if JUDGES.get(other) is factory] or [name]
+        if options["names"][0] == name:
+            judges[name] = factory(device, options)
     return judges
 
 
 @torch.no_grad()
 def judge_images(judges, images, prompts):
     """
-    The judges' scores of images (N, 3, H, W) in [0, 1]: {name: (N,) float32, may hold NaN} and {name: seconds}. A
-    shared forward pass is charged to the first of its names. Raises Mistake if a judge returns something else.
+    The judges' scores of images (N, 3, H, W) in [0, 1]: {name: (N,) float32, may hold NaN} and {name: seconds}. Names
+    that share a forward pass share its seconds. Raises Mistake if a judge returns something else.
     """
     scores, seconds = {}, {}
     for judge_name, judge in judges.items():
         start = time.perf_counter()
-        found = judge(images.clone(), prompts)  # a copy: a judge that edits its pictures edits nobody else's
+        found = judge(images.clone(), list(prompts))  # copies: a judge that edits them edits nobody else's
         found = found if isinstance(found, dict) else {judge_name: found}
+        if judge_name not in found:
+            raise Mistake(f"the dict that the judge {judge_name!r} returned has no {judge_name!r} in it")
         for name, values in found.items():
-            with zoo.reading(f"what the judge {name!r} returned", "a judge returns one number per picture"):
-                scores[name] = torch.as_tensor(values).float().to(images.device).reshape(len(images))
+            what = f"the {type(values).__name__} that the judge {name!r} returned"
+            with zoo.reading(what, "a judge returns one number per picture"):
+                values = torch.as_tensor(values).detach()
+                assert not values.is_complex(), "complex numbers"
+                scores[name] = values.float().to(images.device).reshape(len(images))
         zoo.synchronize(images.device)
-        seconds |= dict.fromkeys(found, 0.0)
-        seconds[next(iter(found))] = time.perf_counter() - start
+        seconds |= dict.fromkeys(found, (time.perf_counter() - start) / len(found))
     return scores, seconds
 
 
@@ -160,7 +151,6 @@ def add_judge_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--judge-files", metavar="DIR", help="folder that is searched for judges' weights before the hub is asked")
     add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability: the mean over the "
         "answer tokens' probabilities, one forward pass; json: generated text that is parsed, as in the paper (default "
         "%(default)s)")  # fmt: skip
@@ -172,19 +162,20 @@ def add_judge_flags(add):
     add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; affects memory only (16)")
 
 
-def judge_options(args, model):
-    """The options dict of parsed flags, for judging pictures of the model named `model`. Raises Mistake."""
+def judge_options(args=None, model="toy-c2i"):
+    """{flag: value} of `args`, or of the defaults, for judging pictures of the model `model`. Raises Mistake."""
+    parser = zoo.script_parser()
+    add_judge_flags(parser.add_argument)
+    defaults = parser.parse_args([])
+    args = args or defaults
     zoo.check_range(args, judge_batch=1, judge_timeout=0)
-    options = {name: getattr(args, name) for name in OPTIONS}
+    options = {name: getattr(args, name) for name in vars(defaults)}
     # The toy's CLIP knows only the toy's pictures; open_clip's models know none of them.
-    if options["clip_model"] or options["clip_pretrained"] or not zoo.is_toy(model):
-        options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
-        has_weights = options["clip_model"].startswith("local-dir:")
-        options["clip_pretrained"] = options["clip_pretrained"] or (None if has_weights else "openai")
-    else:
+    if zoo.is_toy(model) and not options["clip_model"] and not options["clip_pretrained"]:
         options["clip_model"] = TOY_CLIP
-    if options["judge_files"] and not Path(options["judge_files"]).is_dir():
-        raise Mistake(f"--judge-files: no such folder: {options['judge_files']}")
+    options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
+    if not options["clip_model"].startswith("local-dir:"):  # whose folder holds the weights
+        options["clip_pretrained"] = options["clip_pretrained"] or "openai"
     return options
 
 
@@ -192,25 +183,20 @@ def judge_options(args, model):
 # CLIP (arXiv 2103.00020)
 
 
-def load_clip(name=TOY_CLIP, pretrained=None, folder=None, device="cpu"):
+def load_clip(name=TOY_CLIP, pretrained=None, device="cpu"):
     """
     (model, words) of open_clip: the network, frozen, in eval mode, float32, and its text tokenizer. `name` is one of
-    open_clip's list, or local-dir:FOLDER, or hf-hub:REPO; `pretrained` is a tag of that list, or a file. The hub is
-    asked only if there is no `folder`/<name of the tag's repository>/. Raises Mistake.
+    open_clip's list, or local-dir:FOLDER, or hf-hub:REPO; `pretrained` is a tag of that list, or a file. open_clip
+    loads strictly. Raises Mistake.
     """
     import open_clip
 
-    wanted = f"--clip-model {name} {pretrained or ''}".strip()
-    tag = open_clip.get_pretrained_cfg(name, pretrained or "")  # {} if it is not in open_clip's list
-    repo = tag.get("hf_hub", "").strip("/")
-    local = Path(folder or "") / Path(repo).name
-    if folder and repo and local.is_dir():
-        name, pretrained = f"local-dir:{local}", None
     # OpenAI trained with x sigmoid(1.702 x). With the exact GELU of plain "ViT-B-32", open_clip only warns and every
-    # cosine is a little off. So the tag decides.
-    options = dict(device=device, force_quick_gelu=tag.get("quick_gelu", False), require_pretrained=True)
-    remedy = f"DIR/{Path(repo).name} of --judge-files DIR may hold the files of huggingface.co/{repo}"
-    with zoo.reading(wanted, remedy if repo else "open_clip.list_pretrained() names models and tags"):
+    # cosine is a little off. So the tag decides. {} if it is not in open_clip's list.
+    gelu = open_clip.get_pretrained_cfg(name, pretrained or "").get("quick_gelu", False)
+    options = dict(device=device, force_quick_gelu=gelu, require_pretrained=True)
+    wanted = f"CLIP {name} {pretrained or ''}".strip()
+    with zoo.tensors_only(), zoo.reading(wanted, f"it is looked for in {HUB_CACHE}"):
         model, words = open_clip.create_model(name, pretrained, **options), open_clip.get_tokenizer(name)
     return model.eval().requires_grad_(False), words
 
@@ -228,17 +214,41 @@ def clip_image_features(model, images):
     return model.encode_image((images - mean) / std, normalize=True)
 
 
-def clip_cosines(images, prompts, model, words):
-    """Cosine of each image with its prompt, (N,) in [-1, 1]."""
+def step_of(cosines):
+    """The paper's step function of cosines (N,): below 0 -> -1, below 0.3 -> 0.5, below 0.6 -> 1, else 1.5."""
+    values = cosines.new_tensor([-1, 0.5, 1, 1.5])
+    which = torch.bucketize(cosines, cosines.new_tensor([0, 0.3, 0.6]), right=True)
+    return torch.where(cosines.isfinite(), values[which], torch.nan)  # NaN would fall into the best step
+
+
+def clip_scores(images, prompts, model, words, names, said):
+    """
+    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`
+    is a list, empty until a line has said that captions are cut.
+    """
     distinct = list(dict.fromkeys(prompts))
-    texts = model.encode_text(words(distinct).to(images.device), normalize=True)  # (distinct, E)
+    tokens = words(distinct)  # (distinct, 77): no more of a caption is read
+    whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # goes on where a caption is cut
+    if not said and (cut := (whole != tokens).any(1).sum().item()):
+        said.append(f"{names[0]}: {cut} of {len(distinct)} captions are longer than this CLIP reads, and are cut")
+        parallel.say(said[0])
+    texts = model.encode_text(tokens.to(images.device), normalize=True)  # (distinct, E)
     which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=images.device)
-    return (clip_image_features(model, images) * texts[which]).sum(-1)
+    cosines = (clip_image_features(model, images) * texts[which]).sum(-1)
+    if names in (["clip"], ["hps"]):
+        return cosines
+    return {name: step_of(cosines) if name.endswith("-step") else cosines for name in names}
 
 
 def clip_judge(device, options):
-    model, words = load_clip(options["clip_model"], options["clip_pretrained"], options["judge_files"], device)
-    return partial(clip_cosines, model=model, words=words)
+    model, words = load_clip(options["clip_model"], options["clip_pretrained"], device)
+    return partial(clip_scores, model=model, words=words, names=options["names"], said=[])
+
+
+def hps_judge(device, options):
+    """HPSv2.1 (arXiv 2306.09341) is a CLIP whose weights replace all of open_clip's ViT-H-14: 986M, in float32."""
+    model, words = load_clip("ViT-H-14", str(zoo.find_file(HPS, HUB_CACHE)), device)
+    return partial(clip_scores, model=model, words=words, names=options["names"], said=[])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,60 +279,29 @@ def realism_judge(device, options):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The paper's other judges. HPSv2.1 (arXiv 2306.09341) is a CLIP with other weights.
-
-
-def hps_judge(device, options):
-    """HPSv2.1: its checkpoint replaces every weight of open_clip's ViT-H-14, so LAION's 4 GB are never fetched."""
-    import open_clip
-
-    path = judge_file("hps", options)
-    weights = zoo.read_weights(path)  # first: a cut file shows at once, and the model takes ten seconds
-    model = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))  # 986M parameters, float32
-    model.visual.image_mean, model.visual.image_std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    zoo.load_strict(model, weights, path)  # the file is half precision; copied into float32
-    model = model.eval().requires_grad_(False).to(device)
-    return partial(clip_cosines, model=model, words=open_clip.get_tokenizer("ViT-H-14"))
-
-
-def judge_file(judge, options):
-    return zoo.find_file(JUDGE_FILES[judge])
-
-
-def step_of(cosines):
-    """The paper's step function of cosines (N,): below 0 -> -1, below 0.3 -> 0.5, below 0.6 -> 1, else 1.5."""
-    values = cosines.new_tensor([-1, 0.5, 1, 1.5])
-    which = torch.bucketize(cosines, cosines.new_tensor([0, 0.3, 0.6]), right=True)
-    return torch.where(cosines.isfinite(), values[which], torch.nan)  # NaN would fall into the best step
-
-
-def with_step(images, prompts, judge, base, names):
-    """{name: (N,)} for `names` among the judge `base` and its step, from one forward pass."""
-    cosines = judge(images, prompts)
-    return {name: cosines if name == base else step_of(cosines) for name in names}
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # pyiqa, and MANIQA (arXiv 2204.08958) through it. pyiqa's licence (PolyForm Noncommercial) binds whoever uses these.
 
 
 def pyiqa_values(images, prompts, metric):
     """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,)."""
     sign, what = -1 if metric.lower_better else 1, f"pyiqa:{metric.metric_name}: a picture of {images.shape[-1]} px"
-    with zoo.reading(what, "leave it out of --rewards"):  # some want larger pictures, or captions, or a folder
+    # some want larger pictures, or captions, or a folder; some read a file only now, and not only its tensors
+    with zoo.tensors_only(), zoo.reading(what, "leave it out of --rewards"):
         # one at a time, because not every metric of pyiqa takes several
         return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
 
 
-def pyiqa_judge(name, device):
-    """Any no-reference metric of pyiqa. Raises Mistake if it has no `name` or cannot fetch its weights."""
+def pyiqa_judge(device, options):
+    """Any no-reference metric of pyiqa. Raises Mistake if it has none of that name or cannot fetch its weights."""
     import pyiqa
 
+    name = options["names"][0].removeprefix("pyiqa:")
     if name not in (known := pyiqa.list_models("NR")):
         raise Mistake(f"pyiqa has no no-reference metric {name!r}; it has {', '.join(known)}")
     if name.startswith(("qalign", "compare2score")):  # trust_remote_code=True
         raise Mistake(f"pyiqa:{name} would run code that it downloads; choose another metric")
-    with zoo.reading(f"pyiqa:{name}", f"pyiqa keeps what it downloads in {torch.hub.get_dir()}/pyiqa"):
+    where = f"pyiqa keeps what it downloads in {torch.hub.get_dir()}/pyiqa"
+    with zoo.tensors_only(), zoo.reading(f"pyiqa:{name}", where):
         return partial(pyiqa_values, metric=pyiqa.create_metric(name, device=device))
 
 
@@ -331,28 +310,25 @@ def maniqa_network():
     import timm
     from pyiqa.archs.maniqa_arch import MANIQA
 
-    create = timm.create_model
     # pyiqa fetches the ImageNet weights of the backbone in any case, and the checkpoint then replaces them.
-    timm.create_model = lambda name, pretrained: create(name, pretrained=False)
-    try:
+    create = timm.create_model
+    with mock.patch("timm.create_model", lambda name, pretrained: create(name, pretrained=False)):
         return MANIQA(train_dataset="koniq", scale=0.8, pretrained=False, test_sample=1)  # it gets single crops
-    finally:
-        timm.create_model = create
 
 
-def even_crops(images, grid):
+def even_crops(images, rows, columns):
     """
-    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, evenly spaced from edge to edge.
-    With the grid (4, 5) every pixel up to 896 px is in some crop. Images of 224 px or less are one crop, enlarged if
-    need be.
+    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, evenly spaced from edge to edge:
+    4 rows of 5 leave no pixel out up to 896 px. Images of 224 px or less are one crop, enlarged if need be.
     """
-    if images.shape[-1] <= 224:
-        return F.interpolate(images, (224, 224), mode="bilinear") if images.shape[-1] < 224 else images
-    rows, columns = (torch.linspace(0, images.shape[-1] - 224, n).round().int().tolist() for n in grid)
-    return torch.stack([images[..., y : y + 224, x : x + 224] for y in rows for x in columns], 1).flatten(0, 1)
+    side = max(images.shape[-1], 224)
+    images = F.interpolate(images, (side, side), mode="bilinear")  # leaves images of that size as they are
+    tops = torch.linspace(0, side - 224, rows).round().int().unique().tolist()
+    lefts = torch.linspace(0, side - 224, columns).round().int().unique().tolist()
+    return torch.stack([images[..., y : y + 224, x : x + 224] for y in tops for x in lefts], 1).flatten(0, 1)
 
 
-def maniqa_values(images, prompts, network, batch, grid=(4, 5)):
+def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
     """
     MANIQA's score of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, higher is better: the mean over its
     20 crops of 224 px, as in the official code. The crops are ours. pyiqa's never reach the last 8 rows of 256, or the
@@ -363,13 +339,13 @@ def maniqa_values(images, prompts, network, batch, grid=(4, 5)):
     for part in images.split(batch):
         # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
         # pyiqa resizes 224 px to 225 before it crops, which blurs. Of 225 px it takes the first 224 as they are.
-        crops = F.pad(even_crops(part, grid), (0, 1, 0, 1))
+        crops = F.pad(even_crops(part, rows, columns), (0, 1, 0, 1))
         scores.append(network(crops).view(len(part), -1).mean(1))
     return torch.cat(scores)
 
 
 def maniqa_judge(device, options):
-    path = judge_file("maniqa", options)
+    path = zoo.find_file(MANIQA, HUB_CACHE)
     network = zoo.load_strict(maniqa_network(), zoo.read_weights(path), path).eval().requires_grad_(False).to(device)
     return partial(maniqa_values, network=network, batch=options["judge_batch"])
 
@@ -377,9 +353,9 @@ def maniqa_judge(device, options):
 # ---------------------------------------------------------------------------------------------------------------
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
-QWEN, QWEN_REVISION, _ = zoo.hub_place(JUDGE_FILES["qwen"])
 RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
 YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
+ANSWERS = [*RATING, *YES_NO]  # each is one token of Qwen's
 QUESTIONS = {
     "qwen-match": (
         'An image generator was given the caption "{prompt}" and drew this picture. Rate the picture from 0 to 5. Ask '
@@ -420,121 +396,106 @@ def expected_worth(logprobs, worth):
     return sum(p * worth[token] for token, p in mass.items()) / total if total else math.nan
 
 
-def qwen_values(images, prompts, names, answer, ask):
-    """{name: (N,)}: the scores of all questions `names` about all images (N, 3, H, W) in [0, 1]."""
-    pixels = (images * 255).round().to(torch.uint8)  # 8 bits, as in the files that it was trained on; never JPEG
-    which = [k for k in range(len(prompts)) for _ in names]  # image-major
-    texts = [question_text(name, prompt, answer) for prompt in prompts for name in names]
-    values = ask(pixels[which], texts, [QUESTIONS[name][1] for _ in prompts for name in names])
-    values = torch.tensor(values, device=images.device).view(len(prompts), len(names))
-    return {name: values[:, k] for k, name in enumerate(names)}
+def qwen_scores(images, prompts, names, answer, ask):
+    """
+    {name: (N,)} for the questions `names` about images (N, 3, H, W) in [0, 1]. `ask` gives the replies to questions
+    (picture, text): {token: nats} where `answer` is "probability", texts where it is "json", None for one that is late.
+    """
+    pixels = (images * 255).round().to(torch.uint8).cpu()  # 8 bits, as in the files that it was trained on; never JPEG
+    scores = {}
+    for name in names:
+        worth, pairs = QUESTIONS[name][1], zip(pixels, prompts, strict=True)
+        replies = ask([(picture, question_text(name, prompt, answer)) for picture, prompt in pairs])
+        if answer == "json":
+            values = [read_rating(reply or "", max(worth.values())) for reply in replies]
+        else:
+            values = [expected_worth(reply or {}, worth) for reply in replies]
+        scores[name] = torch.tensor(values, device=images.device)
+    return scores
 
 
-def ask_model(pixels, texts, worths, model, processor, answer, batch):
+def ask_model(questions, model, processor, answer, batch):
     """
-    n scores, as floats, from n texts about n uint8 pictures (n, 3, H, W), `batch` at once.
-    probability: one forward pass, expected_worth over the answers' tokens at the first position of the reply.
-    json: up to 64 tokens, the likeliest ones, then read_rating.
+    The replies to questions (picture (3, H, W) uint8, text), `batch` at once. probability: one forward pass, of which
+    ANSWERS at the first position of the reply. json: up to 64 tokens, the likeliest ones.
     """
-    values = []
-    for k in range(0, len(texts), batch):
-        chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])]
-                 for text in texts[k : k + batch]]  # fmt: skip
+    replies = []
+    for k in range(0, len(questions), batch):
+        pictures, texts = zip(*questions[k : k + batch], strict=True)
+        chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])] for text in texts]
         chats = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-        inputs = processor(text=chats, images=list(pixels[k : k + batch]), padding=True, return_tensors="pt")
+        inputs = processor(text=chats, images=list(pictures), padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)  # (n, P) tokens, padded on the left: replies start together
         if answer == "json":
             tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            replies = processor.batch_decode(tokens, skip_special_tokens=True)
-            pairs = zip(replies, worths[k : k + batch], strict=True)
-            values += [read_rating(reply, max(worth.values())) for reply, worth in pairs]
+            replies += processor.batch_decode(tokens, skip_special_tokens=True)
         else:
             logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (n, V)
-            for logprobs, worth in zip(logits.log_softmax(-1), worths[k : k + batch], strict=True):
-                of_answers = logprobs[answer_tokens(processor.tokenizer, worth)].tolist()
-                values.append(expected_worth(dict(zip(worth, of_answers, strict=True)), worth))
-    return values
+            ids = processor.tokenizer.convert_tokens_to_ids(ANSWERS)
+            logprobs = logits.log_softmax(-1)[:, ids].tolist()
+            replies += [dict(zip(ANSWERS, row, strict=True)) for row in logprobs]
+    return replies
 
 
-def answer_tokens(tokenizer, worth):
-    """
-    The token ids of the answers in `worth`. Raises Mistake if one takes several tokens, or if two are the same (the
-    "unknown" of a vocabulary that has neither).
-    """
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in worth]
-    if any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
-        answers = ", ".join(worth)
-        raise Mistake(f"{answers} are not single, distinct tokens of this tokenizer; use --qwen-answer json")
-    return [tokens[0] for tokens in ids]
-
-
-def load_qwen(folder, device):
-    """(model, processor): FOLDER/Qwen2.5-VL-3B-Instruct, else the hub's; bfloat16 on a GPU. Raises Mistake."""
+def load_qwen(device):
+    """(model, processor) of Qwen2.5-VL-3B-Instruct; bfloat16 on a GPU. Raises Mistake."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one per file, amid our own lines
-    local = Path(folder or "") / Path(QWEN).name
-    source, at = (local, {}) if folder and local.is_dir() else (QWEN, dict(revision=QWEN_REVISION))
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    remedy = f"DIR/{Path(QWEN).name} of --judge-files DIR may hold the files of huggingface.co/{QWEN}"
-    with zoo.reading(source, f"{remedy}, and --qwen-server URL needs none"):
-        processor = AutoProcessor.from_pretrained(source, **at)
-        options = dict(dtype=dtype, output_loading_info=True)
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, **options, **at)
+    remedy = f"it is looked for in {HUB_CACHE}, and --qwen-server URL needs none"
+    with zoo.tensors_only(), zoo.reading(QWEN, remedy):
+        processor = AutoProcessor.from_pretrained(QWEN, revision=QWEN_COMMIT)
+        options = dict(revision=QWEN_COMMIT, dtype=dtype, output_loading_info=True)
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(QWEN, **options)
     for name in [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         # transformers only warns, and fills the gap with random numbers
-        raise Mistake(f"{source}: {name} is missing, unknown or of another shape; fetch the files again")
+        raise Mistake(f"{QWEN}: {name} is missing, unknown or of another shape; fetch the files again")
     processor.tokenizer.padding_side = "left"
     return model.eval().requires_grad_(False).to(device), processor
 
 
-async def ask_server(pixels, texts, worths, url, model, answer, timeout):
+def ask_server(questions, loop, **server):
+    """Like ask_model, of a server, while this thread waits for the event loop of another one. Raises Mistake."""
+    return asyncio.run_coroutine_threadsafe(ask_together(questions, **server), loop).result()
+
+
+async def ask_together(questions, url, model, answer, timeout):
     """
-    Like ask_model. 32 requests at a time, which the server batches. `timeout` (s) bounds them all: the client repeats
-    what was lost, and what was refused with 429 or 5xx, when Retry-After says so. A score that is late, or whose reply
-    is no JSON, is NaN. Raises Mistake.
+    The replies of an OpenAI-compatible server, which gets all requests at once and batches them. All are there after
+    `timeout` seconds. One that is late, is refused with 429 or 5xx, or is no JSON is None. Raises Mistake.
     """
     import openai
 
-    limit = asyncio.Semaphore(32)
-
-    async def ask(picture, text, worth):
-        async with limit:
-            try:
-                return await ask_server_once(client, picture, text, worth, model, answer)
-            except (openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError):
-                return math.nan  # the client repeats none whose Retry-After is above two minutes, and raises instead
-
+    # the client repeats what was lost, and what was refused with 429 or 5xx, when Retry-After says so
     async with openai.AsyncOpenAI(**server_options(url), timeout=timeout, max_retries=10**6) as client:
-        tasks = [asyncio.create_task(ask(*question)) for question in zip(pixels.cpu(), texts, worths, strict=True)]
-        done, late = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    try:
-        return [task.result() if task in done else math.nan for task in tasks]
-    except openai.APIError as error:  # a 4xx: no repetition can mend it
-        raise Mistake(f"--qwen-server {url} refuses: {' '.join(str(error).split())[:500]}") from None
+        return await asyncio.gather(*[ask_once(*question, client, model, answer, timeout) for question in questions])
 
 
-async def ask_server_once(client, pixels, text, worth, model, answer):
-    """The score of one picture (3, H, W), which travels as PNG and so arrives unchanged. Raises Mistake, APIError."""
+async def ask_once(picture, text, client, model, answer, timeout):
+    """The reply to one question. Its picture (3, H, W) travels as PNG and so arrives unchanged. Raises Mistake."""
+    import openai
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [dict(type="image_url", image_url=dict(url=picture)), dict(type="text", text=text)]
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [dict(type="image_url", image_url=dict(url=url)), dict(type="text", text=text)]
     how = dict(max_tokens=256) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
-    messages = [dict(role="user", content=content)]
-    reply = await client.chat.completions.create(model=model, messages=messages, temperature=0, **how)
+    how |= dict(model=model, messages=[dict(role="user", content=content)], temperature=0)
+    try:
+        reply = await asyncio.wait_for(client.chat.completions.create(**how), timeout)
+    except (asyncio.TimeoutError, openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError):
+        return None  # the client raises the second and third at once if Retry-After is above two minutes
+    except openai.APIStatusError as error:  # no repetition can mend any other
+        raise Mistake(f"--qwen-server {client.base_url} refuses: {' '.join(str(error).split())[:500]}") from None
     remedy = "OpenAI's form is needed" if answer == "json" else "if it gives no logprobs, use --qwen-answer json"
     with zoo.reading(f"--qwen-server {client.base_url}: its answer", remedy):
         if answer == "json":
-            return read_rating(reply.choices[0].message.content or "", max(worth.values()))
+            return str(reply.choices[0].message.content)
         likeliest = reply.choices[0].logprobs.content[0].top_logprobs  # an answer that is not among 20 weighs nothing
-        return expected_worth({entry.token: entry.logprob for entry in likeliest}, worth)
+        return {entry.token: entry.logprob for entry in likeliest}
 
 
 def server_options(url):
@@ -543,72 +504,39 @@ def server_options(url):
     return dict(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none")
 
 
-def server_model(url, name):
-    """The model to ask: `name`, or the only one that the server lists. Raises Mistake."""
-    try:
+def only_model(url):
+    """The only model that the server lists. Raises Mistake."""
+    remedy = "it must run at this address, or --qwen-model name its model"
+    with zoo.reading(f"--qwen-server {url}: its list of models", remedy):
         import openai
-    except ImportError:
-        raise Mistake("--qwen-server needs the openai package: pip install openai") from None
-    with zoo.reading(f"--qwen-server {url}: its list of models", "is it running, and is this its address?"):
-        try:
-            listed = [model.id for model in openai.OpenAI(**server_options(url), timeout=60).models.list().data]
-        except openai.APIStatusError as error:  # some servers have no list
-            if not name:
-                what = f"--qwen-server {url} does not list its models ({error})"
-                raise Mistake(f"{what}; --qwen-model NAME needs no list") from None
-            listed = []
-    if name or len(listed) == 1:
-        return name or listed[0]
-    raise Mistake(f"--qwen-server {url} lists {', '.join(listed) or 'no models'}: name one with --qwen-model")
+
+        listed = [model.id for model in openai.OpenAI(**server_options(url), timeout=60).models.list().data]
+    if len(listed) != 1:
+        raise Mistake(f"--qwen-server {url} lists {', '.join(listed) or 'no models'}: name one with --qwen-model")
+    return listed[0]
 
 
-def qwen_judge(device, options, names):
-    """One judge for all of the questions `names`. Raises Mistake."""
-    answer, url = options["qwen_answer"], options["qwen_server"]
-    if url:
-        options["qwen_model"] = server_model(url, options["qwen_model"])
-        ask = partial(ask_server, url=url, model=options["qwen_model"], answer=answer, timeout=options["judge_timeout"])
-        judge = partial(qwen_values, names=names, answer=answer, ask=lambda *questions: asyncio.run(ask(*questions)))
-        first = judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
-        if all(scores.isnan().all() for scores in first.values()):
-            print(f"--qwen-server {url} gave no readable answer to a first question: late, or in another form")
-        return judge
-    model, processor = load_qwen(options["judge_files"], device)
-    if answer == "probability":  # now, not after the first batch
-        for name in names:
-            answer_tokens(processor.tokenizer, QUESTIONS[name][1])
-    batch = options["judge_batch"] * len(names)
-    ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=batch)
-    return partial(qwen_values, names=names, answer=answer, ask=ask)
+def qwen_judge(device, options):
+    """One judge for all of the questions in options["names"]. Raises Mistake."""
+    names, answer, url = options["names"], options["qwen_answer"], options["qwen_server"]
+    if not url:
+        model, processor = load_qwen(device)
+        ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=options["judge_batch"])
+        return partial(qwen_scores, names=names, answer=answer, ask=ask)
+    options["qwen_model"] = options["qwen_model"] or only_model(url)  # the run remembers it
+    timeout = options["judge_timeout"] / len(names)  # s, for one question about all pictures
+    # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    ask = partial(ask_server, loop=loop, url=url, model=options["qwen_model"], answer=answer, timeout=timeout)
+    judge = partial(qwen_scores, names=names, answer=answer, ask=ask)
+    first = judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
+    if all(scores.isnan().all() for scores in first.values()):
+        parallel.say(f"--qwen-server {url} gave no readable answer to a first question: late, or in another form")
+    return judge
 
 
-# whose best of N is taken where no --rewards says so; else clip's
-BEST_BY = dict.fromkeys(("toy-c2i", "toy-t2i"), "clip=1,realism=0.25")
-# name -> factory(device, options)
+# name -> factory(device, options). Names of one factory share its model, which is loaded and asked once: it finds in
+# options["names"] which of them are wanted, and its judge returns {name: scores} if there are several.
 JUDGES = {"clip": clip_judge, "realism": realism_judge, "hps": hps_judge, "maniqa": maniqa_judge}
-STEPS = {"clip-step": "clip", "hps-step": "hps"}  # name -> the judge whose cosine is put into steps
-
-
-def demo():
-    """What the toy's judges say about 40 right pictures, and about the same spoilt in three ways."""
-    import numpy as np
-
-    import data
-
-    rng, tokenizer = np.random.default_rng(0), zoo.load_tokenizer("toy-c2i")
-    prompts = [data.class_caption(name) for name in data.TOY_CLASSES]
-    with torch.no_grad():  # judges only ever see what the tokenizer decoded
-        right = to_unit(tokenizer.decode(tokenizer.encode(torch.from_numpy(data.render(prompts, rng)) * 2 - 1)))
-    torn = torch.cat([right[:, :, :32], right[:, :, 32:].roll(16, -1)], 2)  # the lower half is moved by 16 px
-    noise = torch.from_numpy(rng.random(right.shape, np.float32))
-    wrong = [data.wrong_caption(prompt, rng) for prompt in prompts]
-    judges = load_judges(["clip", "realism"])
-    print("mean of 40 pictures       clip  realism")
-    cases = {"right": (right, prompts), "with a wrong caption": (right, wrong), "torn in two": (torn, prompts)}
-    for name, (images, texts) in (cases | {"noise": (noise, prompts)}).items():
-        scores, _ = judge_images(judges, images, texts)
-        print(f"{name:22}{scores['clip'].mean():8.2f} {scores['realism'].mean():8.2f}")
-
-
-if __name__ == "__main__":
-    demo()
+JUDGES |= {"clip-step": clip_judge, "hps-step": hps_judge, **dict.fromkeys(QUESTIONS, qwen_judge)}

@@ -16,7 +16,6 @@ Shapes: B images, H x W px, h x w = T tokens, D = codebook_dim, V = codebook_siz
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -193,31 +192,3 @@ def to_unit(images):
 def to_uint8(images):
     """Images in [-1, 1] -> uint8, rounded as the official code does: clamp(127.5 x + 128), truncated."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
-
-
-def demo():
-    """A picture, its tokens (printed), and the picture decoded from them (out/tokenizer.png)."""
-    import numpy as np
-    from PIL import Image
-
-    import data
-    from zoo import load_tokenizer
-
-    model = load_tokenizer("toy-c2i")
-    image = torch.from_numpy(data.render(["a red ring"], np.random.default_rng(0))) * 2 - 1  # (1, 3, 64, 64)
-    with torch.no_grad():
-        tokens = model.encode(image)  # (1, 64)
-        output = model.decode(tokens)
-    print("a 64 x 64 picture of a red ring, as 8 x 8 words of a book of 512:")
-    print("\n".join(" ".join(f"{word:3d}" for word in row) for row in tokens.view(8, 8).tolist()))
-    pair = to_uint8(torch.cat([image[0], output[0]], 2)).permute(1, 2, 0).numpy()  # (64, 128, 3)
-    os.makedirs("out", exist_ok=True)
-    Image.fromarray(pair).resize((512, 256), Image.NEAREST).save("out/tokenizer.png")
-    error = (output.clamp(-1, 1) - image).square().mean()
-    print(
-        f"out/tokenizer.png: the picture, and the one decoded from these words ({10 * torch.log10(4 / error):.1f} dB)"
-    )
-
-
-if __name__ == "__main__":
-    demo()

@@ -146,6 +146,19 @@ DISK_FULL = r"unexpected pos|failed writing|requested and \d+ written"  # in the
 
 
 @contextmanager
+def tensors_only():
+    """Keeps libraries from unpickling: inside, torch.load reads tensors and plain values alone, whatever it is told."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # the second would win
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@contextmanager
 def writing(path):
     """Turns what libraries raise while they write, rarely with the file's name, into an OSError that names `path`."""
     try:
