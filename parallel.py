@@ -223,9 +223,3 @@ def load_full_state(model, optimizer, weights, optimizer_state):
 
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=options)
-
-
-def say(text):
-    """Prints a line, once for all processes."""
-    if rank() == 0:
-        print(text, flush=True)

@@ -530,24 +530,6 @@ def check_range(args, **least):
 
 
 @contextmanager
-def environment(**values):
-    """os.environ with these values; in the end it is put back as it was, whatever was changed inside."""
-    before = dict(os.environ)
-    try:
-        os.environ.update(values)
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
-def tensors_only():
-    """Inside, no torch.load runs a pickle, also in libraries that would (pyiqa, torch-fidelity). A context manager."""
-    return environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0")
-
-
-@contextmanager
 def guest():
     """
     What a script sets for its whole process. All of it is put back in the end, with what the script changed on its
