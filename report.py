@@ -20,6 +20,7 @@ import io
 import json
 import math
 import textwrap
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from grpo import policy_states
 from model import image_noise, policy_logprobs
 from rewards import held_out, judge_images, parse_rewards
 from runs import warnings
-from sample import draw, interleave, label_images, save_grid, write_npz
+from sample import draw, interleave, label_images, save_grid
 from tokenizer import to_uint8
 from zoo import Mistake
 
@@ -173,21 +174,167 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One group, dissected
+# One step
+
+UNIT = 1.15  # inches of a picture and its gap
+LEFT, RIGHT, BOTTOM = 2.0, 0.2, 1.15  # inches around the rows; the names of the rows stand on the left
+LEAST = 6.6  # inches of the first row, which is as wide for two pictures
+CORNER = 8  # words of a side that are shown: more would be too small to read
+SMALL = dict(color="grey", fontsize=7)
 
 
-class Group(NamedTuple):
-    """What one step did with a group of G pictures."""
+@contextmanager
+def our_style():
+    """
+    Inside, matplotlib's own defaults hold, whatever the user's files and notebook say. Text stays as it is: what stands
+    between the "$" of two prices is no formula.
+    """
+    import matplotlib.style  # not pyplot, which would choose a backend
 
-    caption: str
-    rewarded: str  # --rewards
-    images: np.ndarray  # (G, 3, H, W) in [0, 1]
-    scores: dict  # {judge: (G,)}
-    rewards: np.ndarray  # (G,)
-    advantages: np.ndarray  # (G,)
-    change: np.ndarray  # (G, T) nats, of each token's log-probability in the update
-    weights: np.ndarray  # (G, T), the tokens' shares of the advantage with --weigh-tokens, or (G, 1)
-    drawn: int = 0  # with --learn-from, G are those that were learned from, of this many
+    with matplotlib.style.context(["default", {"text.parse_math": False, "text.usetex": False}]):
+        yield
+
+
+def as_array(values):
+    """A tensor of any device and type, or an array, as a numpy array of float32."""
+    return torch.as_tensor(values).detach().float().cpu().numpy()
+
+
+def draw_step(path, caption, images, tokens, scores, rewards, advantages, change, weights, n):
+    """
+    Draws what a step did with one group of K pictures: a row per tensor, a column per picture, from the lowest reward
+    to the highest. Takes tensors or arrays. Writes a .png; raises OSError.
+
+    images      (K, 3, H, W) in [0, 1]       tokens   (K, T)
+    scores      {judge: (K,)}                weights  {judge: weight}
+    rewards     (K,)                         n        pictures of the whole step, for the shapes beside the rows
+    advantages  (K,), or (K, T) with token weights
+    change      (K, T) nats, of each token's log-probability in the update
+    """
+    order = np.argsort(as_array(rewards))
+    scores = {judge.removeprefix("pyiqa:"): as_array(values)[order] for judge, values in scores.items()}
+    weights = {judge.removeprefix("pyiqa:"): weight for judge, weight in weights.items()}
+    images, tokens, rewards, advantages, change = (
+        as_array(values)[order] for values in (images, tokens, rewards, advantages, change)
+    )
+    figure = step_figure(caption, images, tokens, scores, rewards, advantages, change, weights, n)
+    zoo.write_whole(Path(path), lambda place: figure.savefig(place, dpi=100, format="png"))
+
+
+@our_style()
+def step_figure(caption, images, tokens, scores, rewards, advantages, change, weights, n):
+    """The figure of draw_step, from arrays in the order in which they are drawn."""
+    K, T = change.shape
+    shared_out = advantages.ndim == 2
+    # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
+    of_image = advantages.mean(1) if shared_out else advantages  # (K,)
+    above = [0.6, 0.4 + 0.14 * len(scores), 0.2, 0.2, 0.2, 0.2][: 5 + shared_out]
+    heights = [1.5, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9, UNIT, UNIT][: 5 + shared_out]
+    figure, rows = stack_rows(heights, above, K)
+    few = f"{K} of the {n}" if n > K else f"the {K}"
+    rows[0].set_title(f"One group: {few} pictures of a step, for “{shortened(caption, 50)}”", loc="left", fontsize=10)
+
+    name_row(rows[0], "sample", f"tokens ({n}, {T})", f"a picture is {T} words")
+    draw_words(rows[0], images[-1], tokens[-1])
+    name_row(rows[1], "judge", f"images {(n, *images.shape[1:])}", f"each judge: scores ({n},)")
+    draw_squares(rows[1], images.transpose(0, 2, 3, 1), T)
+    for k in range(K):
+        said = [f"{judge[:14]} {values[k]:.2f}" for judge, values in scores.items()]
+        rows[1].text(k + 0.5, 1.05, "\n".join(said), ha="center", va="bottom", **SMALL)
+    weighted = [f"{weight:g} × {judge}" for judge, weight in weights.items()]
+    name_row(rows[2], "add up", f"rewards ({n},)", "\n+ ".join(weighted))
+    draw_bars(rows[2], rewards, "{:.2f}")
+    name_row(rows[3], "compare", f"advantages ({n},)", "the reward against\nits group's mean")
+    draw_bars(rows[3], of_image, "{:+.2f}")
+    if shared_out:
+        name_row(rows[4], "divide", f"advantages ({n}, {T})", "each token's share\nof the advantage")
+        with np.errstate(all="ignore"):  # an advantage of 0 has no shares
+            shares = np.nan_to_num(advantages / of_image[:, None], posinf=0, neginf=0)
+        draw_squares(rows[4], shares, T, cmap="Greys", vmin=0, vmax=shares.max() or 1)
+    name_row(rows[-1], "learn", f"change of log pi ({n}, {T})", "what the update did\nto each token")
+    change = np.nan_to_num(change)
+    most = np.percentile(abs(change), 98) or 1
+    draw_squares(rows[-1], change, T, cmap="RdBu", vmin=-most, vmax=most)
+    for k in range(K):
+        pushed = np.mean(np.sign(change[k]) == np.sign(of_image[k]))
+        rows[-1].text(k + 0.5, -0.06, f"{pushed:.0%} moved\nas pushed", ha="center", va="top", **SMALL)
+    scale = rows[-1].inset_axes([0.4, -0.72, 2.8, 0.08], transform=rows[-1].transData)
+    figure.colorbar(rows[-1].images[-1], cax=scale, orientation="horizontal", extend="both")
+    scale.tick_params(labelsize=6)
+    scale.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
+    return figure
+
+
+def stack_rows(heights, above, K):
+    """A figure and its rows, one below the other: of each its height and the gap above it, in inches."""
+    from matplotlib.figure import Figure
+
+    width = LEFT + max(K * UNIT, LEAST) + RIGHT
+    total = sum(above) + sum(heights) + BOTTOM
+    figure, rows, bottom = Figure(figsize=(width, total)), [], total
+    for gap, height in zip(above, heights, strict=True):
+        bottom -= gap + height
+        row = figure.add_axes([LEFT / width, bottom / total, K * UNIT / width, height / total])
+        row.set(xlim=(0, K), ylim=(0, height / UNIT), xticks=[], yticks=[], frame_on=False)
+        rows.append(row)
+    return figure, rows
+
+
+def name_row(row, verb, tensor, note):
+    """Beside a row: what is done, the tensor that comes out of it, and a note."""
+    lines = [(verb, dict(fontsize=10, weight="bold")), (tensor, dict(family="monospace", fontsize=8)), (note, SMALL)]
+    place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="top", linespacing=1.3)
+    for k, (text, style) in enumerate(lines):
+        row.annotate(text, (0, 1), (-10, -14 * k), **place, **style)
+
+
+def draw_words(row, image, tokens):
+    """A picture (3, H, W) beside the words of its tokens (T,); of many tokens those of a corner."""
+    T, size = len(tokens), row.get_ylim()[1]
+    side = math.isqrt(T)
+    shown = min(side, CORNER)
+    draw_square(row, 0.03, image.transpose(1, 2, 0), T, size)
+    left, line, word = size + 0.1, size / shown, 1.7 * size / shown  # a word is wider than its line is high
+    for i in range(shown):
+        for j in range(shown):
+            place = left + (j + 0.5) * word, size - (i + 0.5) * line
+            row.text(*place, f"{tokens[i * side + j]:.0f}", ha="center", va="center", family="monospace", fontsize=6.5)
+    note = f"The policy writes {T} words, row by row. Each is a code of the tokenizer's book"
+    note += "." if shown == side else f". Here those of the corner, {shown} by {shown}."
+    row.text(left + 1.7 * size + 0.15, size, textwrap.fill(note, 34), va="top", linespacing=1.3, **SMALL)
+
+
+def draw_squares(row, values, T, **colours):
+    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T)."""
+    for k in range(len(values)):
+        draw_square(row, k + 0.03, values[k], T, 0.94, **colours)
+
+
+def draw_square(row, left, values, T, size, **colours):
+    """A picture (H, W, 3), or the values of its tokens (T,), with the grid of its tokens."""
+    side = math.isqrt(T)
+    values = values if values.ndim == 3 else values.reshape(side, side)
+    row.imshow(values, extent=(left, left + size, 0, size), aspect="auto", **colours)
+    lines = np.linspace(0, size, side + 1)
+    row.hlines(lines, left, left + size, color="white", alpha=0.15, linewidth=0.4)
+    row.vlines(left + lines, 0, size, color="white", alpha=0.15, linewidth=0.4)
+
+
+def draw_bars(row, values, form):
+    """A bar for each of the values (K,), and its number."""
+    low, high = min(0, values.min()), max(0, values.max())
+    room = 0.3 * (high - low) or 1  # for the numbers
+    row.set_ylim(low - room * (low < 0), high + room * (high > 0))
+    row.axhline(0, color="black", linewidth=0.6, clip_on=False)
+    row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
+    for k, value in enumerate(values):
+        row.text(k + 0.5, value, form.format(value), ha="center", va="top" if value < 0 else "bottom", fontsize=8)
+
+
+def shortened(text, most):
+    """A caption of any length, in one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 GROUP_NOTE = (
@@ -196,107 +343,13 @@ GROUP_NOTE = (
 )
 
 
-def draw_group(group):
-    """A matplotlib figure of a Group: a column per picture, worst to best; the maps of all pictures on one scale."""
-    import matplotlib.pyplot as plt
-
-    order = np.argsort(group.rewards)
-    G, T = group.change.shape
-    shared = group.weights.shape[1] > 1
-    # all lengths are in inches; a picture takes a square of one unit
-    unit = 1.15
-    left = 1.85
-    width = left + G * unit + 0.2
-    gaps = [0.84 + 0.14 * len(group.scores), 0.2] + [0.42] * (1 + shared)  # above each row
-    heights = [unit, 0.9] + [unit] * (1 + shared)
-    total = sum(gaps) + sum(heights) + 0.85
-    figure = plt.figure(figsize=(width, total))
-    bottoms = np.cumsum(np.add(gaps, heights))  # from the top of the figure
-    boxes = [(left / width, 1 - y / total, G * unit / width, h / total) for y, h in zip(bottoms, heights, strict=True)]
-    rows = [figure.add_axes(box, xlim=(0, G), xticks=[]) for box in boxes]
-    names = [
-        "1. sample and judge\n\nreward:\n" + group.rewarded.replace(",", "\n+ ").replace("=", " × "),
-        "2. compare\n\nadvantage: the reward\nagainst the group's mean",
-    ]
-    if shared:
-        names.append("3. divide\n\neach token's share\nof the advantage")
-    names.append(f"{len(names) + 1}. learn\n\nwhat one update did\nto each of the\n{T} tokens")
-    for row, name in zip(rows, names, strict=True):
-        row.text(-0.03, 0.5, name, transform=row.transAxes, ha="right", va="center", fontsize=8)
-    of = f" of {group.drawn}" if group.drawn > G else ""
-    title = f"One group: {G}{of} pictures for “{group.caption}”, from the lowest reward to the highest"
-    figure.text(left / width, 1 - 0.3 / total, title, fontsize=10)
-    largest = abs(group.advantages).max() * 1.5 or 1
-    rows[1].set(ylim=(-largest, largest))
-    rows[1].axhline(0, color="black", linewidth=0.6)
-    rows[1].tick_params(labelsize=6)
-    for row in (rows[0], *rows[2:]):
-        row.set(ylim=(0, 1), yticks=[], frame_on=False)
-    top = np.percentile(abs(group.change), 98) or 1
-    for column, k in enumerate(order):
-        square, middle = (column + 0.03, column + 0.97, 0, 1), column + 0.5
-        draw_square(rows[0], square, group.images[k].transpose(1, 2, 0), T)
-        said = [f"{judge.removeprefix('pyiqa:')} {values[k]:.2f}" for judge, values in group.scores.items()]
-        rows[0].text(middle, 1.2, "\n".join(said), ha="center", va="bottom", fontsize=7, color="grey")
-        rows[0].text(
-            middle, 1.03, f"reward {group.rewards[k]:.3f}", ha="center", va="bottom", fontsize=8, weight="bold"
-        )
-        advantage = group.advantages[k]
-        rows[1].bar([middle], [advantage], color="dimgrey", width=0.5)
-        vertical = "bottom" if advantage > 0 else "top"
-        rows[1].text(middle, advantage, f"{advantage:+.2f}", ha="center", va=vertical, fontsize=8)
-        if shared:
-            shares = np.nan_to_num(group.weights)  # a picture of advantage 0 has none
-            draw_square(rows[2], square, shares[k], T, cmap="Greys", vmin=0, vmax=shares.max() or 1)
-        draw_square(rows[-1], square, group.change[k], T, cmap="RdBu", vmin=-top, vmax=top)
-        pushed = "shared out among" if shared else "pushes all of"
-        rows[-1 - shared].text(middle, 1.06, f"{pushed}\nits {T} tokens", ha="center", fontsize=6.5, color="grey")
-        with_it = np.mean(np.sign(group.change[k]) == np.sign(advantage))
-        rows[-1].text(
-            middle, -0.06, f"{with_it:.0%} moved as pushed", ha="center", va="top", fontsize=6.5, color="grey"
-        )
-    bar = figure.add_axes([0.5 - 1.6 / width, 0.3 / total, 3.2 / width, 0.09 / total])
-    figure.colorbar(rows[-1].images[-1], cax=bar, orientation="horizontal", extend="both")
-    bar.tick_params(labelsize=6)
-    bar.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
-    return figure
-
-
-def draw_square(axes, place, values, T, **colours):
-    """Draws a picture (H, W, 3) or the values of its tokens (T,) at `place`, with the grid of its tokens."""
-    side = math.isqrt(T)
-    axes.imshow(values if values.ndim == 3 else values.reshape(side, side), extent=place, aspect="auto", **colours)
-    x, y = (np.linspace(*ends, side + 1) for ends in (place[:2], place[2:]))
-    axes.hlines(y, *place[:2], color="white", alpha=0.15, linewidth=0.4)
-    axes.vlines(x, *place[2:], color="white", alpha=0.15, linewidth=0.4)
-
-
-def save_group(path, group):
-    """Keeps a Group as an npz."""
-    arrays = {f"score {judge}": values for judge, values in group.scores.items()}
-    arrays |= {name: value for name, value in group._asdict().items() if name != "scores"}
-    zoo.write_whole(path, lambda place: write_npz(place, arrays))
-
-
-def load_group(path):
-    with zoo.reading(path, "delete it: the page can do without"), np.load(path, allow_pickle=False) as file:
-        scores = {name.removeprefix("score "): file[name] for name in file.files if name.startswith("score ")}
-        fields = {name: file[name] for name in file.files if not name.startswith("score ")}
-        return Group(**fields | dict(scores=scores, caption=str(fields["caption"]), rewarded=str(fields["rewarded"])))
-
-
 def groups(folder):
     """The section with the groups of a run's first, middle and last step."""
-    import matplotlib.pyplot as plt
-
     figures = ""
-    for path in sorted((folder / "samples").glob("group_*.npz")):
-        figure, picture = draw_group(load_group(path)), io.BytesIO()
-        figure.savefig(picture, dpi=80)
-        plt.close(figure)
+    for path in sorted((folder / "samples").glob("group_*.png")):
         step = int(path.stem.removeprefix("group_"))
         figures += (
-            f'<figure class="wide"><img alt="" src="{data_uri(Image.open(picture))}">'
+            f'<figure class="wide"><img alt="" src="{data_uri(Image.open(path))}">'
             f"<figcaption>step {step}</figcaption></figure>"
         )
     return f"<h2>One group, dissected</h2><p>{GROUP_NOTE}</p>{figures}" if figures else ""
