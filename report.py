@@ -204,7 +204,7 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     heights = [1.5, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9] + [UNIT] * (1 + shared_out)
     figure, rows = stack_rows(heights, above, K)
     few = f"{K} of the {n}" if n > K else f"the {K}"
-    title = f"One group: {few} pictures of a step, for “{' '.join(plain(caption).split())[:50]}”"
+    title = f"One group: {few} pictures of a step, for “{' '.join(plain(caption).split())[:44]}”"
     rows[0].set_title(title, loc="left", fontsize=10)
 
     name_row(rows[0], "sample", f"tokens ({n}, {T})", f"a picture is {T} words" + CORNER_NOTE * (T > CORNER**2))
