@@ -1,310 +1,314 @@
 """
-Grids and pages of a run: one HTML file with everything inside, which opens without a network.
+Paints arrays: grids, curves, one step, the frontier, and the page of a run, which opens without a network.
 
-    python report.py out/c2i                    # writes out/c2i/report.html; train.py does so too when it ends
-    python report.py out/seed0 out/seed1 out/x  # several runs on one page, out/compare.html
-    python report.py base.json tuned.json --out frontier.png  # tables of evaluate.py: accuracy against diversity
-    python report.py out/seed0 out/seed1 out/seed2 --out assets/curves_c2i.json  # the band behind runs of this recipe
+    python report.py out/c2i                      # writes out/c2i/report.html; train.py does so too when it ends
+    python report.py out/seed0 out/seed1 out/x    # the curves of several runs in one picture, out/compare.png
+    python report.py base.json tuned.json --out frontier.png   # tables of evaluate.py: what accuracy costs
+    python report.py out/seed0 out/seed1 out/seed2 --out assets/curves_c2i.json   # the band behind runs of this task
 
-A run's page shows its settings, a curve for each metric with its healthy range, the same prompts and seeds during
-training, one picture as base and tuned model write it token by token from the same random numbers, and the table of
-evaluate.py where there is one. In a comparison, runs whose settings are equal except for the seed are one line with a
-band.
+A run's page is assets/page.html, filled: its settings and warnings, the same prompts and seeds during training, the
+group of three steps, one picture as base and tuned model write it token by token, a curve for each metric with its
+healthy range, and the newest table of evaluate.py. In the picture of several runs, those whose settings are equal
+except for the seed are one line with a band.
 
-Shapes: n pictures, T image tokens.
+Nothing here runs a model; what does is in sample.py. Shapes: K pictures of a group, n of a step, T image tokens.
 """
 
 import base64
-import html
 import io
 import json
 import math
-import textwrap
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
+import jinja2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-import data
+import parallel
 import zoo
-from grpo import policy_states
-from model import image_noise, policy_logprobs
-from prompts import captions_of, load_encoder, read_prompts
-from rewards import held_out, judge_images, parse_rewards
 from runs import warnings
-from sample import draw, interleave, label_images, save_grid, write_npz
-from tokenizer import to_uint8
 from zoo import Mistake
 
 ASSETS = Path(__file__).parent / "assets"
-NOTES = {  # metric: (what is healthy, the range of it that is drawn as a band or None)
-    "reward": ("rises, then levels off", None),
-    "right": ("rises with the reward; if it falls meanwhile, the judges are hacked", None),
-    "kl": ("rises early, with --ref-cfg from above 0, then stays flat or falls; nats per token", None),
-    "entropy": ("drifts down a little; a plunge is collapse; nats per token", None),
-    "reward_std": ("falls slowly; at 0 nothing is left to learn from", None),
-    "ratio": ("1 with one update per batch", (0.99, 1.01)),
-    "clip_frac": ("0 with one update per batch, below 0.2 with several", (0, 0.2)),
-    "sampler_gap": ("below 1e-4 in float32, a few per cent in bfloat16", None),
-    "grad_norm": ("steady; it is clipped to 1", None),
-    "loss": ("beta times kl with one update per batch", None),
-    "equal_groups": ("near 0: such groups teach nothing", (0, 0.2)),
-    "advantage_max": ("at most (G-1)/sqrt(G), 2.5 for 8 samples, where the spread divides it", None),
-}
-STYLE = """
-:root { color-scheme: light dark; --soft: #94a3b855 }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 0 16px 48px;
-  overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-.charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)) }
-figure { margin: 0; border: 1px solid var(--soft); border-radius: 8px; padding: 8px } figcaption { font-size: .85rem }
-svg { width: 100%; height: auto; display: block }
-img { max-width: 100%; height: auto } input[type=range] { width: 100% }
-.wide, pre { overflow-x: auto } .wide img { min-width: 640px } table { border-collapse: collapse; font-size: .85rem }
-td, th { border-bottom: 1px solid var(--soft); padding: 2px 8px; text-align: right; white-space: nowrap }
-.pair { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
-.writers { display: flex; flex-wrap: wrap; gap: 24px } .frame { width: 192px; height: 192px; background-color: #888;
-  image-rendering: pixelated } .words { display: grid; width: 256px; margin: 8px 0 }
-.words button { font: 9px/1.8 ui-monospace, monospace; padding: 0; border: 1px solid #0000; background: none;
-  color: inherit; cursor: pointer } .words .now { border-color: currentcolor; font-weight: bold }
-.likely { display: grid; grid-template-columns: 32px 3em 1fr; gap: 2px 8px; align-items: center; width: 256px;
-  font: 11px ui-monospace, monospace } .likely .drawn { font-weight: bold }
-.bar { background: #64748b55; white-space: nowrap }
-.patch { width: 32px; height: 32px; image-rendering: pixelated }
-"""
-SCRIPT = """
-for (const box of document.querySelectorAll('[data-slides]')) {
-  const slides = [...box.querySelectorAll('.slide')], slider = box.querySelector('input');
-  const name = box.querySelector('b');
-  const show = () => slides.forEach((slide, k) => { slide.hidden = k != slider.value;
-    if (k == slider.value) name.textContent = slide.dataset.name });
-  slider.oninput = show; show();
-}
-for (const box of document.querySelectorAll('[data-writer]')) {
-  const slider = box.querySelector('input'), play = box.querySelector('button'), T = +box.dataset.tokens;
-  const columns = 8, last = +slider.max, writers = [...box.querySelectorAll('[data-likely]')];
-  const show = (now) => { const k = +slider.value;
-    for (const frame of box.querySelectorAll('.frame')) frame.style.backgroundPosition =
-      `${k % columns / (columns - 1) * 100}% ${Math.floor(k / columns) / (Math.ceil((last + 1) / columns) - 1) * 100}%`;
-    for (const writer of writers) {
-      const tokens = JSON.parse(writer.dataset.tokens), likely = JSON.parse(writer.dataset.likely)[now];
-      [...writer.querySelector('.words').children].forEach((cell, i) => {
-        cell.textContent = i < T * k / last ? tokens[i] : '.'; cell.className = i == now ? 'now' : '' });
-      const rows = writer.querySelector('.likely').children;
-      likely.forEach(([code, p], j) => { const [patch, name, bar] = [0, 1, 2].map((c) => rows[3 * j + c]);
-        patch.style.backgroundPosition = `${j * 25}% ${now / (T - 1) * 100}%`;
-        name.textContent = code; name.className = bar.className = code == tokens[now] ? 'drawn' : '';
-        bar.firstChild.style.width = `${p}%`; bar.firstChild.textContent = `${p}%` }) } };
-  const written = () => Math.max(0, Math.ceil(T * slider.value / last) - 1);
-  for (const writer of writers) [...writer.querySelector('.words').children].forEach((cell, i) => {
-    cell.onclick = () => { slider.value = Math.ceil((i + 1) / T * last); show(i) } });
-  let timer = null;
-  play.onclick = () => { if (timer) { clearInterval(timer); timer = null; return }
-    if (+slider.value == last) slider.value = 0;
-    timer = setInterval(() => { slider.value = +slider.value + 1; show(written());
-      if (+slider.value == last) { clearInterval(timer); timer = null } }, 80) };
-  slider.oninput = () => show(written()); show(Math.floor(T / 2 + Math.sqrt(T) / 2));  // the picture's middle
-}
-"""
+
+
+@contextmanager
+def guest(what):
+    """A picture is a guest of training: one that fails costs itself and a line, not the run."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        parallel.say(f"{what} is left out ({type(error).__name__}: {reason})")
+
+
+def our_style():
+    """A context in which assets/figures.mplstyle holds. Importing pyplot would choose a backend for the caller."""
+    import matplotlib.style
+
+    return matplotlib.style.context(["default", ASSETS / "figures.mplstyle"])
+
+
+def save_figure(path, draw, *arguments):
+    """Writes the matplotlib figure that draw(*arguments) returns. Raises Mistake, OSError."""
+    form = path.suffix.removeprefix(".")
+    if form not in ("png", "svg", "pdf"):
+        raise Mistake(f"--out {path}: the picture's name ends in .png, .svg or .pdf")
+    with our_style():
+        figure = draw(*arguments)
+        zoo.write_whole(path, lambda place: figure.savefig(place, dpi=100, format=form))
+
+
+def as_array(values):
+    """A tensor of any device and type, or an array, as a numpy array of float32."""
+    return torch.as_tensor(values).detach().float().cpu().numpy()
+
+
+def as_pixels(images):
+    """Images (..., 3, H, W) in [0, 1] -> uint8 (..., H, W, 3)."""
+    return np.moveaxis((as_array(images) * 255 + 0.5).clip(0, 255).astype(np.uint8), -3, -1)
+
+
+def plain(text):
+    """Text that can be drawn and written: half of a character (a lone surrogate) becomes "?"."""
+    return text.encode(errors="replace").decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures of a run
+# Grids
+
+MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
+MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
+CELL = 128  # pixels of a small picture in a grid
+WIDEST = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}  # pixels that the format holds
 
 
-def shown_prompts(args):
-    """The labels or captions of every grid of a run, and the number of its columns."""
-    if not args.pool:
-        return data.balanced_captions(24), len(data.CATEGORIES)  # a category per column
-    # all of the toy's classes, two of its colours per row; of large pictures a page
-    prompts = args.pool[:: -(-len(args.pool) // (40 if zoo.is_toy(args.model) else 16))]
-    return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
+def wrap(text, width, font):
+    """The text in lines of at most `width` px. A word that is longer is cut."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines += [""] if lines[-1] else []
+        for character in word:
+            lines += [""] if lines[-1] and font.getlength(lines[-1] + character) > width else []
+            lines[-1] += character
+    return lines
 
 
-def draw_shown(args, policy, tokenizer, encode):
-    """Pictures (n, 3, H, W) in [0, 1] of the same prompts and seeds each time, and their captions."""
-    prompts, _ = shown_prompts(args)
-    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
-    # one seed whatever --seed is, so that grids of runs compare
-    images, _ = draw(policy, tokenizer, encode, prompts, seed=1234, decode_batch=args.micro_batch, **sampling)
-    return images, captions_of(args.model, prompts, args.class_names)
+def label_lines(label, width, font, most=4):
+    """The lines of a label: at most `most` for its first line, a caption of any length; as many as the rest needs."""
+    caption, *rest = plain(label).split("\n")
+    lines = wrap(caption[:500], width, font)  # 500: nobody sees more, and it could be a whole book
+    lines = lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
+    return lines + [line for text in rest for line in wrap(text, width, font)]
 
 
-def draw_grid(args, policy, tokenizer, encode, judges, name, title):
+def label_font():
+    """DejaVu Sans, which matplotlib brings along and which knows the languages of Europe and the Near East."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
+
+
+def cell_zoom(width):
+    """How many times as large a picture of `width` pixels is drawn."""
+    return max(1, CELL // width)
+
+
+def columns_that_fit(path, images, columns):
+    """At most `columns` of a grid, as many as the format of the file holds side by side."""
+    width = images.shape[3]
+    return max(1, min(columns, WIDEST.get(path.suffix.lower(), 65_500) // (width * cell_zoom(width) + 6)))
+
+
+def save_grid(path, images, labels, columns, title=""):
     """
-    Draws args.out/NAME: below each picture its caption, for a toy the verifier's mark, and the judges' scores. Returns
-    the pictures (n, 3, H, W).
+    Writes images (n, 3, H, W) in [0, 1] as a grid `columns` wide, each with its label below it: a caption, which may
+    begin with a mark, and after a newline the judges' scores. Raises OSError.
     """
-    images, captions = draw_shown(args, policy, tokenizer, encode)
-    scores, _ = judge_images(judges, images.to(args.device), captions)
-    labels = label_images(args.model, images, captions)
-    for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
-        verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
-        labels[k] += "\n" + "\u00a0 ".join(verdicts)
-    _, columns = shown_prompts(args)
-    save_grid(args.out / name, images, labels, columns, title=title)
-    return images
+    path, font = Path(path), label_font()
+    n, _, height, width = images.shape
+    zoom = cell_zoom(width)
+    labels = [label_lines(label, width * zoom, font) for label in labels]
+    lines = max(len(label) for label in labels)
+    cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
+    top = 20 if title else 0
+    size = columns * cell_w, top + -(-n // columns) * cell_h
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 3), plain(title), fill="black", font=font)
+    for k, (pixels, label) in enumerate(zip(as_pixels(images), labels, strict=True)):
+        x, y = k % columns * cell_w + 3, top + k // columns * cell_h + 3
+        sheet.paste(Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
+        pen.text((x, y + height * zoom), "\n".join(label), fill="black", font=font, spacing=3)
+        if label[0][:2] in MARK_COLOURS:
+            pen.text((x, y + height * zoom), label[0][:2], fill=MARK_COLOURS[label[0][:2]], font=font, stroke_width=0.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    zoo.write_whole(path, sheet.save)
 
 
-def finish_run(args, policies, before, tokenizer, encode, judges):
+def interleave(images, labels, columns):
     """
-    After training: after.png, before-after.png, curves.png and the page. policies: {"base": model, "tuned": model};
-    before: the pictures of before.png, or None where the run was resumed. All processes must call it.
+    (images, labels) of a grid `columns` wide in which each row of the first model's images stands above the same row of
+    the next one's. images: a list of (n, 3, H, W), one per model; labels: a list of n per model.
     """
-    if before is None:
-        before, _ = draw_shown(args, policies["base"], tokenizer, encode)
-    title = f"after {args.steps} steps of GRPO"
-    after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
-    prompts, columns = shown_prompts(args)
-    captions = captions_of(args.model, prompts, args.class_names)
-    labels = [label_images(args.model, before, captions, "before: ")]
-    labels += [label_images(args.model, after, captions, "after: ")]
-    pictures, texts = interleave([before, after], labels, columns)
-    save_grid(args.out / "before-after.png", pictures, texts, columns, title=f"before above {title}")
-    write_curves(args.out)
-    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature)
-    with zoo.autocast(args.device, args.dtype):
-        written = writers(policies, tokenizer, encode, captions[-1], prompts[-1], **sampling)
-    write_run(args.out, written)
-    print(f"Look at {args.out}/report.html, or before-after.png and curves.png; "
-          f"then: python evaluate.py --ckpt {args.out}")  # fmt: skip
+    pictures, texts = [], []
+    for k in range(0, len(labels[0]), columns):
+        for own_images, own_labels in zip(images, labels, strict=True):
+            row = own_images[k : k + columns]
+            blank = columns - len(row)  # the last row may be short
+            pictures += [row, torch.ones(blank, *row.shape[1:])]
+            texts += own_labels[k : k + columns] + [""] * blank
+    return torch.cat(pictures), texts
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One group, dissected
+# One step
+
+UNIT = 1.15  # inches of a picture and its gap
+LEFT, BOTTOM = 2.0, 1.15  # inches beside and below the rows; their names stand on the left
+LEAST = 6.6  # inches of the first row, which is as wide for two pictures
+CORNER = 8  # words of a side that are shown: more would be too small to read
+CORNER_NOTE = ",\nhere those of the corner"
+SMALL = dict(color="grey", fontsize=7)
 
 
-class Group(NamedTuple):
-    """What one step did with a group of G pictures."""
+def draw_step(path, caption, images, tokens, scores, rewards, advantages, change, weights, n):
+    """
+    Draws what a step did with one group of K pictures: a row per tensor, a column per picture, from the lowest reward
+    to the highest. Takes tensors or arrays. Writes a .png; raises OSError.
 
-    caption: str
-    rewarded: str  # --rewards
-    images: np.ndarray  # (G, 3, H, W) in [0, 1]
-    scores: dict  # {judge: (G,)}
-    rewards: np.ndarray  # (G,)
-    advantages: np.ndarray  # (G,)
-    change: np.ndarray  # (G, T) nats, of each token's log-probability in the update
-    weights: np.ndarray  # (G, T), the tokens' shares of the advantage with --weigh-tokens, or (G, 1)
-    drawn: int = 0  # with --learn-from, G are those that were learned from, of this many
-
-
-GROUP_NOTE = (
-    "One number, its advantage, pushes the whole picture: background tokens as hard as the object's, and a bad patch "
-    "in a good picture the wrong way too. All pictures share the model's weights, so some tokens move against the push."
-)
+    images      (K, 3, H, W) in [0, 1]       tokens   (K, T)
+    scores      {judge: (K,)}                weights  {judge: weight}
+    rewards     (K,)                         n        pictures of the whole step, for the shapes beside the rows
+    advantages  (K,), or (K, T) with token weights
+    change      (K, T) nats, of each token's log-probability in the update
+    """
+    order = np.argsort(as_array(rewards))
+    arrays = [as_array(values)[order] for values in (images, tokens, rewards, advantages, change)]
+    scores = {judge: as_array(values)[order] for judge, values in scores.items()}
+    save_figure(Path(path), step_figure, caption, *arrays, scores, weights, n)
 
 
-def draw_group(group):
-    """A matplotlib figure of a Group: a column per picture, worst to best; the maps of all pictures on one scale."""
-    import matplotlib.pyplot as plt
+def step_figure(caption, images, tokens, rewards, advantages, change, scores, weights, n):
+    """The figure of draw_step, from arrays in the order in which they are drawn."""
+    K, T = change.shape
+    shared_out = advantages.ndim == 2
+    # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
+    of_image = advantages.mean(1) if shared_out else advantages  # (K,)
+    above = [0.6, 0.4 + 0.14 * len(scores), 0.2, 0.2] + [0.2] * (1 + shared_out)
+    heights = [1.5, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9] + [UNIT] * (1 + shared_out)
+    figure, rows = stack_rows(heights, above, K)
+    few = f"{K} of the {n}" if n > K else f"the {K}"
+    title = f"One group: {few} pictures of a step, for “{' '.join(plain(caption).split())[:44]}”"
+    rows[0].set_title(title, loc="left", fontsize=10)
 
-    order = np.argsort(group.rewards)
-    G, T = group.change.shape
-    shared = group.weights.shape[1] > 1
-    # all lengths are in inches; a picture takes a square of one unit
-    unit = 1.15
-    left = 1.85
-    width = left + G * unit + 0.2
-    gaps = [0.84 + 0.14 * len(group.scores), 0.2] + [0.42] * (1 + shared)  # above each row
-    heights = [unit, 0.9] + [unit] * (1 + shared)
-    total = sum(gaps) + sum(heights) + 0.85
-    figure = plt.figure(figsize=(width, total))
-    bottoms = np.cumsum(np.add(gaps, heights))  # from the top of the figure
-    boxes = [(left / width, 1 - y / total, G * unit / width, h / total) for y, h in zip(bottoms, heights, strict=True)]
-    rows = [figure.add_axes(box, xlim=(0, G), xticks=[]) for box in boxes]
-    names = [
-        "1. sample and judge\n\nreward:\n" + group.rewarded.replace(",", "\n+ ").replace("=", " × "),
-        "2. compare\n\nadvantage: the reward\nagainst the group's mean",
-    ]
-    if shared:
-        names.append("3. divide\n\neach token's share\nof the advantage")
-    names.append(f"{len(names) + 1}. learn\n\nwhat one update did\nto each of the\n{T} tokens")
-    for row, name in zip(rows, names, strict=True):
-        row.text(-0.03, 0.5, name, transform=row.transAxes, ha="right", va="center", fontsize=8)
-    of = f" of {group.drawn}" if group.drawn > G else ""
-    title = f"One group: {G}{of} pictures for “{group.caption}”, from the lowest reward to the highest"
-    figure.text(left / width, 1 - 0.3 / total, title, fontsize=10)
-    largest = abs(group.advantages).max() * 1.5 or 1
-    rows[1].set(ylim=(-largest, largest))
-    rows[1].axhline(0, color="black", linewidth=0.6)
-    rows[1].tick_params(labelsize=6)
-    for row in (rows[0], *rows[2:]):
-        row.set(ylim=(0, 1), yticks=[], frame_on=False)
-    top = np.percentile(abs(group.change), 98) or 1
-    for column, k in enumerate(order):
-        square, middle = (column + 0.03, column + 0.97, 0, 1), column + 0.5
-        draw_square(rows[0], square, group.images[k].transpose(1, 2, 0), T)
-        said = [f"{judge.removeprefix('pyiqa:')} {values[k]:.2f}" for judge, values in group.scores.items()]
-        rows[0].text(middle, 1.2, "\n".join(said), ha="center", va="bottom", fontsize=7, color="grey")
-        rows[0].text(
-            middle, 1.03, f"reward {group.rewards[k]:.3f}", ha="center", va="bottom", fontsize=8, weight="bold"
-        )
-        advantage = group.advantages[k]
-        rows[1].bar([middle], [advantage], color="dimgrey", width=0.5)
-        vertical = "bottom" if advantage > 0 else "top"
-        rows[1].text(middle, advantage, f"{advantage:+.2f}", ha="center", va=vertical, fontsize=8)
-        if shared:
-            shares = np.nan_to_num(group.weights)  # a picture of advantage 0 has none
-            draw_square(rows[2], square, shares[k], T, cmap="Greys", vmin=0, vmax=shares.max() or 1)
-        draw_square(rows[-1], square, group.change[k], T, cmap="RdBu", vmin=-top, vmax=top)
-        pushed = "shared out among" if shared else "pushes all of"
-        rows[-1 - shared].text(middle, 1.06, f"{pushed}\nits {T} tokens", ha="center", fontsize=6.5, color="grey")
-        with_it = np.mean(np.sign(group.change[k]) == np.sign(advantage))
-        rows[-1].text(
-            middle, -0.06, f"{with_it:.0%} moved as pushed", ha="center", va="top", fontsize=6.5, color="grey"
-        )
-    bar = figure.add_axes([0.5 - 1.6 / width, 0.3 / total, 3.2 / width, 0.09 / total])
-    figure.colorbar(rows[-1].images[-1], cax=bar, orientation="horizontal", extend="both")
-    bar.tick_params(labelsize=6)
-    bar.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
+    name_row(rows[0], "sample", f"tokens ({n}, {T})", f"a picture is {T} words" + CORNER_NOTE * (T > CORNER**2))
+    draw_words(rows[0], images[-1], tokens[-1])
+    name_row(rows[1], "judge", f"images {(n, *images.shape[1:])}", f"each judge: scores ({n},)")
+    draw_squares(rows[1], images.transpose(0, 2, 3, 1), T)
+    for k in range(K):
+        said = "\n".join(f"{judge[-14:]} {values[k]:.2f}" for judge, values in scores.items())
+        rows[1].text(k + 0.5, 1.05, said, ha="center", va="bottom", **SMALL)
+    name_row(
+        rows[2], "add up", f"rewards ({n},)", "\n+ ".join(f"{w:g} × {judge[-20:]}" for judge, w in weights.items())
+    )
+    draw_bars(rows[2], rewards, "{:.2f}")
+    name_row(rows[3], "compare", f"advantages ({n},)", "the reward against\nits group's mean")
+    draw_bars(rows[3], of_image, "{:+.2f}")
+    if shared_out:
+        name_row(rows[4], "divide", f"advantages ({n}, {T})", "each token's share\nof the advantage")
+        share = advantages / np.where(of_image, of_image, np.inf)[:, None]  # an advantage of 0 has none
+        draw_squares(rows[4], share, T, cmap="Greys", vmin=0, vmax=share.max() or 1)
+    name_row(rows[-1], "learn", f"change ({n}, {T})", "of log pi: what the\nupdate did to each token")
+    most = np.nanpercentile(abs(change), 98) or 1
+    draw_squares(rows[-1], change, T, cmap="RdBu", vmin=-most, vmax=most)
+    for k in range(K):
+        pushed = np.mean(np.sign(change[k]) == np.sign(of_image[k]))
+        rows[-1].text(k + 0.5, -0.06, f"{pushed:.0%} moved\nas pushed", ha="center", va="top", **SMALL)
+    scale = rows[-1].inset_axes([0.4, -0.72, 2.8, 0.08], transform=rows[-1].transData)
+    figure.colorbar(rows[-1].images[-1], cax=scale, orientation="horizontal", extend="both")
+    scale.tick_params(labelsize=6)
+    scale.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
     return figure
 
 
-def draw_square(axes, place, values, T, **colours):
-    """Draws a picture (H, W, 3) or the values of its tokens (T,) at `place`, with the grid of its tokens."""
+def stack_rows(heights, above, K):
+    """A figure and its rows, one below the other: of each its height and the gap above it, in inches."""
+    from matplotlib.figure import Figure
+
+    width = LEFT + max(K * UNIT, LEAST) + 0.2
+    total = sum(above) + sum(heights) + BOTTOM
+    figure, rows, bottom = Figure(figsize=(width, total)), [], total
+    for gap, height in zip(above, heights, strict=True):
+        bottom -= gap + height
+        row = figure.add_axes([LEFT / width, bottom / total, K * UNIT / width, height / total])
+        row.set(xlim=(0, K), ylim=(0, height / UNIT), xticks=[], yticks=[], frame_on=False)
+        rows.append(row)
+    return figure, rows
+
+
+def name_row(row, verb, tensor, note):
+    """Beside a row: what is done, the tensor that comes out of it, and a note."""
+    lines = [(verb, dict(fontsize=10, weight="bold")), (tensor, dict(family="monospace", fontsize=8)), (note, SMALL)]
+    place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="top", linespacing=1.3)
+    for k, (text, style) in enumerate(lines):
+        row.annotate(text, (0, 1), (-10, -14 * k), **place, **style)
+
+
+def draw_words(row, image, tokens):
+    """A picture (3, H, W) beside the words of its tokens (T,); of many tokens those of a corner."""
+    T, size = len(tokens), row.get_ylim()[1]
+    draw_square(row, 0.03, image.transpose(1, 2, 0), T, size)
     side = math.isqrt(T)
-    axes.imshow(values if values.ndim == 3 else values.reshape(side, side), extent=place, aspect="auto", **colours)
-    x, y = (np.linspace(*ends, side + 1) for ends in (place[:2], place[2:]))
-    axes.hlines(y, *place[:2], color="white", alpha=0.15, linewidth=0.4)
-    axes.vlines(x, *place[2:], color="white", alpha=0.15, linewidth=0.4)
+    corner = tokens.reshape(side, side)[:CORNER, :CORNER]
+    text = "\n".join("".join(f"{code:6.0f}" for code in line) for line in corner)
+    row.text(size, size / 2, text, va="center", family="monospace", fontsize=7, linespacing=2)
 
 
-def save_group(path, group):
-    """Keeps a Group as an npz."""
-    arrays = {f"score {judge}": values for judge, values in group.scores.items()}
-    arrays |= {name: value for name, value in group._asdict().items() if name != "scores"}
-    zoo.write_whole(path, lambda place: write_npz(place, arrays))
+def draw_squares(row, values, T, **colours):
+    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T)."""
+    for k in range(len(values)):
+        draw_square(row, k + 0.03, values[k], T, 0.94, **colours)
 
 
-def load_group(path):
-    with zoo.reading(path, "delete it: the page can do without"), np.load(path, allow_pickle=False) as file:
-        scores = {name.removeprefix("score "): file[name] for name in file.files if name.startswith("score ")}
-        fields = {name: file[name] for name in file.files if not name.startswith("score ")}
-        return Group(**fields | dict(scores=scores, caption=str(fields["caption"]), rewarded=str(fields["rewarded"])))
+def draw_square(row, left, values, T, size, **colours):
+    """A picture (H, W, 3), or the values of its tokens (T,), with the grid of its tokens."""
+    side = math.isqrt(T)
+    values = values if values.ndim == 3 else values.reshape(side, side)
+    row.imshow(values, extent=(left, left + size, 0, size), aspect="auto", **colours)
+    lines = np.linspace(0, size, side + 1)
+    row.hlines(lines, left, left + size, color="white", alpha=0.15, linewidth=0.4)
+    row.vlines(left + lines, 0, size, color="white", alpha=0.15, linewidth=0.4)
 
 
-def groups(folder):
-    """The section with the groups of a run's first, middle and last step."""
-    import matplotlib.pyplot as plt
-
-    figures = ""
-    for path in sorted((folder / "samples").glob("group_*.npz")):
-        figure, picture = draw_group(load_group(path)), io.BytesIO()
-        figure.savefig(picture, dpi=80)
-        plt.close(figure)
-        step = int(path.stem.removeprefix("group_"))
-        figures += (
-            f'<figure class="wide"><img alt="" src="{data_uri(Image.open(picture))}">'
-            f"<figcaption>step {step}</figcaption></figure>"
-        )
-    return f"<h2>One group, dissected</h2><p>{GROUP_NOTE}</p>{figures}" if figures else ""
+def draw_bars(row, values, form):
+    """A bar for each of the values (K,), and its number."""
+    low, high = min(0, values.min()), max(0, values.max())
+    room = 0.3 * (high - low) or 1  # for the numbers
+    row.set_ylim(low - room * (low < 0), high + room * (high > 0))
+    row.axhline(0, color="black", linewidth=0.6, clip_on=False)
+    row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
+    for k, value in enumerate(values):
+        row.text(k + 0.5, value, form.format(value), ha="center", va="top" if value < 0 else "bottom", fontsize=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Curves
+
+# What gets a panel, in this order; then the judges, the rate and the memory. assets/page.html says what is healthy.
+METRICS = (
+    "reward", "right", "kl", "entropy", "reward_std", "ratio", "clip_frac", "sampler_gap", "grad_norm", "loss",
+    "equal_groups", "advantage_max",
+)  # fmt: skip
+HEALTHY = {"ratio": (0.99, 1.01), "clip_frac": (0, 0.2), "equal_groups": (0, 0.2)}  # drawn in green
+OF_ITS_TASK = ("kl", "entropy", "right")  # compare with the default's whatever the flags
+OF_ITS_REWARDS = ("reward", "reward_std", "loss", "advantage_max")  # only where the rewards are the same
+POINTS = 300  # of a curve: all of 20,000 steps would look the same, in a page of 100 MB
 
 
 def read_metrics(folder):
@@ -317,171 +321,136 @@ def read_metrics(folder):
     return rows
 
 
-class Series(NamedTuple):
-    """One line of a panel; all arrays have the length of x."""
-
-    label: str
-    x: np.ndarray
-    line: np.ndarray
-    dots: np.ndarray = None
-    low: np.ndarray = None  # low to high is drawn as a band
-    high: np.ndarray = None
-
-
-def draw_panel(axes, title, series, healthy=None, x_name="step", band=None):
-    """
-    Draws a panel: for each Series its dots, its line and its band, the healthy range (low, high) in green, and in grey
-    the band (steps, low, high) of our own runs.
-    """
-    if band:
-        axes.fill_between(*band, color="grey", alpha=0.2, linewidth=0)
-    for k, one in enumerate(series):
-        colour = f"C{k}"
-        if one.dots is not None:
-            axes.plot(one.x, one.dots, ".", color=colour, markersize=2, alpha=0.4)
-        if one.low is not None:
-            axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(one.x, one.line, color=colour, linewidth=1.3, label=one.label)
-    if healthy:
-        axes.set_ylim(axes.get_ylim())  # the range must not widen the axis
-        axes.axhspan(*healthy, color="tab:green", alpha=0.12, linewidth=0)
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(x_name, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # longer numbers do not fit beside the axis
-    axes.grid(alpha=0.2)
-
-
-def smooth(values):
-    """A running mean over a tenth of the run, of the values that are finite."""
-    half = max(1, len(values) // 10) // 2
-    windows = [values[max(0, k - half) : k + half + 1] for k in range(len(values))]
-    means = [window[np.isfinite(window)].mean() if np.isfinite(window).any() else np.nan for window in windows]
-    return np.array(means)
+def read_json(path):
+    """What a .json beside a run holds, {} if it is not there. Raises Mistake."""
+    with zoo.reading(path, "delete it: the page can do without"):
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def column(rows, key):
+    """(steps,) of a metric; NaN where a step lacks it."""
     return np.array([row.get(key, np.nan) for row in rows], float)
 
 
-def keys_of(rows):
-    """All metrics of a run, also those that its first step lacks."""
-    return list(dict.fromkeys(key for row in rows for key in row))
+def panels_of(runs):
+    """{metric: {label: (seeds, steps)}} of {label: the rows of each seed}; only what is a number somewhere."""
+    found = dict.fromkeys(key for seeds in runs.values() for rows in seeds for row in rows for key in row)
+    judges = [key for key in found if key.endswith("_mean")]
+    panels = {}
+    for key in (*METRICS, *judges, "lr", "peak_memory_gb"):
+        # a run that lacks a metric keeps its place, so that it has one colour in all panels
+        lines = {label: [column(rows, key) for rows in seeds] for label, seeds in runs.items()}
+        if any(np.isfinite(values).any() for seeds in lines.values() for values in seeds):
+            panels[key] = lines
+    return panels
 
 
-def metric_keys(rows):
-    """The metrics that get a panel: those with a note, then the judges, then what a step costs."""
-    found = keys_of(rows)
-    keys = [key for key in NOTES if key in found]
-    keys += [key for key in found if key.endswith("_mean")]
-    keys += [key for key in ("lr", "peak_memory_gb") if key in found]
-    return [key for key in keys if np.isfinite(column(rows, key)).any()]
+def seconds_of(rows):
+    """The panel of the seconds: a line for each part of a step, and for each judge."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    parts = [key for key in found if key.startswith("seconds_") or key.endswith("_seconds")]
+    return {key.replace("seconds_", ""): [column(rows, key)] for key in parts}
 
 
-def curve(rows, key):
-    values = column(rows, key)
-    return Series(key, column(rows, "step"), smooth(values), dots=values)
+def smooth(values, at):
+    """The running mean over a tenth of the run, of the values that are finite, at some of its steps."""
+    half = max(1, len(values) // 10) // 2
+    windows = [values[max(0, k - half) : k + half + 1] for k in at]
+    return np.array([window[np.isfinite(window)].mean() if np.isfinite(window).any() else np.nan for window in windows])
 
 
-def write_bands(folders, path):
+def draw_curves(panels, columns, bands):
     """
-    Keeps the curves of several seeds of one recipe, for `bands`: {"flags": settings, "seeds": [{metric: values}]}.
+    A figure with a panel for each metric of {metric: {label: (seeds, steps)}}: the seeds' smoothed mean, and what lies
+    between the lowest and the highest. In grey the `bands` of default_bands, in green what is healthy.
     """
-    flags = read_flags(folders[0])
-    seeds = []
-    for folder in folders:
-        rows = read_metrics(folder)
-        keys = [key for key in metric_keys(rows) if key not in ("lr", "peak_memory_gb")]
-        seeds.append({key: [float(f"{value:.3g}") for value in column(rows, key)] for key in keys})
-    text = json.dumps(dict(flags=flags, seeds=seeds))
-    zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    legend = {}
+    for axes, (key, lines) in zip(grid, panels.items(), strict=False):
+        draw_panel(axes, key, lines, bands.get(key))
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    if len(legend) > 1:
+        figure.legend(legend.values(), legend, loc="outside lower center", ncols=min(4, 2 * columns))
+    return figure
 
 
-def bands(flags):
-    """
-    {metric: (steps, low, high)} of our own runs of the same recipe, {} for any other: the range of three seeds within a
-    tenth of the run.
-    """
-    free = {"seed", "dtype"}  # these do not make another recipe
-    recipe = {name: value for name, value in flags.items() if name not in free}
-    for path in ASSETS.glob("curves_*.json"):
-        kept = json.loads(path.read_text())
-        if {name: value for name, value in kept["flags"].items() if name not in free} == recipe:
-            return {key: band_around([seed[key] for seed in kept["seeds"]]) for key in kept["seeds"][0]}
-    return {}
-
-
-def band_around(curves):
-    """(steps, lowest, highest) of some curves (seeds, steps) within a tenth of the run around each step."""
-    curves = np.array(curves)
-    steps = np.arange(curves.shape[1])
-    half = max(1, len(steps) // 20)
-    windows = [curves[:, max(0, k - half) : k + half + 1] for k in steps]
-    return steps, [window.min() for window in windows], [window.max() for window in windows]
+def draw_panel(axes, key, lines, band):
+    """A panel of draw_curves. A single curve also shows its values, as dots."""
+    if band:
+        axes.fill_between(*band, color="grey", alpha=0.2, linewidth=0, label="the default, three seeds")
+    for k, (label, seeds) in enumerate(lines.items()):
+        length = min(len(values) for values in seeds)
+        at = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
+        smoothed = np.stack([smooth(values[:length], at) for values in seeds])  # (seeds, points)
+        axes.plot(at, smoothed.mean(0), color=f"C{k}", label=plain(label))
+        axes.fill_between(at, smoothed.min(0), smoothed.max(0), color=f"C{k}", alpha=0.2, linewidth=0)
+        if len(lines) == len(seeds) == 1:
+            axes.plot(at, seeds[0][at], ".", color=f"C{k}", alpha=0.4)
+    if key in HEALTHY:
+        axes.set_ylim(axes.get_ylim())  # the range must not widen the axis
+        axes.axhspan(*HEALTHY[key], color="tab:green", alpha=0.12, linewidth=0)
+    axes.set(title=plain(key), xlabel="step")
+    axes.grid(True)
 
 
 def write_curves(folder):
-    """curves.png from metrics.jsonl: reward, KL, entropy and for a toy the share right."""
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(folder)
-    titles = dict(reward="reward", kl="KL to the reference, nats/token", entropy="entropy, nats/token")
-    if "right" in keys_of(rows):
-        titles["right"] = "share right, by the verifier"
-    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 3), layout="constrained")
-    grey = bands(read_flags(folder))
-    for panel, (key, title) in zip(axes, titles.items(), strict=True):
-        draw_panel(panel, title, [curve(rows, key)], band=grey.get(key))
-    if grey:
-        axes[0].set_xlabel("step (grey: our three seeds)", fontsize=8)
-    zoo.write_whole(folder / "curves.png", lambda path: figure.savefig(path, dpi=90))
-    plt.close(figure)
+    """curves.png of a run: reward, share right, KL and entropy."""
+    panels = panels_of({"this run": [read_metrics(folder)]})
+    main = {key: panels[key] for key in METRICS[:4] if key in panels}
+    save_figure(folder / "curves.png", draw_curves, main, len(main), default_bands(read_json(folder / "flags.json")))
 
 
-def panel_svg(title, note, series, healthy=None, x_name="step", band=None):
+def compare_runs(folders, path):
+    """The curves of several runs; those whose settings are equal except for the seed are one line."""
+    flags = [read_json(folder / "flags.json") for folder in folders]
+    recipes = {}  # {settings: folders}
+    for folder, settings in zip(folders, flags, strict=True):
+        recipe = json.dumps({**settings, "seed": None}, sort_keys=True)
+        recipes.setdefault(recipe, []).append(folder)
+    runs = {" ".join(map(str, seeds)): [read_metrics(folder) for folder in seeds] for seeds in recipes.values()}
+    one_task = len({settings.get("model") for settings in flags}) == 1
+    bands = min(map(default_bands, flags), key=len) if one_task else {}  # of reward only if all have the default's
+    save_figure(path, draw_curves, panels_of(runs), 4, bands)
+
+
+def write_bands(folders, path):
+    """Keeps the curves of several seeds of a recipe, for default_bands."""
+    panels = panels_of({"": [read_metrics(folder) for folder in folders]})
+    kept = {}
+    for key in (*OF_ITS_TASK, *OF_ITS_REWARDS):
+        kept[key] = [[float(f"{value:.3g}") for value in values] for values in panels[key][""]]
+    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), curves=kept))
+    zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
+
+
+def default_bands(flags):
     """
-    A panel as an SVG inside a <figure>, with its note and the names of its lines below, where long names have room.
-    Grey text is readable on light and dark pages.
+    {metric: (steps, low, high)}: where the default of a run's toy task went with three seeds, within a tenth of its
+    steps around each. {} for other models.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import to_hex
-
-    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
-    with plt.rc_context(grey | {"svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure, axes = plt.subplots(figsize=(3.6, 2.3))
-        figure.subplots_adjust(left=0.17, right=0.98, bottom=0.18, top=0.9)  # a computed layout takes twice as long
-        draw_panel(axes, title, series, healthy, x_name, band)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata=dict(Date=None))
-        plt.close(figure)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-    names = ""
-    for k, one in enumerate(series):
-        if len(series) > 1 and np.isfinite(one.line).any():
-            names += f'<br><span style="color:{to_hex(f"C{k}")}">\u25a0</span> {html.escape(one.label)}'
-    return f"<figure>{svg}<figcaption><b>{html.escape(title)}</b> {html.escape(note)}{names}</figcaption></figure>"
-
-
-def charts(rows, flags):
-    """A panel for each metric of a run, and one of the seconds."""
-    held = [f"{judge}_mean" for judge in held_out(parse_rewards(flags.get("rewards", "clip")))]
-    notes = NOTES | dict.fromkeys(held, ("held out: it has no say, so what it says is evidence", None))
-    panels = []
-    grey = bands(flags)
-    for key in metric_keys(rows):
-        note, healthy = notes.get(key, ("", None))
-        panels.append(panel_svg(key, note, [curve(rows, key)], healthy, band=grey.get(key)))
-    parts = [key for key in keys_of(rows) if key.startswith("seconds_") or key.endswith("_seconds")]
-    if parts:
-        lines = [curve(rows, key)._replace(dots=None, label=key.replace("seconds_", "")) for key in parts]
-        panels.append(panel_svg("seconds", "of each part of a step, and of each judge", lines))
-    said = "<p>Grey: the range of our three seeds of the same recipe.</p>" if grey else ""
-    return f'{said}<div class="charts">{"".join(panels)}</div>'
+    bands = {}
+    for path in ASSETS.glob("curves_*.json"):
+        kept = json.loads(path.read_text())
+        if kept["flags"]["model"] == flags.get("model"):
+            same = kept["flags"]["rewards"] == flags.get("rewards")
+            for key in OF_ITS_TASK + OF_ITS_REWARDS * same:
+                curves = np.array(kept["curves"][key])  # (seeds, steps)
+                steps = np.arange(curves.shape[1])
+                half = max(1, len(steps) // 20)
+                windows = [curves[:, max(0, k - half) : k + half + 1] for k in steps]
+                bands[key] = steps, [window.min() for window in windows], [window.max() for window in windows]
+    return bands
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures inside a page
+# The page
 
 
 def data_uri(image):
@@ -491,314 +460,207 @@ def data_uri(image):
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def slides(folder):
-    """The grids of a run: before and after side by side, then all behind a slider, at most ten of those between."""
-    between = sorted((folder / "samples").glob("step_*.png"))
-    if len(between) > 10:  # for the size of the page
-        between = [between[k] for k in np.linspace(0, len(between) - 1, 10).round().astype(int)]
-    paths = [path for path in (folder / "before.png", *between, folder / "after.png") if path.exists()]
-    figures = "".join(
-        f"""<div class="slide wide" data-name="{path.stem.replace("_", " ")}">
-            <img alt="{path.stem}" src="{data_uri(Image.open(path))}"></div>"""
-        for path in paths
-    )
-    ends = [path for path in paths if path.stem in ("before", "after")]
-    pair = "".join(f'<figure><img alt="" src="{data_uri(Image.open(path))}">{path.stem}</figure>' for path in ends)
-    slider = f'<input type="range" aria-label="moment of training" min="0" max="{len(paths) - 1}" value="0">'
-    title = "<h2>The same prompts and seeds during training</h2>"
-    slides = f"{title}<div data-slides>{slider}<b></b>{figures}</div>" if paths else ""
-    return f'<h2>Before and after</h2><div class="pair">{pair}</div>{slides}' if pair else slides
-
-
-class Written(NamedTuple):
-    """One picture as a model wrote it."""
-
-    tokens: list  # T codes
-    likely: list  # for each token the LIKELY likeliest [code, per cent]
-    moments: int
-    frames: Image.Image  # the picture at each moment, eight in a row
-    patches: Image.Image = None  # a row per token: its cell with each of its likeliest codes; of a toy
-
-
-LIKELY = 5
-
-
-@torch.no_grad()
-def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
-    """
-    A picture as it is Written, from cond (1, ...) and cond_mask (1, P): one moment after each token for a toy; nine
-    moments else, because a large tokenizer takes a second for each on a CPU.
-    """
-    noise = image_noise([0], model.config.num_tokens, 7)
-    tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
-    states = policy_states(model, cond, tokens, cond_mask, cfg_scale)
-    shares, codes = policy_logprobs(model.head(states)[0], temperature).exp().topk(LIKELY)  # (T, LIKELY)
-    T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
-    moments = torch.linspace(0, T, (T if T <= 64 else 8) + 1, device=device).round().long()[:, None]
-    frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
-    written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
-    frames = frames * torch.nn.functional.interpolate(written, frames.shape[2:], mode="nearest")  # 0 is grey
-    patches = None
-    if T <= 64:
-        place = torch.arange(T, device=device).repeat_interleave(LIKELY)
-        pictures = decode_beginnings(tokenizer, tokens, place[:, None], codes.view(-1, 1))
-        cells = pictures.unflatten(2, (side, -1)).unflatten(4, (side, -1))  # (n, 3, side, px, side, px)
-        patches = sheet_of(cells[torch.arange(len(cells), device=device), :, place // side, :, place % side], LIKELY)
-    frames = sheet_of(frames, 8)
-    frames.thumbnail((8 * 192, 10_000))  # of large pictures a small one
-    rows = zip(codes.tolist(), shares.tolist(), strict=True)
-    likely = [[[code, round(100 * p)] for code, p in zip(*row, strict=True)] for row in rows]
-    return Written(tokens[0].tolist(), likely, len(moments), frames, patches)
-
-
-def decode_beginnings(tokenizer, tokens, lengths, codes):
-    """
-    Pictures (n, 3, H, W) of the first `lengths` (n, 1) of tokens (1, T). The decoder sees all cells at once, so it gets
-    `codes` (n, 1) in those that are not written yet.
-    """
-    beginnings = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < lengths, tokens, codes)  # (n, T)
-    return torch.cat([tokenizer.decode(part) for part in beginnings.split(16)])
+def pictures_of(paths):
+    """{name: source} of the pictures that are there."""
+    found = {}
+    for path in paths:
+        with zoo.reading(path, "delete it: the page can do without"):
+            if path.exists():
+                found[path.stem.replace("_", " ")] = data_uri(Image.open(path))
+    return found
 
 
 def sheet_of(images, columns):
-    """Images (n, 3, H, W) in [-1, 1] as one picture, `columns` in a row."""
-    blank = images.new_zeros(-len(images) % columns, *images.shape[1:])
-    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
-    pixels = to_uint8(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2))  # (rows * H, columns * W, 3)
-    return Image.fromarray(pixels.cpu().numpy())
+    """Images (n, 3, H, W) in [0, 1] as one picture, `columns` in a row, as a data URI."""
+    from torchvision.utils import make_grid
+
+    sheet = Image.fromarray(as_pixels(make_grid(torch.as_tensor(images), columns, padding=0)))
+    sheet.thumbnail((columns * 192, 100_000))  # of large pictures a small one
+    return data_uri(sheet)
 
 
-def background(sheet, columns, rows):
-    """CSS that shows one cell of a sheet; the script moves it to another."""
-    return f"background-size:{100 * columns}% {100 * rows}%;background-image:url('{data_uri(sheet)}')"
+def save_writers(folder, caption, writers):
+    """
+    Keeps a picture as {name: model} wrote it, for the page: samples/writers.json. Each model has
 
-
-def writers(policies, tokenizer, encode, caption, prompt, cfg_scale, temperature):
-    """The section in which {name: model} write the same prompt from the same random numbers."""
-    boxes, (cond, cond_mask) = "", encode([prompt])
-    for name, model in policies.items():
-        found = write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature)
-        T, side = len(found.tokens), math.isqrt(len(found.tokens))
-        frames = background(found.frames, 8, math.ceil(found.moments / 8))
-        patch = background(found.patches, LIKELY, T) if found.patches else "display:none"
-        cells = "<button></button>" * T
-        bars = '<div class="patch"></div><span></span><div><div class="bar"></div></div>' * LIKELY
-        boxes += f"""<div data-tokens="{found.tokens}" data-likely="{found.likely}"><b>{html.escape(name)}</b>
-            <style>#{name} .patch {{ {patch} }}</style>
-            <div class="frame" style="{frames}"></div>
-            <div class="words" style="grid-template-columns:repeat({side},1fr)">{cells}</div>
-            <div class="likely" id="{name}">{bars}</div></div>"""
-    last = found.moments - 1
-    slider = f'<input type="range" aria-label="moments" min="0" max="{last}" value="{last}">'
-    return f"""<h2>One picture, token by token: {html.escape(caption)}</h2>
-        <p>Below each picture its tokens; click one. The bars are the codes that the model found likeliest there, each
-        with the patch that it would have drawn; bold is what was drawn.</p>
-        <div data-writer data-tokens="{T}"><button>play</button> {slider}
-        <div class="writers">{boxes}</div></div>"""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pages
-
-
-def page(title, *parts):
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-            f"{''.join(parts)}<script>{SCRIPT}</script></html>")  # fmt: skip
-
-
-def facts(rows, flags):
-    """What was run, and what came of it."""
-    tenth = max(1, len(rows) // 10)
-    said = [f"{len(rows)} steps"]
-    for key in ("reward", "right"):
-        if key in keys_of(rows):
-            first, last = (column(part, key).mean() for part in (rows[:tenth], rows[-tenth:]))
-            said.append(f"{key} {first:.3f} to {last:.3f} (means of the first and the last {tenth} steps)")
-    shown = "\n".join(f"{name:20} {value}" for name, value in flags.items() if value != "None")
-    ails = "".join(f"<li>step {step}: {html.escape(sentence)}" for step, sentence in ailments(rows, flags))
-    warned = f"<ul>{ails}</ul>" if ails else ""
-    settings = f"<details><summary>settings</summary><pre>{html.escape(shown)}</pre></details>"
-    return f"<p>{'; '.join(said)}</p>{warned}{settings}"
-
-
-def ailments(rows, flags):
-    """[(step, sentence)]: each warning of a run, where it was first given."""
-    found = {}
-    if set(flags) >= {"updates_per_batch", "dtype", "rewards"}:
-        for k in range(len(rows)):
-            for what, sentence in warnings(rows[: k + 1][-41:], flags).items():
-                found.setdefault(what, (rows[k]["step"], sentence))
-    return list(found.values())
+    tokens  (T,) codes         likely  (T, L) codes        shares  (T, L), their probabilities
+    frames  (M, 3, H, W) in [0, 1], the picture at M moments
+    patches (T * L, 3, h, w) in [0, 1], what each likely code would have drawn, or None
+    """
+    models = []
+    for name, found in writers.items():
+        per_cent = (100 * as_array(found["shares"])).round()
+        likely = np.stack([as_array(found["likely"]), per_cent], 2).astype(int)  # (T, L, 2)
+        models.append(dict(
+            name=name, tokens=as_array(found["tokens"]).astype(int).tolist(), likely=likely.tolist(),
+            moments=len(found["frames"]), frames=sheet_of(found["frames"], 8),
+            patches=None if found["patches"] is None else sheet_of(found["patches"], likely.shape[1]),
+        ))  # fmt: skip
+    text = json.dumps(dict(caption=plain(caption), models=models))
+    zoo.write_whole(folder / "samples/writers.json", lambda place: place.write_text(text))
 
 
 def newest_table(folder):
-    """(columns, standard errors) of the newest table of evaluate.py beside the run, {} without one. Raises Mistake."""
-    tables = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
-    if not tables:
-        return {}, {}
-    with zoo.reading(tables[-1], "evaluate the run again, or delete it"):
-        table = json.loads(tables[-1].read_text())
-        columns = {name: dict(figures) for name, figures in table["columns"].items()}
-        return columns, dict(table.get("standard_errors", {}))
+    """The newest table of evaluate.py beside the run, {} without one. Raises Mistake."""
+    tables = [read_json(path) for path in folder.glob("evaluation*.json")]
+    return max(tables, key=lambda table: table.get("time", 0), default={})
 
 
-def evaluation(folder):
-    """The newest table of evaluate.py beside the run, if there is one."""
-    columns, errors = newest_table(folder)
-    if not columns:
-        return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = ""
-    for metric in dict.fromkeys(metric for figures in columns.values() for metric in figures):
-        cells = [f"{figures[metric]:.3f}" if metric in figures else "" for figures in columns.values()]
-        spreads = [errors.get(name, {}).get(metric) for name in columns]
-        cells = [c if e is None else f"{c} ± {e:.3f}" for c, e in zip(cells, spreads, strict=True)]
-        body += f"<tr><th>{html.escape(metric)}</th><td>{'</td><td>'.join(cells)}</td></tr>"
-    return f'<h2>Evaluation</h2><div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
+def ailments(rows, flags):
+    """{what: (step, sentence)}: each warning of a run, where it was first given."""
+    found = {}
+    if isinstance(flags.get("rewards"), dict):  # an older run's settings had other names
+        for k in range(len(rows)):
+            for what, sentence in warnings(rows[: k + 1][-41:], flags).items():
+                found.setdefault(what, (rows[k]["step"], sentence))
+    return found
 
 
-def read_flags(folder):
-    """{setting: value} of a run, as train.py wrote them."""
-    path = folder / "flags.json"
-    with zoo.reading(path, "delete it: the page can do without"):
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+def chart_of(key, lines, bands):
+    """A panel as an SVG."""
+    text = io.StringIO()
+    with our_style():
+        figure = draw_curves({key: lines}, 1, bands)
+        figure.savefig(text, format="svg", transparent=True, metadata=dict(Date=None))
+    return text.getvalue().partition("<svg")[2]
 
 
-def write_run(folder, written="", path=None):
-    """The page at `path` or FOLDER/report.html; `written` is the section of `writers`. Raises Mistake, OSError."""
-    folder, rows = Path(folder), read_metrics(Path(folder))
-    flags = read_flags(folder)
-    parts = facts(rows, flags), slides(folder), groups(folder), written, evaluation(folder)
-    text = page(f"AR-GRPO: {folder}", *parts, "<h2>Curves</h2>", charts(rows, flags))
-    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(text, encoding="utf-8"))
-
-
-def write_comparison(folders, path):
-    """One page for several runs; runs whose settings are equal except for the seed are one line with a band."""
-    by_flags = {}
-    for folder in folders:
-        flags = {name: value for name, value in read_flags(folder).items() if name != "seed"}
-        by_flags.setdefault(json.dumps(flags, sort_keys=True), []).append((folder.name, read_metrics(folder)))
-    runs = []  # [(label, [rows of each seed])]
-    for members in by_flags.values():
-        length = min(len(rows) for _, rows in members)
-        runs.append((" ".join(name for name, _ in members), [rows[:length] for _, rows in members]))
-    panels = []
-    for key in metric_keys([row for _, seeds in runs for rows in seeds for row in rows]):
-        note, healthy = NOTES.get(key, ("", None))
-        series = [band_of(label, seeds, key) for label, seeds in runs]  # all, so that a run keeps its colour
-        panels.append(panel_svg(key, note, series, healthy))
-    bought = []
-    for label, seeds in runs:
-        kl, reward = (np.mean([smooth(column(rows, key)) for rows in seeds], 0) for key in ("kl", "reward"))
-        bought.append(Series(label, kl, reward))
-    panels.append(panel_svg("reward against KL", "what a nat of distance bought", bought, x_name="kl"))
-    recall = recall_lines(folders)
-    if recall:
-        panels.append(panel_svg("right against recall", "newest evaluation, from the base", recall, x_name="recall"))
-    text = page("AR-GRPO: runs compared", f'<div class="charts">{"".join(panels)}</div>')
-    zoo.write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
-
-
-def band_of(label, seeds, key):
-    """The mean of several seeds' smoothed curves, with the band from the lowest to the highest."""
-    values = np.stack([smooth(column(rows, key)) for rows in seeds])
-    return Series(label, column(seeds[0], "step"), values.mean(0), low=values.min(0), high=values.max(0))
-
-
-def recall_lines(folders):
-    """For each run that was evaluated: share right against recall in latents, from the base to the tuned policy."""
-    lines = []
-    for folder in folders:
-        needed = {"recall, latents", "right: all"}
-        columns = [figures for figures in newest_table(folder)[0].values() if needed <= set(figures)]
-        if len(columns) > 1:
-            recall, right = (np.array([figures[key] for figures in columns[:2]]) for key in sorted(needed))
-            lines.append(Series(folder.name, recall, right))
-    return lines
+def write_page(folder, path=None):
+    """The page of a run at `path` or FOLDER/report.html: assets/page.html, filled. Raises Mistake, OSError."""
+    rows, flags = read_metrics(folder), read_json(folder / "flags.json")
+    panels, bands = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows)), default_bands(flags)
+    table = newest_table(folder)
+    weights = flags["rewards"] if isinstance(flags.get("rewards"), dict) else {}
+    tenth = max(1, len(rows) // 10)
+    between = sorted((folder / "samples").glob("step_*.png"))
+    between = between[:: -(-len(between) // 10) or 1]  # for the size of the page
+    page = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True).get_template("page.html")
+    text = page.render(
+        title=f"AR-GRPO: {folder}",
+        steps=len(rows),
+        tenth=tenth,
+        ends={
+            key: (column(rows[:tenth], key).mean(), column(rows[-tenth:], key).mean()) for key in ("reward", "right")
+        },
+        ailments=ailments(rows, flags),
+        flags=flags,
+        slides=pictures_of([folder / "before.png", *between, folder / "after.png"]),
+        groups=pictures_of(sorted((folder / "samples").glob("group_*.png"))),
+        writers=read_json(folder / "samples/writers.json"),
+        table=table,
+        metrics=dict.fromkeys(metric for figures in table.get("columns", {}).values() for metric in figures),
+        held_out=[f"{judge}_mean" for judge, weight in weights.items() if weight == 0],
+        charts={key: chart_of(key, lines, bands) for key, lines in panels.items() if lines},
+    )
+    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(plain(text), encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The frontier
 
+RIGHT, RECALL, REWARD = "right: all", "recall, latents", "reward: weighted sum"
+CORNERS = [(5, 5, "left"), (5, -12, "left"), (-5, 5, "right"), (-5, -12, "right")]  # in points: where names stand
 
-def write_frontier(paths, place):
-    """
-    What accuracy costs, as a figure: each table of evaluate.py is a line through its policies, with standard errors;
-    tables of a base are a line through its guidance scales, one through its best-of-N, one of other temperatures. On
-    the left the share right against recall in latents, which no reward sees. On the right against the judges' weighted
-    sum: a policy below the line of best-of-N, which raises the reward without touching a weight, is hacking the judges.
-    A row per task. Raises Mistake, also for tables of different numbers of pictures, because recall depends on it.
-    """
-    import matplotlib.pyplot as plt
 
-    if place.suffix not in (".png", ".svg", ".pdf"):
-        raise Mistake(f"--out {place}: the figure's name ends in .png, .svg or .pdf")
-    tasks = {}  # {task: {label of a line: [(name of a point, {metric: (value, standard error)})]}}
-    numbers = set()
+def write_frontier(paths, path):
+    """
+    What accuracy costs, as a figure with a row per task, from tables of evaluate.py. On the left the share right
+    against recall in latents, which no reward sees. On the right against the judges' weighted sum: a policy below the
+    line of best-of-N, which raises the reward without touching a weight, is hacking the judges. Raises Mistake.
+    """
+    save_figure(path, frontier_figure, lines_of(paths))
+
+
+def lines_of(paths):
+    """
+    {task: {line: {point: {policy: {metric: (value, standard error)}}}}} of tables of evaluate.py.
+
+    The base is a line through its guidance scales, and one through its best of N. Each table of tuned policies is a
+    line through their numbers of steps, from the base. Policies that share a point are seeds. Raises Mistake.
+    """
+    tasks, numbers = {}, set()
     for path in paths:
-        with zoo.reading(path, "give a .json that evaluate.py wrote"):
+        with zoo.reading(path, "make it anew with evaluate.py"):
             table = json.loads(path.read_text())
-            numbers.add(table["num"])
             lines = tasks.setdefault(table["task"], {})
-            lines.setdefault(line_label(table, path), []).extend(points_of(table))
+            for name, record in table["records"].items():
+                figures, errors = table["columns"].get(name, {}), table["standard_errors"].get(name, {})
+                if record["cfg"] and {RIGHT, RECALL} <= set(figures):  # renders have no cfg
+                    numbers.add(record["num"])
+                    line, point = place_of(record, path)
+                    seeds = lines.setdefault(line, {}).setdefault(point, {})
+                    seeds[record["policy"]] = {key: (figures[key], errors.get(key) or 0) for key in figures}
+    tasks = {task: lines for task, lines in tasks.items() if lines}
+    if not tasks:
+        raise Mistake("none of these tables says how many pictures are right: only the toys' do")
     if len(numbers) > 1:
         raise Mistake(f"the tables are of {sorted(numbers)} pictures, on which recall depends: give all the same --num")
-    points = [figures for lines in tasks.values() for line in lines.values() for _, figures in line]
-    if not any("right: all" in figures for figures in points):
-        raise Mistake("none of these tables says how many pictures are right: only the toys' do")
-    shape = dict(figsize=(13, 4.4 * len(tasks)), width_ratios=(4, 4, 3), squeeze=False, layout="constrained")
-    figure, rows = plt.subplots(len(tasks), 3, **shape)
-    for (left, right, names), (task, lines) in zip(rows, tasks.items(), strict=True):
-        draw_frontier(left, lines, "recall, latents", f"right, {task}")
-        draw_frontier(right, lines, "reward: weighted sum", f"right, {task}")
-        # beside the panels, because names at the points would cover each other
-        names.legend(*left.get_legend_handles_labels(), loc="center left", fontsize=7, title="a ring: the line begins")
+    for lines in tasks.values():
+        base = lines.get(("base, guidance", None), {})
+        for (_, cfg), points in lines.items():
+            if cfg and (cfg, f"cfg {cfg:g}") in base:  # the line begins there
+                points[0, ""] = base[cfg, f"cfg {cfg:g}"]
+    return tasks
+
+
+def place_of(record, path):
+    """
+    Where a column of evaluate.py belongs: ((label of a line, its cfg or None), (number along the line, name)). Only
+    tuned policies have steps.
+    """
+    cfg, best_of, temperature, steps = (record[key] for key in ("cfg", "best_of", "temperature", "steps"))
+    label = "base"
+    if steps:
+        label = path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
+    label += f", temperature {temperature:g}" if temperature != 1 else ""
+    if not steps and best_of == 1:
+        return (f"{label}, guidance", None), (cfg, f"cfg {cfg:g}")
+    label += f", cfg {cfg:g}" if cfg != 1 else ""
+    if steps:
+        return (label, cfg), (steps, f"{steps} steps")
+    return (f"{label}, best of N", cfg), (best_of, f"best of {best_of}")
+
+
+def frontier_figure(tasks):
+    """The figure of write_frontier, from what lines_of returns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.4 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), 3, width_ratios=(4, 4, 2), squeeze=False)
+    for (left, right, names), (task, lines) in zip(grid, tasks.items(), strict=True):
+        draw_frontier(left, lines, RECALL)
+        draw_frontier(right, lines, REWARD)
+        left.set_ylabel(f"right, {task}")
+        names.legend(*left.get_legend_handles_labels(), loc="center left", fontsize=8, frameon=False)
         names.axis("off")
-    zoo.write_whole(place, lambda path: figure.savefig(path, dpi=110, format=place.suffix[1:]))
-    plt.close(figure)
+    return figure
 
 
-def line_label(table, path):
-    """The name of the line that a table of evaluate.py belongs to."""
-    if table["tuned"]:
-        return path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
-    kind = ", best of N" if table["best_of"] > 1 else ""
-    return f"base{kind}" + (", cooler or hotter" if table["temperature"] != 1 else "")
+def draw_frontier(axes, lines, key):
+    """The share right against another figure: each line with the names of its points and their errors."""
+    for k, ((label, _), points) in enumerate(lines.items()):
+        found = [[seeds_mean(points[at].values(), metric) for metric in (key, RIGHT)] for at in sorted(points)]
+        (x, dx), (y, dy) = np.transpose(found, (1, 2, 0))
+        style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.6)
+        axes.errorbar(x, y, dy, dx, label=label, **style)
+        right, up, side = CORNERS[k % 4]
+        for i, (_, name) in enumerate(sorted(points)):
+            style = dict(textcoords="offset points", ha=side, fontsize=7, color=f"C{k}")
+            axes.annotate(name, (x[i], y[i]), (right, up), **style)
+    axes.set_xlabel(key)
+    axes.margins(0.15)  # for the names
+    axes.grid(True)
 
 
-def draw_frontier(axes, lines, key, ylabel):
-    """Draws {label: points}, each as a line with its errors; the legend lists the line's points in their order."""
-    for k, (label, points) in enumerate(lines.items()):
-        found = [(name, *f[key], *f["right: all"]) for name, f in points if {key, "right: all"} <= set(f)]
-        if found:
-            names, x, dx, y, dy = zip(*found, strict=True)
-            name = label if names == (label,) else textwrap.fill(f"{label}: {'; '.join(names)}", 48)
-            style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.4)
-            axes.errorbar(x, y, np.array(dy, float), np.array(dx, float), label=name, **style)
-            axes.plot(x[0], y[0], "o", color=f"C{k}", markersize=8, fillstyle="none")
-    axes.set(xlabel=key, ylabel=ylabel)
-    axes.grid(alpha=0.3)
+def seeds_mean(seeds, key):
+    """(mean, standard error) of a figure over seeds, [{metric: (value, error)}]. The error includes their spread."""
+    values, errors = np.transpose([figures.get(key, (np.nan, 0)) for figures in seeds])
+    spread = values.var(ddof=1) if len(values) > 1 else 0
+    return values.mean(), math.sqrt(((errors**2).mean() + spread) / len(values))
 
 
-def points_of(table):
-    """[(name, {metric: (value, standard error)})] of the policies in a table of evaluate.py (tuned if any)."""
-    folders = [Path(path).parent.name for path in table["tuned"]]
-    heat = "" if table["temperature"] == 1 else f", temperature {table['temperature']:g}"
-    wanted = "tuned" if folders else "base"
-    columns = [name for name in table["columns"] if name.startswith(wanted)]
-    settings = [name.split(", ", 1)[1] for name in columns]
-    points = []
-    for name, setting in zip(columns, settings, strict=True):
-        label = setting
-        if folders:  # "tuned, cfg 1", or "tuned 2, cfg 1" of several
-            number = name.split(", ")[0].removeprefix("tuned").strip() or "1"
-            folder = folders[int(number) - 1]
-            label = f"{folder}, {setting}" if len(set(settings)) > 1 else folder
-        figures, errors = table["columns"][name], table["standard_errors"][name]
-        points.append((label + heat, {key: (figures[key], errors[key]) for key in errors}))
-    return points
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def parse_args(argv=None):
@@ -807,50 +669,26 @@ def parse_args(argv=None):
         "runs", nargs="+", type=Path, help="folders that train.py wrote, or .json that evaluate.py wrote"
     )
     parser.add_argument("--out", type=Path, help="file of the page or picture (default: report.html in the run; of "
-                        "several, compare.html beside the first; of tables, frontier.png there); NAME.json keeps the "
-                        "curves of several runs, as the band behind others of their recipe")  # fmt: skip
+                        "several, compare.png beside the first; of tables, frontier.png there); NAME.json keeps the "
+                        "curves of several runs, as the band behind others of their task")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def run(args):
+    first = args.runs[0]
     if all(path.suffix == ".json" for path in args.runs):
-        path = args.out or args.runs[0].parent / "frontier.png"
+        path = args.out or first.parent / "frontier.png"
         write_frontier(args.runs, path)
     elif args.out and args.out.suffix == ".json":
         path = args.out
         write_bands(args.runs, path)
-    elif len(args.runs) == 1:
-        (folder,) = args.runs
-        path = args.out or folder / "report.html"
-        write_run(folder, written_by(folder), path)
+    elif len(args.runs) > 1:
+        path = args.out or first.parent / "compare.png"
+        compare_runs(args.runs, path)
     else:
-        path = args.out or args.runs[0].parent / "compare.html"
-        write_comparison(args.runs, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def written_by(folder):
-    """
-    The section of `writers` for the policy in the folder. Empty if there is none, if its base or tokenizer is missing,
-    or if there is no prompt to give it.
-    """
-    if not (folder / "policy.safetensors").exists():
-        return ""
-    name, path, header = zoo.find_policy(folder)
-    if not zoo.is_toy(name) and zoo.MODELS[name].config.task == "t2i":
-        return ""
-    try:
-        base = zoo.base_of(name, header)
-        zoo.check_tokenizer(name, header)
-    except Mistake:
-        print(f"{folder}: no picture token by token, because its base or tokenizer is no longer where it was")
-        return ""
-    encode = partial(load_encoder(name), pad=header["text_pad"])
-    policies = {"base": zoo.load_model(name, base), "tuned": zoo.load_model(name, path)}
-    prompt = read_prompts(name)[0]
-    sampling = dict(cfg_scale=header["cfg_scale"], temperature=header["temperature"])
-    caption = captions_of(name, [prompt])[0]
-    return writers(policies, zoo.load_tokenizer(name), encode, caption, prompt, **sampling)
+        path = args.out or first / "report.html"
+        write_page(first, path)
+    parallel.say(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main(argv=None):

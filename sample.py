@@ -1,5 +1,5 @@
 """
-Draws pictures: load, encode the prompts, generate tokens, decode, save a labelled grid.
+Draws pictures of a policy: load, encode the prompts, generate tokens, decode, save a labelled grid.
 
     python sample.py                                              # the toy base, at once
     python sample.py --ckpt out/c2i --compare                     # base above tuned, same seeds
@@ -14,21 +14,23 @@ Prompts are classes by name or number (c2i), or captions or files of them (t2i).
 numbers, a function of --seed and its place in the list, so base and tuned model draw from the same ones.
 """
 
+import math
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
 import parallel
+import report
 import zoo
+from grpo import Rollout, log_policy
 from model import image_noise
 from prompts import captions_of, load_encoder, read_prompts
 from rewards import (
-    BEST_BY,
     add_judge_flags,
     fill_missing,
     judge_images,
@@ -112,87 +114,123 @@ def draw_best(
     return torch.stack(images), torch.stack(tokens)
 
 
-MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
-MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
-
-
 def label_images(model, images, captions, prefix=""):
     """A label for each image (n, 3, H, W): `prefix`, its caption, and for a toy whether the verifier accepts it."""
     labels = [prefix + " ".join(caption.removeprefix("a photo of ").split()) for caption in captions]
     if not zoo.is_toy(model):
         return labels
     right = [data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)]
-    return [MARKS[r] + label for r, label in zip(right, labels, strict=True)]
+    return [report.MARKS[r] + label for r, label in zip(right, labels, strict=True)]
 
 
-def wrap(text, width, font):
-    """The text in lines of at most `width` px. A word that is longer is cut."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        lines += [""] if lines[-1] else []
-        for character in word:
-            lines += [""] if lines[-1] and font.getlength(lines[-1] + character) > width else []
-            lines[-1] += character
-    return lines
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures of a run of train.py. All processes must call these functions.
 
 
-def label_lines(label, width, font, most=4):
-    """The lines of a label: at most `most` for its first line, a caption of any length; as many as the rest needs."""
-    caption, *rest = label.split("\n")
-    lines = wrap(caption[:500], width, font)  # 500: nobody sees more, and it could be a whole book
-    lines = lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
-    return lines + [line for text in rest for line in wrap(text, width, font)]
+def shown_prompts(args):
+    """The labels or captions of every grid of a run, and the number of its columns."""
+    if not args.pool:
+        return data.balanced_captions(24), len(data.CATEGORIES)  # a category per column
+    # all of the toy's classes, two of its colours per row; of large pictures a page
+    prompts = args.pool[:: -(-len(args.pool) // (40 if zoo.is_toy(args.model) else 16))]
+    return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
 
 
-def label_font():
-    """DejaVu Sans, which matplotlib brings along and which knows the languages of Europe and the Near East."""
-    import matplotlib
+def draw_shown(args, policy, tokenizer, encode):
+    """Pictures (n, 3, H, W) in [0, 1] of the same prompts and seeds each time, and their captions."""
+    prompts, _ = shown_prompts(args)
+    sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
+    # one seed whatever --seed is, so that grids of runs compare
+    images, _ = draw(policy, tokenizer, encode, prompts, seed=1234, decode_batch=args.micro_batch, **sampling)
+    return images, captions_of(args.model, prompts, args.class_names)
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
 
-
-def save_grid(path, images, labels, columns, title=""):
+def draw_grid(args, policy, tokenizer, encode, judges, name, title):
     """
-    Writes images (n, 3, H, W) in [0, 1] as a grid `columns` wide, each with its label below it: a caption, which may
-    begin with a mark, and after a newline the judges' scores.
+    Draws args.out/NAME: below each picture its caption, for a toy the verifier's mark, and the judges' scores. Returns
+    the pictures (n, 3, H, W).
     """
-    n, _, height, width = images.shape
-    zoom, font = max(1, 128 // width), label_font()
-    labels = [label_lines(label, width * zoom, font) for label in labels]
-    lines = max(len(label) for label in labels)
-    cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
-    top = 20 if title else 0
-    sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((4, 3), title, fill="black", font=font)
-    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = k % columns * cell_w + 3, top + k // columns * cell_h + 3
-        pixels = to_uint8(image * 2 - 1).permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
-        for j, text in enumerate(label):
-            pen.text((x, y + height * zoom + 13 * j), text, fill="black", font=font)
-        if label[0][:2] in MARK_COLOURS:
-            pen.text((x, y + height * zoom), label[0][:2], fill=MARK_COLOURS[label[0][:2]], font=font, stroke_width=0.5)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    zoo.write_whole(Path(path), sheet.save)
+    images, captions = draw_shown(args, policy, tokenizer, encode)
+    scores, _ = judge_images(judges, images.to(args.device), captions)
+    labels = label_images(args.model, images, captions)
+    for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
+        verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
+        labels[k] += "\n" + "\u00a0 ".join(verdicts)
+    _, columns = shown_prompts(args)
+    with report.guest(name):
+        report.save_grid(args.out / name, images, labels, columns, title=title)
+    return images
 
 
-def interleave(images, labels, columns):
+def finish_run(args, policies, before, tokenizer, encode, judges):
     """
-    (images, labels) of a grid `columns` wide in which each row of the first model's images stands above the same row of
-    the next one's. images: a list of (n, 3, H, W), one per model; labels: a list of n per model.
+    After training: after.png, before-after.png, curves.png and the page. policies: {"base": model, "tuned": model};
+    before: the pictures of before.png, or None where the run was resumed.
     """
-    pictures, texts = [], []
-    for k in range(0, len(labels[0]), columns):
-        for own_images, own_labels in zip(images, labels, strict=True):
-            row = own_images[k : k + columns]
-            blank = columns - len(row)  # the last row may be short
-            pictures += [row, torch.ones(blank, *row.shape[1:])]
-            texts += own_labels[k : k + columns] + [""] * blank
-    return torch.cat(pictures), texts
+    if before is None:
+        before, _ = draw_shown(args, policies["base"], tokenizer, encode)
+    title = f"after {args.steps} steps of GRPO"
+    after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
+    prompts, columns = shown_prompts(args)
+    captions = captions_of(args.model, prompts, args.class_names)
+    labels = [label_images(args.model, before, captions, "before: ")]
+    labels += [label_images(args.model, after, captions, "after: ")]
+    with report.guest("before-after.png"):
+        pictures, texts = report.interleave([before, after], labels, columns)
+        report.save_grid(args.out / "before-after.png", pictures, texts, columns, title=f"before above {title}")
+    with report.guest("curves.png"):
+        report.write_curves(args.out)
+    with report.guest("the picture token by token"), zoo.autocast(args.device, args.dtype):
+        how = tokenizer, *encode(prompts[-1:]), args.cfg_scale, args.temperature
+        written = {name: write_picture(model, *how) for name, model in policies.items()}
+        report.save_writers(args.out, captions[-1], written)
+    with report.guest("report.html"):
+        report.write_page(args.out)
+    parallel.say(
+        f"Look at {args.out}/report.html, or before-after.png and curves.png; "
+        f"then: python evaluate.py --ckpt {args.out}"
+    )
+
+
+LIKELY = 5  # codes that are shown for each token
+
+
+@torch.no_grad()
+def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
+    """
+    How the model writes a picture, for `report.save_writers`, from cond (1, ...) and cond_mask (1, P): a moment after
+    each token for a toy; nine moments else, because a large tokenizer takes a second for each on a CPU.
+    """
+    noise = image_noise([0], model.config.num_tokens, 7)
+    tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
+    logp = log_policy(model, Rollout(cond, cond_mask, tokens, None), cfg_scale, temperature)  # (1, T, V)
+    shares, likely = logp[0].exp().topk(LIKELY)  # (T, LIKELY)
+    T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
+    moments = torch.linspace(0, T, (T if T <= 64 else 8) + 1, device=device).round().long()[:, None]  # (M, 1)
+    frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
+    written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
+    written = torch.nn.functional.interpolate(written, frames.shape[2:], mode="nearest")
+    frames = frames * written + 0.5 * (1 - written)  # grey where nothing is written yet
+    patches = None
+    if T <= 64:
+        place = torch.arange(T, device=device).repeat_interleave(LIKELY)
+        pictures = decode_beginnings(tokenizer, tokens, place[:, None], likely.view(-1, 1))  # (T * LIKELY, 3, H, W)
+        cells = pictures.unflatten(2, (side, -1)).unflatten(4, (side, -1))  # (T * LIKELY, 3, side, px, side, px)
+        patches = cells[torch.arange(len(cells), device=device), :, place // side, :, place % side]
+    return dict(tokens=tokens[0], likely=likely, shares=shares, frames=frames, patches=patches)
+
+
+def decode_beginnings(tokenizer, tokens, lengths, codes):
+    """
+    Pictures (n, 3, H, W) in [0, 1] of the first `lengths` (n, 1) of tokens (1, T). The decoder sees all cells at once,
+    so it gets `codes` (n, 1) in those that are not written yet.
+    """
+    beginnings = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < lengths, tokens, codes)  # (n, T)
+    return to_unit(torch.cat([tokenizer.decode(part) for part in beginnings.split(16)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def write_npz(path, arrays):
@@ -255,7 +293,7 @@ def resolve(args):
     zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    args.judge_weights = parse_rewards(args.rewards or BEST_BY.get(args.model, "clip")) if args.best_of > 1 else {}
+    args.judge_weights = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by) if args.best_of > 1 else {}
     args.judge_options = judge_options(args, args.model)
     prompts = read_prompts(args.model, args.classes, args.prompts)
     args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
@@ -267,12 +305,13 @@ def compared_policies(args, header):
     """[(prefix of its labels, weights, padding)] of the base and of those that --compare names. Raises Mistake."""
     if args.compare is None:
         return []
-    _, base, base_header = zoo.find_policy(zoo.base_of(args.model, header, args.base), args.model)
-    policies = [("base: ", base, base_header["text_pad"])]
-    for place in args.compare:
+    places = [("base: ", zoo.base_of(args.model, header, args.base))]
+    places += [(f"{Path(place).name}: ", place) for place in args.compare]
+    policies = []
+    for prefix, place in places:
         _, path, own_header = zoo.find_policy(place, args.model)
         zoo.check_tokenizer(args.model, own_header, args.vq_ckpt)
-        policies.append((f"{Path(place).name}: ", path, own_header["text_pad"]))  # as it was trained
+        policies.append((prefix, path, own_header["text_pad"]))  # as it was trained
     return policies
 
 
@@ -286,6 +325,12 @@ def check_outputs(args):
         if file.is_dir():
             raise Mistake(f"{file} is a folder; --out and --npz name files")
         zoo.make_folder(file.parent)
+    if args.npz and args.npz.exists():
+        with (
+            zoo.reading(args.npz, "it is no file of sample.py, so choose another name for --npz"),
+            np.load(args.npz) as old,
+        ):
+            old["tokens"]
 
 
 def run(args):
@@ -295,27 +340,32 @@ def run(args):
     options |= dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     captions = captions_of(args.model, args.prompts)
     judges = load_judges(args.judge_weights, args.device, args.judge_options)
-    images, labels = [], []
+    images, labels, seconds = [], [], 0
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
         what = captions, model, tokenizer, partial(encode, pad=pad), args.prompts
+        began = time.perf_counter()
         own_images, tokens = draw_best(args.best_of, judges, args.judge_weights, *what, **options)
+        seconds += time.perf_counter() - began
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit
-    if args.npz:  # before the grid, which can be too wide for its format; of the last policy, --ckpt
+    if args.npz:  # before the grid, which can be too large for its format; of the last policy, --ckpt
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
         pixels = to_uint8(own_images * 2 - 1).permute(0, 2, 3, 1).numpy()
         arrays = {"arr_0": pixels, "tokens": tokens.numpy(), key: np.array(args.prompts)}
         zoo.write_whole(args.npz, lambda path: write_npz(path, arrays))
-        print(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
+        parallel.say(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
     # a row of the grid holds the --num pictures of one prompt, or of several
     columns = min(len(captions), args.num * max(1, 8 // args.num))
+    columns = report.columns_that_fit(args.out, own_images, columns)
     chosen = f", best of {args.best_of}" if args.best_of > 1 else ""
     title = f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}{chosen}"
-    save_grid(args.out, *interleave(images, labels, columns), columns, title)
+    report.save_grid(args.out, *report.interleave(images, labels, columns), columns, title)
+    drawn = len(captions) * len(images)
     settings = f"cfg {args.cfg_scale:g}, temperature {args.temperature:g}{chosen}"
-    print(f"{args.out}: {len(captions) * len(images)} pictures of {args.model}, {settings}")
+    pace = f"{drawn * args.best_of / seconds:.1f} pictures/s"
+    parallel.say(f"{args.out}: {drawn} pictures of {args.model}, {settings}; drawn at {pace}")
 
 
 def main(argv=None):

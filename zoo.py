@@ -146,19 +146,6 @@ DISK_FULL = r"unexpected pos|failed writing|requested and \d+ written"  # in the
 
 
 @contextmanager
-def tensors_only():
-    """Keeps libraries from unpickling: inside, torch.load reads tensors and plain values alone, whatever it is told."""
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # the second would win
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ[names[0]] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[names[0]]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-@contextmanager
 def writing(path):
     """Turns what libraries raise while they write, rarely with the file's name, into an OSError that names `path`."""
     try:
@@ -527,6 +514,24 @@ def check_range(args, **least):
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not low <= value < 2**40:  # also refuses NaN
                 raise Mistake(f"--{name.replace('_', '-')} must be finite and at least {low:g}, not {value}")
+
+
+@contextmanager
+def environment(**values):
+    """os.environ with these values; in the end it is put back as it was, whatever was changed inside."""
+    before = dict(os.environ)
+    try:
+        os.environ.update(values)
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def tensors_only():
+    """Inside, no torch.load runs a pickle, also in libraries that would (pyiqa, torch-fidelity). A context manager."""
+    return environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0")
 
 
 @contextmanager
