@@ -174,28 +174,31 @@ def columns_of(args):
         name = path.stem if [other.stem for other in args.samples].count(path.stem) == 1 else str(path)
         record = dict(role=name, name=name, policy=zoo.file_hash(path), cfg=None, num=len(prompts))
         columns.append(Column(name, file_name(name, record), record, partial(read_npz, path, prompts)))
-    for role, path, header, pad in args.policies:
+    for path, policy in args.policies:
         zoo.read_weights(path)  # a damaged file shows now, and not after the columns before it
+        record = policy | record_of(args, path)
         for cfg in args.cfg_scale:
-            name = f"{role}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
-            record = dict(role=role, steps=header["step"], cfg=cfg, text_pad=pad) | record_of(args, path)
+            record = record | dict(cfg=cfg)
+            name = f"{policy['role']}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
             file = file_name(name, record)
             columns.append(Column(name, file, record, partial(read_folder, args.work / file), path))
     if args.toy:
-        name, tokenizer = "renders, round trip", zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
+        tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
         record = dict(role="renders", name="renders", policy=None, cfg=None, num=len(args.items))
-        columns.append(Column(name, file_name(name, record), record, partial(renders, args, 2, tokenizer)))
+        columns.append(Column("renders, round trip", "renders", record, partial(renders, args, 2, tokenizer)))
     return columns
 
 
 def record_of(args, path):
     """{what: value or sha256} of what decides the pictures of the policy at `path`, but for guidance and padding."""
-    content = zoo.content_of(args.model, path, args.vq_ckpt, args.text_encoder)
-    record = dict(name=path.parent.name if path.stem == "policy" else path.stem, policy=content.pop("base"))
-    record |= dict(content=content, num=len(args.items), prompts=hash_of(args.items), device=args.device.split(":")[0])
-    flags = ["task", "model", "dtype", "seed", "temperature", "top_k", "top_p", "best_of"]
-    flags += ["rewards", "judge_options"] if args.best_of > 1 else []  # they choose among the candidates
-    return record | {flag: getattr(args, flag) for flag in flags}
+    flags = "task", "model", "dtype", "seed", "temperature", "top_k", "top_p", "best_of", "rewards", "judge_options"
+    record = {flag: getattr(args, flag) for flag in flags}
+    record["content"] = zoo.content_of(args.model, path, args.vq_ckpt, args.text_encoder)
+    record["policy"] = record["content"].pop("base")
+    record["num"] = len(args.items)
+    record["prompts"] = hash_of(args.items)
+    record["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
+    return record
 
 
 def hash_of(what):
@@ -204,6 +207,7 @@ def hash_of(what):
 
 
 def file_name(name, record):
+    """A column's name for files."""
     return re.sub(r"[^\w.]+", "-", name) + "-" + hash_of(record)
 
 
@@ -308,7 +312,7 @@ def read_npz(path, prompts=None):
         prompts = np.arange(n) if prompts is None else prompts
         for start in range(0, len(prompts), SHARD):
             part = prompts[start : start + SHARD]
-            pixels = np.frombuffer(stream.read(len(part) * math.prod(size)), np.uint8)
+            pixels = np.frombuffer(bytearray(stream.read(len(part) * math.prod(size))), np.uint8)  # writable
             yield dict(arr_0=pixels.reshape(-1, *size), prompts=part)
 
 
@@ -427,9 +431,13 @@ def ask_judges(pixels, prompts, judges, args):
     """What the judges say, and their weighted sum."""
     scores, _ = judge_images(judges, (pixels / 255).to(args.device), captions_of(args.model, prompts))
     scores = {judge: values.cpu().double() for judge, values in scores.items()}
-    silent = held_out(args.rewards)
-    found = {f"reward: {judge}{' (held out)' * (judge in silent)}": values for judge, values in scores.items()}
-    return found | ({"reward: weighted sum": weighted_sum(scores, args.rewards)} if len(scores) > 1 else {})
+    found = {}
+    for judge, values in scores.items():
+        label = f"{judge} (held out)" if judge in held_out(args.rewards) else judge
+        found[f"reward: {label}"] = values
+    if len(scores) > 1:
+        found["reward: weighted sum"] = weighted_sum(scores, args.rewards)
+    return found
 
 
 def adm_references(args, look):
@@ -488,21 +496,23 @@ def tables_of(columns, figures, paired):
     a mean, which stands for them in their table.
     """
     values, changes, tables = {name: compare([found]) for name, found in figures.items()}, {}, []
-    last = {column.name: values[column.name] for column in columns if column.record["role"] == "renders"}
+    last = {column.name: as_cells(values[column.name]) for column in columns if column.record["role"] == "renders"}
     for cfg in dict.fromkeys(column.record["cfg"] for column in columns if column.name not in last):
-        first, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
-        runs = {column.name: (column.record["role"], [figures[column.name]]) for column in others}
-        shown = list(runs)
+        base, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
+        runs = [(column.name, column.record["role"], [figures[column.name]]) for column in others]
+        shown = runs
         if len(others) > 1 and paired:
-            shown = [f"mean of {len(others)}, cfg {cfg:g}"]
-            runs[shown[0]] = f"mean of {len(others)}", [figures[column.name] for column in others]
-        for name, (_, several) in runs.items():
-            values[name], changes[name] = compare(several), compare(several, figures[first.name], paired)
-        # a row for each metric, those too that are blank everywhere
-        cells = {first.name: dict.fromkeys(figures[first.name], "") | as_cells(values[first.name])}
-        cells |= {name: as_cells(values[name]) for name in shown}
-        cells |= {f"{runs[name][0]} minus {first.record['role']}": as_cells(changes[name], "+") for name in shown}
-        tables.append(as_table(cells | {name: as_cells(found) for name, found in last.items()}))
+            mean = f"mean of {len(others)}"
+            shown = [(f"{mean}, cfg {cfg:g}", mean, [figures[column.name] for column in others])]
+        for name, _, several in [*runs, *shown]:
+            values[name] = compare(several)
+            changes[name] = compare(several, figures[base.name], paired)
+        cells = {base.name: dict.fromkeys(figures[base.name], "") | as_cells(values[base.name])}  # a row for each
+        for name, _, _ in shown:
+            cells[name] = as_cells(values[name])
+        for name, role, _ in shown:
+            cells[f"{role} minus {base.record['role']}"] = as_cells(changes[name], "+")
+        tables.append(as_table(cells | last))
         last = {}
     return values, changes, tables
 
@@ -510,27 +520,30 @@ def tables_of(columns, figures, paired):
 def write_results(args, columns, figures):
     """Writes NAME.md, settings, tables and why a cell is blank, and NAME.json. Returns the text."""
     values, changes, tables = tables_of(columns, figures, paired=not args.samples)
-    settings = {flag: getattr(args, flag) for flag in args.flags} | dict(tuned=args.tuned)
-    numbers = sorted({column.record["num"] for column in columns})
-    settings["num"] = numbers[0] if len(numbers) == 1 else numbers  # of pictures that were scored
-    said = settings | dict(rewards=rewards_text(args.rewards))
+    facts = {flag: getattr(args, flag) for flag in args.flags}
+    facts["tuned"] = [path for path, policy in args.policies[1:]]
+    numbers = {column.record["num"] for column in columns}
+    facts["num"] = numbers.pop() if len(numbers) == 1 else sorted(numbers)  # of pictures that were scored
+    said = facts | dict(rewards=rewards_text(args.rewards))
     said = [f"{flag} {value}" for flag, value in said.items() if value not in (None, "", [], OPTIONS.get(flag))]
     parts = [textwrap.fill(", ".join(said), 120, break_long_words=False, break_on_hyphens=False), *tables]
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
         parts.append(f"Behind ± stand standard errors; differences are {paired}.")
-    blank = {name: {m: f for m, f in found.items() if isinstance(f, str)} for name, found in figures.items()}
-    reasons = {}
-    for name, found in blank.items():
-        for metric, why in found.items():
-            reasons.setdefault((metric, why), []).append(name)
-    parts += [f"Blank: {metric} of {'; '.join(names)}: {why}." for (metric, why), names in reasons.items()]
-    parts += [GENEVAL.format(folder=f"{args.out}-pictures/COLUMN")] if args.geneval else []
-    facts = settings | dict(time=time.time(), records={column.name: column.record for column in columns})
+    blank = {}  # {why: figures}
+    for name, found in figures.items():
+        for metric, figure in found.items():
+            if isinstance(figure, str):
+                blank.setdefault(figure, []).append(f"{metric} of {name}")
+    parts += [f"Blank: {'; '.join(cells)}: {why}." for why, cells in blank.items()]
+    if args.geneval:
+        parts.append(GENEVAL.format(folder=f"{args.out}-pictures/COLUMN"))
+    facts["time"] = time.time()
+    facts["records"] = {column.name: column.record for column in columns}
     facts["columns"] = {name: {m: value for m, (value, _) in found.items()} for name, found in values.items()}
     facts["standard_errors"] = {name: {m: error for m, (_, error) in found.items()} for name, found in values.items()}
-    facts = json.dumps(facts | dict(differences=changes, blank=blank), indent=1, default=str)
-    text = "\n\n".join(parts)
+    facts |= dict(differences=changes, blank=blank)
+    text, facts = "\n\n".join(parts), json.dumps(facts, indent=1, default=str)
     for suffix, content in ((".json", facts), (".md", text)):
         path = args.out.with_name(args.out.name + suffix)
         zoo.write_whole(path, partial(Path.write_text, data=f"{content}\n", encoding="utf-8"))
@@ -593,55 +606,57 @@ def resolve(args):
     if args.samples and (args.ckpt or args.best_of > 1):
         raise Mistake("--samples are drawn already, so --ckpt and --best-of have no say: leave them out")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
-    args.task = zoo.MODELS[args.model].config.task
+    row = zoo.MODELS[args.model]
+    args.task = row.config.task
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.toy = zoo.is_toy(args.model) and not args.samples
-    args.policies = [] if args.samples else policies_of(args, header)
-    args.tuned = [path for _, path, *_ in args.policies[1:]]
-    if args.policies:
+    args.rewards = args.rewards or ("" if args.samples else row.best_by)
+    args.rewards = parse_rewards(args.rewards) if args.rewards else {}
+    args.judge_options = judge_options(args, args.model)
+    args.policies, args.items = [], []
+    if not args.samples:
         args.cfg_scale = args.cfg_scale or [1.0, header["cfg_scale"] if header["cfg_scale"] > 1 else 2.0]
         args.temperature = header["temperature"] if args.temperature is None else args.temperature
-    rewards = args.rewards or ("" if args.samples else zoo.MODELS[args.model].best_by)
-    args.rewards = parse_rewards(rewards) if rewards else {}
-    args.judge_options = judge_options(args, args.model)
-    args.items = [] if args.samples else items_of(args)
-    # beside a policy of ours, but not in weights/ or in the hub's cache
-    folder = args.tuned[0].parent if args.tuned and header["step"] else Path("out")
-    name_files(args, folder if args.out is None else args.out if args.out.is_dir() else None)
+        args.policies = policies_of(args, header)
+        args.items = items_of(args)
+    name_files(args, header)
     if args.npz:
         zoo.make_folder(args.npz)
     return args
 
 
-def name_files(args, folder):
+def name_files(args, header):
     """
     Sets args.out, and args.work for the shards. In a folder a finished table, which may have taken hours, is never
     written over: others are evaluation-2, ... Raises Mistake, OSError.
     """
-    if folder:
+    folder = args.out or Path("out")
+    if not args.out and args.ckpt and header["step"]:  # beside a policy of ours, but not in the hub's cache
+        folder = args.policies[1][0].parent
+    if args.out and not args.out.is_dir():
+        args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
+        args.work = args.out.with_name(f"{args.out.name}.parts")
+    else:
         args.work = folder / "evaluation.parts"
         numbered = (folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
-        args.out = next(out for out in numbered if not out.with_name(out.name + ".json").exists())
-    else:
-        args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
-        args.work = args.out.with_name(args.out.name + ".parts")
-    if not args.out.name:
-        raise Mistake(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
+        args.out = next(out for out in numbered if not out.with_name(f"{out.name}.json").exists())
     zoo.make_folder(args.out.parent)
 
 
 def policies_of(args, header):
-    """[(role, path, header, padding)] of the base, and of --ckpt, the first of this header. Raises Mistake, OSError."""
+    """[(path, record)] of the base and of --ckpt, of which the first has this header. Raises Mistake, OSError."""
     args.base = zoo.base_of(args.model, header, args.base)
-    own = zoo.find_policy(args.base, args.model)[2]
-    # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
-    pad = own["text_pad"] if args.ckpt else args.text_pad or own["text_pad"]
-    policies = [("base", zoo.find_file(args.base), own, pad)]
-    for k, ckpt in enumerate(args.ckpt, 1):
+    policies = []
+    for k, ckpt in enumerate([args.base, *args.ckpt]):
         _, path, own = zoo.find_policy(ckpt, args.model)
-        zoo.base_of(args.model, own, args.base)  # all of them must have begun from this base
-        zoo.check_tokenizer(args.model, own, args.vq_ckpt)
-        policies.append((f"tuned {k}" if len(args.ckpt) > 1 else "tuned", path, own, args.text_pad or own["text_pad"]))
+        # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
+        pad = own["text_pad"] if args.ckpt and k == 0 else args.text_pad or own["text_pad"]
+        role = "base" if k == 0 else f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
+        if k > 0:
+            zoo.base_of(args.model, own, args.base)  # all of them must have begun from this base
+            zoo.check_tokenizer(args.model, own, args.vq_ckpt)
+        name = path.parent.name if path.stem == "policy" else path.stem
+        policies.append((path, dict(role=role, name=name, steps=own["step"], text_pad=pad)))
     return policies
 
 
@@ -685,7 +700,7 @@ def run(args):
     for column in columns:
         if args.npz:
             zoo.write_whole(args.npz / f"{column.file}.npz", partial(join, column))
-        if args.geneval and parallel.rank() == 0:
+        if args.geneval and column.weights and parallel.rank() == 0:
             write_geneval(args.out.with_name(f"{args.out.name}-pictures") / column.file, column)
     text = write_results(args, columns, figures)
     parallel.largest(0)  # waits for all processes

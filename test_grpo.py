@@ -2050,7 +2050,7 @@ def test_inceptions_features_are_adms(inception):
     Catches: channels first in place of last, another branch, before the ReLU, logits with their bias: plausible,
     all wrong.
     """
-    network, kept = evaluate.load_inception(Path(inception.split("#")[0])), {}
+    network, kept = evaluate.load_inception(inception), {}
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=seeded(0))
     network.Mixed_6d.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
     network.AvgPool.register_forward_hook(lambda module, args, output: kept.update(pool=output.flatten(1)))
