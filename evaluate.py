@@ -19,29 +19,37 @@ field's protocols, so that figures compare with other people's.
 For a toy the last line is given twice: in features of the toy CLIP, which is also a judge, and in the latents of the
 tokenizer's encoder, which no reward sees. References are fresh renders; these figures compare with each other and with
 nothing else. The last column is renders that went through the tokenizer and back: what a perfect transformer would
-reach. With --reference they are taken in Inception's features as ADM does (arXiv 2105.05233), with sFID, Inception
-score and KID: FID and sFID against the file's statistics, the rest against its pictures.
+reach. With --reference they are taken in Inception's features as ADM does (arXiv 2105.05233), with sFID and Inception
+score: FID and sFID against the file's statistics, the rest against its pictures.
 
 Every figure has its standard error. Base and tuned draw from the same random numbers, so their difference is computed
 per picture and has its own standard error. A figure for which there are too few pictures is left out, and the table
 says why.
 
-Each column's pictures are drawn into one file of 8-bit pixels, and then scored from it. An interrupted evaluation
-continues at the first picture that is missing when the same command is given again, and ends in the same table. Under
-torchrun all processes draw and score. The first one writes a Markdown table, which is printed too, and JSON next to the
-checkpoint.
+Everything that is scored is a column: a folder of shards, npz files of 256 pictures with their prompts, or one npz of
+somebody else's, which is streamed. A column's folder is named after what decides its pictures, and a shard that exists
+is done. So an interrupted evaluation continues when the same command is given again, and ends in the same table. Under
+torchrun all processes draw and score. The first one writes a Markdown table, which is printed too, and JSON.
 
-Shapes: n pictures, m references, E features per picture, T image tokens.
+Shapes: n pictures, T image tokens.
 """
 
+if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
+    import os
+
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait spin less: other programs need cores too
+
 import hashlib
-import io
 import itertools
 import json
+import math
 import re
 import shutil
 import textwrap
+import time
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,11 +62,10 @@ from tqdm import tqdm
 import data
 import parallel
 import zoo
-from grpo import token_logprobs
-from metrics import as_cells, as_table, compare, feature_figures, mean_of, mean_of_figures, reference_of
-from prompts import captions_of, fixed_prompts, load_encoder, read_prompt_file, read_prompts
+from grpo import Rollout, entropy_of, log_policy
+from metrics import as_cells, as_table, compare, feature_figures, mean_of, reference_of
+from prompts import captions_of, fixed_prompts, known_caption, load_encoder, read_prompts
 from rewards import (
-    BEST_BY,
     OPTIONS,
     add_judge_flags,
     clip_image_features,
@@ -68,6 +75,7 @@ from rewards import (
     load_clip,
     load_judges,
     parse_rewards,
+    rewards_text,
     weighted_sum,
 )
 from sample import draw_best, write_npz
@@ -98,34 +106,23 @@ def checked_file(where, flag, expected=None):
     return path, found
 
 
-def inception_file(where):
-    """(path, sha256) of the Inception network's weights; torch-fidelity's own if `where` is None. Raises Mistake."""
-    if where:
-        return checked_file(where, "--inception", INCEPTION_HASH)
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zoo.reading(URL_INCEPTION_V3, "fetch it elsewhere and give it with --inception"):
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_HASH)
-    return checked_file(path, "--inception", INCEPTION_HASH)
-
-
-def load_inception(path, device="cpu"):
-    """torch-fidelity's Inception: TensorFlow's network of 2015 with its own resizing to 299 px. Raises Mistake."""
+def load_inception(where=None, device="cpu"):
+    """
+    torch-fidelity's Inception: TensorFlow's network of 2015 with its own resizing to 299 px. `where` as in
+    checked_file, or None for torch-fidelity's own download. Raises Mistake.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    weights = io.BytesIO()  # torch-fidelity unpickles whatever it is given, so it gets tensors that we have read
-    torch.save(zoo.read_weights(path), weights)
-    weights.seek(0)
-    with zoo.reading(path, "it is not the Inception network in torch-fidelity's form"):
-        network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], weights)
+    path = checked_file(where, "--inception", INCEPTION_HASH)[0] if where else None
+    with zoo.reading(path or INCEPTION, "give it, in torch-fidelity's form, with --inception"), zoo.tensors_only():
+        network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], path)
+    if not where:
+        checked_file(Path(torch.hub.get_dir(), "checkpoints", INCEPTION), "--inception", INCEPTION_HASH)
     return network.to(device)
 
 
 @torch.no_grad()
-def inception_features(pixels, network):
+def inception_features(pixels, prompts, network):
     """
     Of pictures (n, 3, H, W), uint8: pool (n, 2048); logits (n, 1008) without bias; spatial (n, 2023), the first 7
     channels of Mixed_6d's first branch, 17 x 17 each, channels last as in TensorFlow. On the CPU.
@@ -133,7 +130,7 @@ def inception_features(pixels, network):
     seen = []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: seen.append(output[:, :7]))
     try:
-        pool, logits = network(pixels.to(network.fc.weight.device))
+        pool, logits = network(shrunk(pixels).to(network.fc.weight.device))
     finally:
         hook.remove()
     spatial = seen[0].permute(0, 2, 3, 1).flatten(1)
@@ -149,265 +146,313 @@ def shrunk(pixels):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures: drawn into a file, or taken from somebody's npz
+# Columns: what is scored, and what decides its pictures
 
 
-def open_array(path, shape, dtype, fill):
-    """
-    The .npy at `path` as a memory-mapped array that can be written; new ones are filled with `fill`. All of it is on
-    disk before it is mapped, because a mapped page that finds the disk full kills the process. Raises OSError.
-    """
-    if not path.exists():
-        filled = np.broadcast_to(np.asarray(fill, dtype), shape)  # takes no memory
-        zoo.write_whole(path, lambda temporary: np.save(temporary, filled))
-    return np.lib.format.open_memmap(path, "r+")
+class Item(NamedTuple):
+    """What a picture is asked for."""
+
+    prompt: int | str  # a label or a caption
+    metadata: str = ""  # the line of GenEval's that it belongs to
 
 
-@torch.no_grad()
-def draw_column(number, name, args, model, tokenizer, encode, cfg, judges, captions):
-    """
-    Draws the pictures of one policy at one guidance scale into files of args.work. Returns the pixels (n, H, W, 3),
-    uint8, memory-mapped, and the entropies (n,). Pictures that are there already are not drawn again.
-    """
-    row, n = zoo.MODELS[args.model], len(args.prompts)
-    options = dict(batch_size=args.batch_size, dtype=args.dtype)
-    options |= dict(cfg_scale=cfg, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    files = [args.work / f"{number}-{what}.npy" for what in ("pixels", "tokens", "entropy")]
-    done = 0
-    if parallel.rank() == 0:
-        pixels = open_array(files[0], (n, side_of(row), side_of(row), 3), np.uint8, 0)
-        tokens = open_array(files[1], (n, row.config.num_tokens), np.int32, -1)
-        entropy = open_array(files[2], (n,), np.float64, np.nan)
-        done = int((tokens[:, 0] >= 0).sum())  # tokens are written last, so what has tokens is complete
-    start = parallel.largest(done)
-    with tqdm(total=n, initial=start, desc=name, unit="picture", disable=parallel.rank() > 0) as bar:
-        while start < n:
-            stop = min(start + args.batch_size * parallel.world(), n)
-            prompts, best = args.prompts[start:stop], (args.best_of, judges, args.judge_weights, captions[start:stop])
-            images, new = draw_best(*best, model, tokenizer, encode, prompts, args.seed, first=start, **options)
-            new_entropy = entropies(model, encode, prompts, new, args.dtype)
-            if parallel.rank() == 0:
-                new_pixels = to_uint8(images * 2 - 1)
-                if args.items:
-                    write_benchmark(args, args.pictures / file_name(name), new_pixels, start)
-                with zoo.writing(args.work):
-                    pixels[start:stop] = new_pixels.permute(0, 2, 3, 1).numpy()
-                    entropy[start:stop] = new_entropy
-                    pixels.flush()
-                    entropy.flush()
-                    tokens[start:stop] = new.numpy()
-                    tokens.flush()
-            bar.update(stop - start)
-            start = stop
-    parallel.largest(0)  # the first process has written everything
-    return np.load(files[0], mmap_mode="r"), np.load(files[2])
+class Column(NamedTuple):
+    """Pictures with one place in the table."""
+
+    name: str
+    file: str  # a name for files, another one for everything that makes other pictures
+    record: dict  # what the column is, and all that decides its pictures
+    shards: partial  # yields its pictures, SHARD at a time
+    weights: Path = None  # that draw them
 
 
-def side_of(row):
-    """Pixels on a side of a model's pictures."""
-    return row.config.grid_size * row.vq_config.patch * 2 ** (len(row.vq_config.ch_mult) - 1)
+def columns_of(args):
+    """The columns of --samples, or of policies and a toy's round trips. Raises Mistake, OSError."""
+    columns = []
+    for path in args.samples:  # all are looked at now, not the last one after hours
+        prompts = labels_of(path, args)[: args.num]
+        name = path.stem if [other.stem for other in args.samples].count(path.stem) == 1 else str(path)
+        record = dict(role=name, name=name, policy=zoo.file_hash(path), cfg=None, num=len(prompts))
+        columns.append(Column(name, file_name(name, record), record, partial(read_npz, path, prompts)))
+    for path, policy in args.policies:
+        zoo.read_weights(path)  # a damaged file shows now, and not after the columns before it
+        record = policy | record_of(args, path)
+        for cfg in args.cfg_scale:
+            record = record | dict(cfg=cfg)
+            name = f"{policy['role']}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
+            file = file_name(name, record)
+            columns.append(Column(name, file, record, partial(read_folder, args.work / file), path))
+    if args.toy:
+        tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
+        record = dict(role="renders", name="renders", policy=None, cfg=None, num=len(args.items))
+        columns.append(Column("renders, round trip", "renders", record, partial(renders, args, 2, tokenizer)))
+    return columns
+
+
+def record_of(args, path):
+    """{what: value or sha256} of what decides the pictures of the policy at `path`, but for guidance and padding."""
+    flags = "task", "model", "dtype", "seed", "temperature", "top_k", "top_p", "best_of", "rewards", "judge_options"
+    record = {flag: getattr(args, flag) for flag in flags}
+    record["content"] = zoo.content_of(args.model, path, args.vq_ckpt, args.text_encoder)
+    record["policy"] = record["content"].pop("base")
+    record["num"] = len(args.items)
+    record["prompts"] = hash_of(args.items)
+    record["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
+    return record
+
+
+def hash_of(what):
+    """Hexadecimal digits for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_name(name, record):
+    """A column's name for files."""
+    return re.sub(r"[^\w.]+", "-", name) + "-" + hash_of(record)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shards: {arr_0: pixels (n, H, W, 3) uint8, as ADM calls them; prompts: labels or captions (n,)}; in the folder of a
+# policy also tokens (n, T), entropy (n,) in nats, and metadata (n,)
+
+SHARD = 256  # pictures: neither --batch-size nor the number of processes moves the limits of a shard
+
+
+def draw_columns(args, columns, judges):
+    """Draws what the folders of the policies' columns lack."""
+    tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
+    prompts = [item.prompt for item in args.items]
+    encode = load_encoder(args.model, args.text_encoder, args.device, prompts)
+    for weights, own in itertools.groupby(columns, lambda column: column.weights):
+        model = zoo.load_model(args.model, weights, args.device, args.compile)
+        for column in own:
+            draw_column(args, column, judges, model, tokenizer, partial(encode, pad=column.record["text_pad"]))
+        del model  # before the next one: two of the large ones may not fit
+
+
+def draw_column(args, column, judges, model, tokenizer, encode):
+    """Draws the shards that a policy's folder lacks. All processes draw a shard together."""
+    zoo.make_folder(args.work / column.file)
+    options = dict(cfg_scale=column.record["cfg"], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    options |= dict(batch_size=args.batch_size, dtype=args.dtype, progress=True)
+    starts = range(0, len(args.items), SHARD)
+    for start in tqdm(starts, desc=column.name, unit="shard", disable=parallel.rank() > 0):
+        path, items = args.work / column.file / f"{start:06d}.npz", args.items[start : start + SHARD]
+        if parallel.largest(int(path.exists())):  # the same answer in all processes
+            continue
+        prompts = [item.prompt for item in items]
+        best = args.best_of, judges, args.rewards, captions_of(args.model, prompts)
+        images, tokens = draw_best(*best, model, tokenizer, encode, prompts, args.seed, first=start, **options)
+        shard = dict(arr_0=as_pixels(images * 2 - 1), prompts=np.array(prompts), tokens=tokens.numpy())
+        shard["entropy"] = entropies(model, encode, prompts, tokens, args.dtype)
+        shard["metadata"] = np.array([item.metadata for item in items])
+        zoo.write_whole(path, partial(write_npz, arrays=shard))
+    parallel.largest(0)  # waits for the first process, which writes
 
 
 @torch.no_grad()
 def entropies(model, encode, prompts, tokens, dtype):
     """Entropy of the conditional model, nats per token, over its own samples tokens (n, T): the mean of each, (n,)."""
-    rows = parallel.share(len(prompts))
-    cond, cond_mask = encode([prompts[k] for k in rows])
-    with zoo.autocast(cond.device, dtype):
-        _, entropy, _ = token_logprobs(model, cond, tokens[rows].to(cond.device), cond_mask)
-    return parallel.gather(entropy.mean(1).cpu().double(), len(prompts)).numpy()
+    found, device = [], model.output.weight.device
+    for rows in torch.tensor(parallel.share(len(prompts))).split(8):  # (8, T, V): 0.3 GB for LlamaGen at 384 px
+        rollout = Rollout(*encode([prompts[k] for k in rows]), tokens[rows].to(device), None)
+        with zoo.autocast(device, dtype):
+            found.append(entropy_of(log_policy(model, rollout)).mean(1).cpu().double())
+    return parallel.gather(torch.cat(found), len(prompts)).numpy()
 
 
-def open_pictures(path, unpacked):
-    """
-    The pictures arr_0 (n, H, W, 3), uint8, of an npz in ADM's form, whoever wrote it. They are unpacked once into the
-    file `unpacked` and memory-mapped: 50,000 take 10 GB. Raises Mistake, FileNotFoundError.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such npz file")
-    with zoo.reading(path, "an npz of arrays is needed"):
-        if not unpacked.exists() and parallel.rank() == 0:
-            with zipfile.ZipFile(path) as archive:
-                if "arr_0.npy" not in archive.namelist():
-                    raise Mistake(f"{path} holds no pictures: an array arr_0 is needed, uint8, (n, H, W, 3)")
-                with archive.open("arr_0.npy") as source, open(unpacked.with_suffix(".tmp"), "wb") as target:
-                    shutil.copyfileobj(source, target, 2**20)
-            unpacked.with_suffix(".tmp").rename(unpacked)
-        parallel.largest(0)
-        pixels = np.load(unpacked, mmap_mode="r", allow_pickle=False)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        raise Mistake(f"{path}: arr_0 is {pixels.dtype} {pixels.shape}, not uint8 (n, H, W, 3)")
-    return pixels
-
-
-def array_of(path, *names):
-    """The first of these arrays that an npz holds, or None. Raises Mistake."""
-    with zoo.reading(path, "an npz of arrays is needed"), np.load(path, allow_pickle=False) as file:
-        return next((file[name] for name in names if name in file.files), None)
-
-
-def labels_of(path, n):
-    """The n labels or prompts beside the pictures of an npz, or None; (n, 1) and one-hot will do. Raises Mistake."""
-    labels = array_of(path, "labels", "prompts", "arr_1")  # ours, ours, ADM's
-    if labels is None:
-        return None
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    elif labels.ndim == 2 and labels.dtype.kind in "iufb" and ((labels != 0).sum(1) == 1).all():
-        labels = labels.argmax(1)
-    if labels.shape != (n,):
-        raise Mistake(f"{path}: its labels are {labels.shape}; {n} pictures need {n} labels")
-    return labels
-
-
-def write_column(path, pixels, prompts):
-    """--npz: a column's pictures as an npz in ADM's form, unpacked, at most 256 px wide, with n labels or prompts."""
-    if parallel.rank() > 0:
-        return
-    unpacked = path.with_suffix(".tmp.npy")
-    if pixels.shape[1] > SIDE:
-        unpacked.unlink(missing_ok=True)  # a killed evaluation's
-        small = open_array(unpacked, (len(pixels), SIDE, SIDE, 3), np.uint8, 0)
-        for k in range(0, len(pixels), 64):
-            small[k : k + 64] = shrunk(as_tensor(pixels[k : k + 64])).permute(0, 2, 3, 1).numpy()
-        pixels = small
-    key = "labels" if np.asarray(prompts).dtype.kind == "i" else "prompts"
-    zoo.write_whole(path, lambda temporary: write_npz(temporary, {"arr_0": pixels, key: np.asarray(prompts)}))
-    unpacked.unlink(missing_ok=True)
-
-
-def as_tensor(pixels):
-    """Pixels (n, H, W, 3), uint8, of an array -> (n, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-
-
-def renders(captions, seed):
-    """Renders of captions, pixels (n, 64, 64, 3), uint8, each from (*seed, its number)."""
-    images = [data.render([caption], np.random.default_rng([*seed, k])) for k, caption in enumerate(captions)]
-    return to_uint8(torch.from_numpy(np.concatenate(images)) * 2 - 1).permute(0, 2, 3, 1).numpy()
+def read_folder(folder):
+    """Yields the shards of a policy. Raises Mistake."""
+    for path in sorted(folder.glob("*.npz")):
+        with zoo.reading(path, "delete it, and it is drawn again"), np.load(path) as shard:
+            yield dict(shard)
 
 
 @torch.no_grad()
-def round_trips(pixels, tokenizer, device):
-    """Pixels (n, H, W, 3), uint8, through the tokenizer and back."""
-    trips = []
-    for part in as_tensor(pixels).split(64):
-        decoded = tokenizer.decode(tokenizer.encode((part / 255 * 2 - 1).to(device)))
-        trips.append(to_uint8(decoded).cpu())
-    return torch.cat(trips).permute(0, 2, 3, 1).numpy()
+def renders(args, seed, tokenizer=None):
+    """Yields shards of renders of the prompts, from (--seed, seed, a number); with a tokenizer, through it and back."""
+    for start in range(0, len(args.items), SHARD):
+        prompts = [item.prompt for item in args.items[start : start + SHARD]]
+        captions = enumerate(captions_of(args.model, prompts), start)
+        images = [data.render([caption], np.random.default_rng([args.seed, seed, k])) for k, caption in captions]
+        pixels = as_pixels(torch.from_numpy(np.concatenate(images)) * 2 - 1)
+        if tokenizer:
+            images = (as_tensor(pixels) / 255 * 2 - 1).to(args.device).split(64)
+            pixels = as_pixels(torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images]))
+        yield dict(arr_0=pixels, prompts=np.array(prompts))
+
+
+def as_pixels(images):
+    """Images (n, 3, H, W) in [-1, 1] -> (n, H, W, 3) uint8, an array."""
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def as_tensor(pixels):
+    """Pixels (n, H, W, 3) uint8, an array -> (n, 3, H, W)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+NPZ = "an npz with pictures arr_0, uint8 (n, H, H, 3), is needed"
+
+
+def open_pictures(npz):
+    """The array arr_0 of an open npz as a stream of bytes, and its shape (n, H, H, 3). Raises Mistake."""
+    stream = npz.zip.open("arr_0.npy")
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # version 2 is for headers beyond 64 kB
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
+        raise Mistake(f"{npz.zip.filename}: arr_0 is {dtype} {shape}; {NPZ}")
+    return stream, shape
+
+
+def read_npz(path, prompts=None):
+    """Yields the pictures of somebody's npz as shards, the first n with prompts (n,), else all. Raises Mistake."""
+    with zoo.reading(path, NPZ), np.load(path) as npz:
+        stream, (n, *size) = open_pictures(npz)
+        prompts = np.arange(n) if prompts is None else prompts
+        for start in range(0, len(prompts), SHARD):
+            part = prompts[start : start + SHARD]
+            pixels = np.frombuffer(bytearray(stream.read(len(part) * math.prod(size))), np.uint8)  # writable
+            yield dict(arr_0=pixels.reshape(-1, *size), prompts=part)
+
+
+def labels_of(path, args):
+    """
+    The labels or prompts (n,) beside the pictures of an npz; without any, n numbers, because no two pictures are known
+    to be of one class. Raises Mistake, also where judges are to be asked about them and they are not the model's.
+    """
+    with zoo.reading(path, NPZ), np.load(path) as npz:
+        n = open_pictures(npz)[1][0]
+        labels = next((npz[key] for key in ("labels", "prompts", "arr_1") if key in npz), None)  # ours, ours, ADM's
+    if labels is None and not args.rewards:
+        return np.arange(n)
+    if labels is None:
+        raise Mistake(f"{path} holds neither labels nor prompts, so no judge can be asked: leave out --rewards")
+    if labels.shape != (n,):
+        raise Mistake(f"{path}: its labels are {labels.shape}; {n} pictures need {n} labels, of shape ({n},)")
+    config = zoo.MODELS[args.model].config
+    if config.task == "t2i":
+        wanted, fit = "prompts", labels.dtype.kind == "U"
+    else:
+        wanted = f"labels from 0 to {config.num_classes - 1}"
+        fit = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < config.num_classes
+    if args.rewards and not fit:
+        raise Mistake(f"{path} holds no {wanted}, as {args.model} has: say whose they are with --model")
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures for other programs
+
+
+def join(column, path):
+    """Writes a column as one npz in ADM's form, unpacked, at most 256 px wide, with its labels or prompts."""
+    n, side, prompts = column.record["num"], min(SIDE, next(column.shards())["arr_0"].shape[1]), []
+    header = dict(descr="|u1", fortran_order=False, shape=(n, side, side, 3))
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for shard in column.shards():
+                file.write(shrunk(as_tensor(shard["arr_0"])).permute(0, 2, 3, 1).numpy().tobytes())
+                prompts.append(shard["prompts"])
+        prompts = np.concatenate(prompts)
+        key = "labels" if prompts.dtype.kind == "i" else "prompts"
+        with archive.open(f"{key}.npy", "w") as file:
+            np.lib.format.write_array(file, prompts)
+
+
+GENEVAL = (
+    "To score: github.com/djghosh13/geneval with its Mask2Former (evaluation/download_models.sh) and a GPU: "
+    "python evaluation/evaluate_images.py {folder} --outfile results.jsonl --model-path MODELS, "
+    "then python evaluation/summary_scores.py results.jsonl"
+)
+
+
+def geneval_items(path, model):
+    """Four Items for each line of GenEval's metadata; none for a prompt that T5's cleaning empties. Raises Mistake."""
+    with zoo.reading(path, "GenEval's evaluation_metadata.jsonl is needed"):
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        items = [Item(known_caption(model, json.loads(line)["prompt"]), line) for line in lines]
+    for item in items:
+        if not item.prompt:
+            parallel.say(f"--geneval: left out, because nothing of its prompt remains: {item.metadata}")
+    return [item for item in items if item.prompt for _ in range(4)]
+
+
+def write_geneval(folder, column):
+    """Puts pictures where GenEval's scorer looks: FOLDER/00000/samples/0000.png, with metadata.jsonl."""
+    k = 0
+    for shard in column.shards():
+        for picture, line in zip(shard["arr_0"], shard["metadata"], strict=True):
+            place = folder / f"{k // 4:05d}"
+            (place / "samples").mkdir(parents=True, exist_ok=True)
+            (place / "metadata.jsonl").write_text(f"{line}\n", encoding="utf-8")
+            Image.fromarray(picture).save(place / f"samples/{k % 4:04d}.png")
+            k += 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scoring
 
 
-class Tools(NamedTuple):
-    """What looks at a picture."""
-
-    networks: dict = {}  # {name: images (n, 3, 64, 64) in [0, 1] -> features (n, E)}, a toy's
-    inception: torch.nn.Module = None
-    judges: dict = {}  # as load_judges returns them
-    weights: dict = {}  # of the judges, by name
-    verifier: bool = False
-
-
-def score(name, pixels, captions, args, tools):
+@torch.no_grad()
+def score(name, shards, looks, args):
     """
-    {quantity: array (n, ...)}: what `tools` say about pixels (n, H, W, 3), uint8, batch by batch. Of several processes
-    each scores its share.
+    {quantity: array (n, ...)}: what each of `looks`, functions look(pixels, prompts), says about pictures, batch by
+    batch, and their prompts and entropy. Of several processes each scores its share.
     """
     found, size = {}, args.batch_size * parallel.world()
-    for start in tqdm(range(0, len(pixels), size), desc=f"{name}: scores", leave=False, disable=parallel.rank() > 0):
-        n = min(size, len(pixels) - start)
-        rows = [start + k for k in parallel.share(n)]
-        for quantity, values in score_batch(
-            as_tensor(pixels[rows]), [captions[k] for k in rows], tools, args.device
-        ).items():
-            found.setdefault(quantity, []).append(parallel.gather(values, n).numpy())
+    for shard in tqdm(shards, desc=f"{name}: scores", unit="shard", leave=False, disable=parallel.rank() > 0):
+        for start in range(0, len(shard["arr_0"]), size):
+            n = min(size, len(shard["arr_0"]) - start)
+            rows = [start + k for k in parallel.share(n)]
+            pixels = as_tensor(shard["arr_0"][rows])
+            for look in looks:
+                for quantity, values in look(pixels, shard["prompts"][rows].tolist()).items():
+                    found.setdefault(quantity, []).append(parallel.gather(values, n).numpy())
+        for quantity in {"prompts", "entropy"} & shard.keys():
+            found.setdefault(quantity, []).append(shard[quantity])
     return {quantity: np.concatenate(parts) for quantity, parts in found.items()}
 
 
-@torch.no_grad()
-def score_batch(pixels, captions, tools, device):
-    """{quantity: (n, ...)} of pixels (n, 3, H, W), uint8."""
-    images, found = pixels / 255, {}
-    if tools.verifier:
-        right = [data.satisfies(*pair) for pair in zip(images, captions, strict=True)]
-        found["right"] = torch.tensor(right, dtype=torch.float64)
-    found |= {name: network(images) for name, network in tools.networks.items()}
-    if tools.inception:
-        found |= inception_features(shrunk(pixels), tools.inception)
-    scores, _ = judge_images(tools.judges, images.to(device), captions)
+def toy_features(pixels, prompts, clip, tokenizer):
+    """Features of the toy's pictures."""
+    images = pixels / 255
+    return {"CLIP": clip_image_features(clip, images), "latents": tokenizer.latents(images * 2 - 1).flatten(1)}
+
+
+def verify(pixels, prompts, model):
+    """Whether the toy's pictures are right."""
+    right = [data.satisfies(*pair) for pair in zip(pixels / 255, captions_of(model, prompts), strict=True)]
+    return {"right": torch.tensor(right, dtype=torch.float64)}
+
+
+def ask_judges(pixels, prompts, judges, args):
+    """What the judges say, and their weighted sum."""
+    scores, _ = judge_images(judges, (pixels / 255).to(args.device), captions_of(args.model, prompts))
     scores = {judge: values.cpu().double() for judge, values in scores.items()}
+    found = {}
     for judge, values in scores.items():
-        label = f"{judge} (held out)" if judge in held_out(tools.weights) else judge
+        label = f"{judge} (held out)" if judge in held_out(args.rewards) else judge
         found[f"reward: {label}"] = values
     if len(scores) > 1:
-        found["reward: weighted sum"] = weighted_sum(scores, tools.weights)
+        found["reward: weighted sum"] = weighted_sum(scores, args.rewards)
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Benchmarks with scorers of their own: we write the folders that these read
-
-GENEVAL = (
-    "github.com/djghosh13/geneval with its Mask2Former (evaluation/download_models.sh) and a GPU: "
-    "python evaluation/evaluate_images.py {folder} --outfile results.jsonl --model-path MODELS, "
-    "then python evaluation/summary_scores.py results.jsonl"
-)
-DPG = (
-    "github.com/TencentQQGYLab/ELLA with modelscope's mPLUG-large and a GPU: accelerate launch "
-    "dpg_bench/compute_dpg_bench.py --image-root-path {folder} --resolution {side} --pic-num 4 --vqa-model mplug"
-)
-
-
-def read_benchmark(args):
-    """
-    (prompts, items) of --geneval FILE or --dpg FOLDER. items: lines of GenEval's metadata, or DPG-Bench's item names.
-    Raises Mistake, OSError.
-    """
-    if args.geneval:
-        if args.geneval.suffix != ".jsonl":
-            raise Mistake(f"--geneval {args.geneval}: GenEval's evaluation_metadata.jsonl is needed")
-        prompts = read_prompt_file(args.geneval)
-        lines = [line for line in args.geneval.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        if len(lines) != len(prompts):
-            raise Mistake(f"--geneval {args.geneval}: a line of it has no prompt")
-        return prompts, lines
-    paths = sorted(args.dpg.glob("*.txt"))
-    if not paths:
-        raise Mistake(f"--dpg {args.dpg}: a folder of ITEM.txt is needed, as DPG-Bench's dpg_bench/prompts")
-    for path in paths:
-        if "." in path.stem:  # its scorer takes the item's name up to the first dot
-            raise Mistake(f"--dpg {path}: an item's name has no dot")
-    return [path.read_text(encoding="utf-8-sig").strip() for path in paths], [path.stem for path in paths]
-
-
-def write_benchmark(args, folder, pixels, start):
-    """
-    Puts pictures (n, 3, H, W), uint8, four in a row per item, where the scorers look for them: for GenEval
-    FOLDER/00000/samples/0000.png and metadata.jsonl, for DPG-Bench a sheet of 2 x 2, FOLDER/ITEM.png.
-    """
-    for k, picture in enumerate(pixels, start):
-        item, place, side = args.items[k // 4], k % 4, picture.shape[-1]
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        if args.geneval:
-            path = folder / f"{k // 4:05d}/samples/{place:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parents[1] / "metadata.jsonl").write_text(item + "\n", encoding="utf-8")
-        else:
-            path = folder / f"{item}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet = Image.open(path).convert("RGB") if place else Image.new("RGB", (2 * side, 2 * side))
-            sheet.paste(image, (place % 2 * side, place // 2 * side))
-            image = sheet
-        zoo.write_whole(path, image.save)
-
-
-def how_to_score(args):
-    """What is needed to score the pictures of a benchmark."""
-    side = side_of(zoo.MODELS[args.model])
-    return f"To score: {(GENEVAL if args.geneval else DPG).format(folder=args.pictures / 'COLUMN', side=side)}"
+def adm_references(args, look):
+    """{features: Reference} of --reference. Raises Mistake."""
+    (path, digest), references = checked_file(args.reference, "--reference"), {}
+    args.reference = f"{path}#{digest}"  # as the table says it
+    found = score("reference", read_npz(path), [look], args)
+    for name, mean, cov in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        # those of all of ImageNet's pictures, where the file holds 10,000
+        with zoo.reading(path, NPZ), np.load(path) as npz:
+            known, width = [npz[key] for key in (mean, cov) if key in npz], found[name].shape[1]
+        if known and [x.shape for x in known] != [(width,), (width, width)]:
+            raise Mistake(f"{path}: {mean} and {cov} are not a mean and covariance of {width}")
+        references[name] = reference_of(found[name], known)
+    return references
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -421,15 +466,17 @@ def right_figures(right, captions, task):
     """
     kinds = np.array([data.kind_of(caption, task) for caption in captions])
     order = data.SHAPES if task == "c2i" else data.CATEGORIES
-    parts = {kind: mean_of(right[kinds == kind]) for kind in order if (kinds == kind).any()}
-    whole = mean_of(right) if task == "c2i" else mean_of_figures(parts, kinds)
-    return {f"right: {kind}": figure for kind, figure in ({"all": whole} | parts).items()}
+    figures = {"right: all": mean_of(right, kinds if task == "t2i" else None)}
+    return figures | {f"right: {kind}": mean_of(right[kinds == kind]) for kind in order if kind in kinds}
 
 
-def figures_of(found, references, prompts, captions, task):
+def figures_of(found, references, model):
     """{name of metric: figure or reason} of what `score` has found."""
-    figures = right_figures(found["right"], captions, task) if "right" in found else {}
-    figures |= feature_figures(found, references, prompts)
+    figures = {}
+    if "right" in found:
+        captions = captions_of(model, found["prompts"].tolist())
+        figures = right_figures(found["right"], captions, zoo.MODELS[model].config.task)
+    figures |= feature_figures(found, references)
     for name, values in found.items():
         if name.startswith("reward: "):
             missing = ~np.isfinite(values)
@@ -442,49 +489,64 @@ def figures_of(found, references, prompts, captions, task):
 # The table
 
 
-WHOLE_WORDS = dict(break_long_words=False, break_on_hyphens=False)  # a path is one
-
-
-def write_results(args, settings, columns):
+def tables_of(columns, figures, paired):
     """
-    Writes NAME.md and NAME.json of {(cfg, column): {metric: Figure or reason}}, and returns the text: settings, a table
-    for each cfg with the differences from its first column, and why a cell is blank. The table has the mean of several
-    policies, NAME.json also each of them.
+    (values, changes, tables) of {column: {metric: Figure or reason}}. values, and changes from the first column of the
+    same cfg: {column: {metric: (value, standard error)}}. A table in Markdown for each cfg. Several policies also have
+    a mean, which stands for them in their table.
     """
-    values, changes, tables = {name: compare([found]) for (_, name), found in columns.items()}, {}, []
-    last = {name: values[name] for cfg, name in columns if cfg is None}  # the renders
-    for cfg in dict.fromkeys(cfg for cfg, _ in columns if cfg is not None):
-        (first, base), *others = [(name, found) for (own, name), found in columns.items() if own == cfg]
-        shown = alone = {name: [found] for name, found in others}
-        if len(others) > 1 and not args.samples:
-            shown = {f"mean of {len(others)}, cfg {cfg:g}": [found for _, found in others]}
-        values |= {name: compare(runs) for name, runs in shown.items()}
-        for name, runs in (alone | shown).items():
-            changes[name] = compare(runs, base, paired=not args.samples)
-        cells = {first: dict.fromkeys(base, "")}  # a row for each metric, those too that are blank everywhere
-        cells = {name: cells.get(name, {}) | as_cells(values[name]) for name in (first, *shown)}
-        cells |= {f"{name.split(',')[0]} minus {first.split(',')[0]}": as_cells(changes[name], "+") for name in shown}
-        tables.append(as_table(cells | {name: as_cells(found) for name, found in last.items()}))
+    values, changes, tables = {name: compare([found]) for name, found in figures.items()}, {}, []
+    last = {column.name: as_cells(values[column.name]) for column in columns if column.record["role"] == "renders"}
+    for cfg in dict.fromkeys(column.record["cfg"] for column in columns if column.name not in last):
+        base, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
+        runs = [(column.name, column.record["role"], [figures[column.name]]) for column in others]
+        shown = runs
+        if len(others) > 1 and paired:
+            mean = f"mean of {len(others)}"
+            shown = [(f"{mean}, cfg {cfg:g}", mean, [figures[column.name] for column in others])]
+        for name, _, several in [*runs, *shown]:
+            values[name] = compare(several)
+            changes[name] = compare(several, figures[base.name], paired)
+        cells = {base.name: dict.fromkeys(figures[base.name], "") | as_cells(values[base.name])}  # a row for each
+        for name, _, _ in shown:
+            cells[name] = as_cells(values[name])
+        for name, role, _ in shown:
+            cells[f"{role} minus {base.record['role']}"] = as_cells(changes[name], "+")
+        tables.append(as_table(cells | last))
         last = {}
-    said = {k: v for k, v in settings.items() if k != "sha256" and v not in (None, "", []) and v != OPTIONS.get(k)}
-    parts = [textwrap.fill(", ".join(f"{key} {value}" for key, value in said.items()), 120, **WHOLE_WORDS), *tables]
+    return values, changes, tables
+
+
+def write_results(args, columns, figures):
+    """Writes NAME.md, settings, tables and why a cell is blank, and NAME.json. Returns the text."""
+    values, changes, tables = tables_of(columns, figures, paired=not args.samples)
+    facts = {flag: getattr(args, flag) for flag in args.flags}
+    facts["tuned"] = [path for path, policy in args.policies[1:]]
+    numbers = {column.record["num"] for column in columns}
+    facts["num"] = numbers.pop() if len(numbers) == 1 else sorted(numbers)  # of pictures that were scored
+    said = facts | dict(rewards=rewards_text(args.rewards))
+    said = [f"{flag} {value}" for flag, value in said.items() if value not in (None, "", [], OPTIONS.get(flag))]
+    parts = [textwrap.fill(", ".join(said), 120, break_long_words=False, break_on_hyphens=False), *tables]
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
         parts.append(f"Behind ± stand standard errors; differences are {paired}.")
-    blank = {name: {m: f for m, f in found.items() if isinstance(f, str)} for (_, name), found in columns.items()}
-    reasons = {}
-    for name, found in blank.items():
-        for metric, why in found.items():
-            reasons.setdefault((metric, why), []).append(name)
-    parts += [f"Blank: {metric} of {'; '.join(names)}: {why}." for (metric, why), names in reasons.items()]
-    parts += [how_to_score(args)] if args.items else []
-    facts = dict(columns={name: {m: value for m, (value, _) in found.items()} for name, found in values.items()})
+    blank = {}  # {why: figures}
+    for name, found in figures.items():
+        for metric, figure in found.items():
+            if isinstance(figure, str):
+                blank.setdefault(figure, []).append(f"{metric} of {name}")
+    parts += [f"Blank: {'; '.join(cells)}: {why}." for why, cells in blank.items()]
+    if args.geneval:
+        parts.append(GENEVAL.format(folder=f"{args.out}-pictures/COLUMN"))
+    facts["time"] = time.time()
+    facts["records"] = {column.name: column.record for column in columns}
+    facts["columns"] = {name: {m: value for m, (value, _) in found.items()} for name, found in values.items()}
     facts["standard_errors"] = {name: {m: error for m, (_, error) in found.items()} for name, found in values.items()}
-    facts = settings | facts | dict(differences=changes, blank=blank)
-    text = "\n\n".join(parts) + "\n"
-    for suffix, content in ((".json", json.dumps(facts, indent=1) + "\n"), (".md", text)):
+    facts |= dict(differences=changes, blank=blank)
+    text, facts = "\n\n".join(parts), json.dumps(facts, indent=1, default=str)
+    for suffix, content in ((".json", facts), (".md", text)):
         path = args.out.with_name(args.out.name + suffix)
-        zoo.write_whole(path, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+        zoo.write_whole(path, partial(Path.write_text, data=f"{content}\n", encoding="utf-8"))
     return text
 
 
@@ -496,18 +558,17 @@ def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument_group("what is evaluated").add_argument
     zoo.add_model_flags(add)
-    add("--ckpt", nargs="+", metavar="PATH", default=[], help="weights, or folders that train.py wrote, all of one "
-        "model (default: only the base)")  # fmt: skip
-    add("--base", metavar="PATH", help="weights of the base (default: those that the first --ckpt began from)")
+    add("--ckpt", nargs="+", type=zoo.user_path, metavar="PATH", default=[], help="weights, or folders that train.py "
+        "wrote, all of one model (default: only the base)")  # fmt: skip
+    add("--base", type=zoo.user_path, metavar="PATH", help="weights of the base (default: those that the first --ckpt "
+        "began from)")  # fmt: skip
     only = parser.add_mutually_exclusive_group().add_argument
     only("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers, in turn (default: all)")
     only("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
-    only("--geneval", type=Path, metavar="FILE", help="t2i: GenEval's evaluation_metadata.jsonl; draws four pictures "
-         "per line into the folders that its scorer reads")  # fmt: skip
-    only("--dpg", type=Path, metavar="FOLDER", help="t2i: DPG-Bench's prompts; draws four pictures per ITEM.txt, on "
-         "one sheet as its scorer reads them")  # fmt: skip
-    only("--samples", nargs="+", type=Path, default=[], metavar="FILE", help="npz files whose pictures, arr_0 uint8 "
-         "(n, H, W, 3), are scored in a model's place")  # fmt: skip
+    only("--geneval", type=zoo.user_path, metavar="FILE", help="t2i: GenEval's evaluation_metadata.jsonl; draws four "
+         "pictures per line into the folders that its scorer reads")  # fmt: skip
+    only("--samples", nargs="+", type=zoo.user_path, default=[], metavar="FILE", help="npz files whose pictures, arr_0 "
+         "uint8 (n, H, H, 3), are scored in a model's place")  # fmt: skip
     add("--num", type=int, help="pictures for each column (default 1024: standard error 1.5 points; --samples: all)")
     add("--cfg-scale", type=float, nargs="+", help="guidance to sample with (default: 1 and what the first --ckpt was "
         "trained with, or 2 if that is 1)")  # fmt: skip
@@ -519,14 +580,16 @@ def parse_args(argv=None):
         "weighted sum of --rewards (default 1)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
-    add("--out", type=Path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the first "
-        "--ckpt, else in out)")  # fmt: skip
-    add("--npz", type=Path, metavar="FOLDER", help="folder that gets each column's pictures as an npz in ADM's form, "
-        "larger ones resized to 256 px (default: none)")  # fmt: skip
+    add("--out", type=zoo.user_path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the "
+        "first --ckpt, else in out)")  # fmt: skip
+    add("--npz", type=zoo.user_path, metavar="FOLDER", help="folder that gets each column's pictures as an npz in "
+        "ADM's form, larger ones resized to 256 px (default: none)")  # fmt: skip
     add = parser.add_argument_group("judging").add_argument
-    add("--reference", metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with mu, sigma, mu_s and "
-        "sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be checked")  # fmt: skip
-    add("--inception", metavar="PATH", help="torch-fidelity's Inception weights, likewise (default: its own download)")
+    add("--reference", type=zoo.user_path, metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with "
+        "mu, sigma, mu_s and sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be "
+        "checked")  # fmt: skip
+    add("--inception", type=zoo.user_path, metavar="PATH", help="torch-fidelity's Inception weights, likewise "
+        "(default: its own download)")  # fmt: skip
     add("--rewards", help="judges to report, and their weights in the sum that --best-of goes by (default: "
         "clip=1,realism=0.25 for the toys, else clip; --samples: none)")  # fmt: skip
     add_judge_flags(add)
@@ -535,216 +598,118 @@ def parse_args(argv=None):
 
 def resolve(args):
     """Checks the flags and fills in what depends on others. Raises Mistake, OSError."""
-    args.flags = list(vars(args))  # what decides the figures: see settings_of
+    args.flags = [flag for flag in vars(args) if flag not in ("out", "ckpt", "prompts")]  # for the table
     zoo.setup_device(args)
     zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    if args.samples and args.best_of > 1:
-        raise Mistake("--best-of draws pictures, and --samples are drawn already: leave one out")
-    if args.samples and args.ckpt:
-        raise Mistake("--samples are scored in a model's place, so --ckpt has no say: leave one out")
+    if args.samples and (args.ckpt or args.best_of > 1):
+        raise Mistake("--samples are drawn already, so --ckpt and --best-of have no say: leave them out")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
-    args.task, args.policies = zoo.MODELS[args.model].config.task, []
+    row = zoo.MODELS[args.model]
+    args.task = row.config.task
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.toy = zoo.is_toy(args.model) and not args.samples
+    args.rewards = args.rewards or ("" if args.samples else row.best_by)
+    args.rewards = parse_rewards(args.rewards) if args.rewards else {}
+    args.judge_options = judge_options(args, args.model)
+    args.policies, args.items = [], []
     if not args.samples:
-        _, args.base, base_header = zoo.find_policy(zoo.base_of(args.model, header, args.base), args.model)
-        base_pad = base_header["text_pad"]
-        # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
-        args.policies = [("base", args.base, base_pad if args.ckpt else args.text_pad or base_pad)]
         args.cfg_scale = args.cfg_scale or [1.0, header["cfg_scale"] if header["cfg_scale"] > 1 else 2.0]
         args.temperature = header["temperature"] if args.temperature is None else args.temperature
-    for k, ckpt in enumerate(args.ckpt, 1):
-        _, path, own_header = zoo.find_policy(ckpt, args.model)
-        zoo.base_of(args.model, own_header, args.base)  # all of them must have begun from this base
-        zoo.check_tokenizer(args.model, own_header, args.vq_ckpt)
-        name = f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
-        args.policies.append((name, path, args.text_pad or own_header["text_pad"]))
-    args.tuned = [path for _, path, _ in args.policies[1:]]
-    args.rewards = args.rewards or ("" if args.samples else BEST_BY.get(args.model, "clip"))
-    args.judge_weights = parse_rewards(args.rewards) if args.rewards else {}
-    args.judge_options = judge_options(args, args.model)
-    args.items = []
-    args.prompts = [] if args.samples else prompts_of(args)
-    # beside a policy of ours, but not in weights/ or in the hub's cache
-    folder = args.tuned[0].parent if args.tuned and header["step"] else Path("out")
-    args.folder = folder if args.out is None else args.out if args.out.is_dir() else None
-    args.out = args.out.with_suffix("") if args.out and args.out.suffix in (".md", ".json") else args.out
-    if args.folder is None and not args.out.name:
-        raise Mistake(f"--out {args.out}: FOLDER/NAME is needed, for NAME.md and NAME.json")
-    zoo.make_folder(args.folder or args.out.parent)
+        args.policies = policies_of(args, header)
+        args.items = items_of(args)
+    name_files(args, header)
     if args.npz:
         zoo.make_folder(args.npz)
     return args
 
 
-def prompts_of(args):
-    """A label or caption per picture; sets args.items for a benchmark. Raises Mistake, OSError."""
-    if args.geneval or args.dpg:
-        if args.num:
-            raise Mistake("--num: a benchmark has four pictures for each of its prompts; leave it out")
-        prompts, args.items = read_benchmark(args)
-        return [prompt for prompt in read_prompts(args.model, None, prompts) for _ in range(4)]
+def name_files(args, header):
+    """
+    Sets args.out, and args.work for the shards. In a folder a finished table, which may have taken hours, is never
+    written over: others are evaluation-2, ... Raises Mistake, OSError.
+    """
+    folder = args.out or Path("out")
+    if not args.out and args.ckpt and header["step"]:  # beside a policy of ours, but not in the hub's cache
+        folder = args.policies[1][0].parent
+    if args.out and not args.out.is_dir():
+        args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
+        args.work = args.out.with_name(f"{args.out.name}.parts")
+    else:
+        args.work = folder / "evaluation.parts"
+        numbered = (folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
+        args.out = next(out for out in numbered if not out.with_name(f"{out.name}.json").exists())
+    zoo.make_folder(args.out.parent)
+
+
+def policies_of(args, header):
+    """[(path, record)] of the base and of --ckpt, of which the first has this header. Raises Mistake, OSError."""
+    args.base = zoo.base_of(args.model, header, args.base)
+    policies = []
+    for k, ckpt in enumerate([args.base, *args.ckpt]):
+        _, path, own = zoo.find_policy(ckpt, args.model)
+        # --text-pad is what --ckpt was trained with; of the base only where it is evaluated alone
+        pad = own["text_pad"] if args.ckpt and k == 0 else args.text_pad or own["text_pad"]
+        role = "base" if k == 0 else f"tuned {k}" if len(args.ckpt) > 1 else "tuned"
+        if k > 0:
+            zoo.base_of(args.model, own, args.base)  # all of them must have begun from this base
+            zoo.check_tokenizer(args.model, own, args.vq_ckpt)
+        name = path.parent.name if path.stem == "policy" else path.stem
+        policies.append((path, dict(role=role, name=name, steps=own["step"], text_pad=pad)))
+    return policies
+
+
+def items_of(args):
+    """An Item per picture. Raises Mistake, OSError."""
+    if args.geneval and args.num:
+        raise Mistake("--num: GenEval has four pictures for each of its prompts; leave it out")
+    if args.geneval:
+        return geneval_items(args.geneval, args.model)
     num = args.num or 1024
+    pool = fixed_prompts(args.model, num)
     if args.classes or args.prompts or (args.task == "t2i" and not args.toy):
         pool = read_prompts(args.model, args.classes, args.prompts)
-        return [pool[k % len(pool)] for k in range(num)]
-    return fixed_prompts(args.model, num)
-
-
-# Where files lie, or how fast it goes. What the files hold stands in `sha256`.
-NO_MATTER = ("base", "vq_ckpt", "text_encoder", "tuned", "samples", "reference", "inception", "judge_files",
-             "qwen_server", "judge_batch", "judge_timeout", "batch_size", "compile", "npz")  # fmt: skip
-
-
-def settings_of(args):
-    """
-    What decides the figures, for the table and the JSON: every flag, and the sha256 of files and prompts. Sets
-    args.reference_path and args.inception_path. Raises Mistake, OSError.
-    """
-    hashes = {which: zoo.content_hash(zoo.find_file(path)) for which, path, _ in args.policies}
-    hashes["samples"] = [zoo.content_hash(zoo.find_file(path, "--samples")) for path in args.samples]
-    if not args.samples:
-        hashes |= zoo.content_of(args.model, args.base, args.vq_ckpt, args.text_encoder)
-    hashes["prompts"] = hashlib.sha256(json.dumps(args.prompts).encode()).hexdigest()
-    args.reference_path = args.inception_path = None
-    if args.reference:
-        args.reference_path, hashes["reference"] = checked_file(args.reference, "--reference")
-    if args.reference or args.inception:
-        args.inception_path, hashes["inception"] = inception_file(args.inception)
-    flags = {name: getattr(args, name) for name in args.flags if name not in ("out", "ckpt", "prompts")}
-    flags["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
-    flags["num"] = args.num if args.samples else len(args.prompts)
-    flags |= dict(tuned=args.tuned, pad=[pad for *_, pad in args.policies], sha256=hashes)
-    if args.samples:
-        unused = "model", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "best_of"
-        flags |= dict.fromkeys(unused)
-    return json.loads(json.dumps(flags, default=str))
-
-
-def open_work(args, settings):
-    """
-    Sets args.out, args.pictures and args.work, the folder of what is drawn so far. It is named after what decides the
-    figures, so only the same command finds it again. A finished table is never written over, because it may have taken
-    hours, except where --out names it.
-    """
-    if args.folder:
-        numbered = (args.folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
-        args.out = next(out for out in numbered if not out.with_name(out.name + ".json").exists())
-    decides = json.dumps({name: value for name, value in settings.items() if name not in NO_MATTER})
-    args.work = args.out.with_name(f"{hashlib.sha256(decides.encode()).hexdigest()[:12]}.parts")
-    zoo.make_folder(args.work)
-    args.pictures = args.out.with_name(args.out.name + "-pictures")
-
-
-def file_name(name, number=None):
-    """A column's name for a file. Names of npz files may become equal, so these are numbered."""
-    plain = re.sub(r"[^\w.]+", "-", name)
-    return plain if number is None else f"{number}-{plain}"
+    return [Item(pool[k % len(pool)]) for k in range(num)]
 
 
 def run(args):
-    settings = settings_of(args)
-    open_work(args, settings)
-    networks, inception = {}, None
+    judges = load_judges(args.rewards, args.device, args.judge_options)
+    columns, looks, references = columns_of(args), [], {}
+    # 1. what looks at pictures, and at references
     if args.toy:
         # the toy's own tokenizer, whatever --vq-ckpt is, so that figures of all policies compare
-        tokenizer = zoo.load_tokenizer(args.model)
-        networks["CLIP"] = partial(clip_image_features, load_clip()[0])
-        networks["latents"] = lambda images: tokenizer.latents(images * 2 - 1).flatten(1)
-    if args.inception_path:
-        inception = load_inception(args.inception_path, args.device)
-    judges = load_judges(args.judge_weights, args.device, args.judge_options)
-    tools = Tools(networks, inception, judges, args.judge_weights, args.toy)
-    columns = {}  # (cfg, name): {metric: Figure or reason}; cfg None: not against the base
-    for key, figures in (of_samples if args.samples else of_policies)(args, tools):
-        columns[key] = figures
-        text = write_results(args, settings, columns)  # each time, because a column of a large model takes hours
+        look = partial(toy_features, clip=load_clip()[0], tokenizer=zoo.load_tokenizer(args.model))
+        found = score("fresh renders", renders(args, 1), [look], args)
+        references |= {name: reference_of(found[name]) for name in ("CLIP", "latents")}
+        looks += [partial(verify, model=args.model), look]
+    if args.reference or args.inception:
+        look = partial(inception_features, network=load_inception(args.inception, args.device))
+        references |= adm_references(args, look) if args.reference else {}
+        looks.append(look)
+    if judges:
+        looks.append(partial(ask_judges, judges=judges, args=args))
+    # 2. draw what is not there yet, and score
+    if args.policies:
+        draw_columns(args, [column for column in columns if column.weights], judges)
+    figures = {}
+    for column in columns:
+        found = score(column.name, column.shards(), looks, args)
+        figures[column.name] = figures_of(found, references, args.model)
+    # 3. write
+    for column in columns:
+        if args.npz:
+            zoo.write_whole(args.npz / f"{column.file}.npz", partial(join, column))
+        if args.geneval and column.weights and parallel.rank() == 0:
+            write_geneval(args.out.with_name(f"{args.out.name}-pictures") / column.file, column)
+    text = write_results(args, columns, figures)
     parallel.largest(0)  # waits for all processes
     if parallel.rank() == 0:
-        shutil.rmtree(args.work, ignore_errors=True)
-    print(f"{text}\n{args.out}.md and .json")
-
-
-def references_of(args, tools, captions):
-    """{features: Reference}: a toy's from fresh renders, Inception's from --reference. Raises Mistake."""
-    found = {}
-    if args.toy:
-        features = score("fresh renders", renders(captions, [args.seed, 1]), captions, args, Tools(tools.networks))
-        found = {name: reference_of(values) for name, values in features.items()}
-    if args.reference_path:
-        pixels = open_pictures(args.reference_path, args.work / "reference.npy")
-        features = score("reference", pixels, [""] * len(pixels), args, Tools(inception=tools.inception))
-        for name, mean, cov in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-            known, width = (
-                (array_of(args.reference_path, mean), array_of(args.reference_path, cov)),
-                features[name].shape[1],
-            )
-            if known[0] is not None and [np.shape(x) for x in known] != [(width,), (width, width)]:
-                raise Mistake(f"{args.reference_path}: {mean} and {cov} are not a mean and covariance of {width}")
-            # those of all of ImageNet's pictures, where the file holds 10,000
-            found[name] = reference_of(features[name], known if known[0] is not None else None)
-    return found
-
-
-def of_policies(args, tools):
-    """((cfg, column), figures) of each policy at each guidance scale, and of a toy's round trips."""
-    for _, path, _ in args.policies:
-        zoo.read_weights(zoo.find_file(path))  # a damaged file shows now, and not after the columns before it
-    captions = captions_of(args.model, args.prompts)
-    references = references_of(args, tools, captions)
-    tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-    encode = load_encoder(args.model, args.text_encoder, args.device, args.prompts)
-    summed = partial(figures_of, references=references, prompts=args.prompts, captions=captions, task=args.task)
-    numbers = itertools.count(1)
-    for which, path, pad in args.policies:
-        model = zoo.load_model(args.model, path, args.device, args.compile)
-        for cfg in args.cfg_scale:
-            name = f"{which}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
-            column = next(numbers), name, args, model, tokenizer, partial(encode, pad=pad), cfg, tools.judges, captions
-            pixels, entropy = draw_column(*column)
-            if args.npz:
-                write_column(args.npz / f"{file_name(name)}.npz", pixels, args.prompts)
-            yield (cfg, name), summed(score(name, pixels, captions, args, tools) | dict(entropy=entropy))
-        del model, column  # before the next one: two of the large ones may not fit
-    if args.toy:
-        trips = round_trips(renders(captions, [args.seed, 2]), tokenizer, args.device)
-        yield (None, "renders, round trip"), summed(score("renders", trips, captions, args, tools))
-
-
-def of_samples(args, tools):
-    """((1, file), figures) of each npz of --samples. Raises Mistake."""
-    config, opened = zoo.MODELS[args.model].config, []
-    for number, path in enumerate(args.samples, 1):  # all of them now, not the last one after hours
-        pixels = open_pictures(path, args.work / f"{number}.npy")
-        labels = labels_of(path, len(pixels))
-        if tools.judges and labels is None:
-            raise Mistake(f"{path} holds neither labels nor prompts, so no judge can be asked: leave out --rewards")
-        if tools.judges and not fit(labels, config):
-            wanted = "prompts" if config.task == "t2i" else f"labels from 0 to {config.num_classes - 1}"
-            raise Mistake(f"{path} holds no {wanted}, as {args.model} has: say with --model whose they are, or leave "
-                          "out --rewards")  # fmt: skip
-        opened.append((number, path, pixels, labels))
-    references, stems = references_of(args, tools, None), [path.stem for path in args.samples]
-    for number, path, pixels, labels in opened:
-        name = path.stem if stems.count(path.stem) == 1 else str(path)
-        count = min(args.num or len(pixels), len(pixels))
-        pixels = pixels[:count]
-        # unlabelled: no two are known to be of one class
-        prompts = np.arange(count) if labels is None else labels[:count]
-        captions = captions_of(args.model, prompts.tolist()) if tools.judges else [""] * count
-        if args.npz:
-            write_column(args.npz / f"{file_name(name, number)}.npz", pixels, prompts)
-        found = score(name, pixels, captions, args, tools)
-        yield (1, name), figures_of(found, references, prompts, captions, args.task)
-
-
-def fit(prompts, config):
-    """Whether an array holds prompts for a model of this configuration: strings (t2i), or numbers of its classes."""
-    if config.task == "t2i":
-        return prompts.dtype.kind == "U"
-    return prompts.dtype.kind in "iu" and prompts.min() >= 0 and prompts.max() < config.num_classes
+        for column in columns:
+            shutil.rmtree(args.work / column.file, ignore_errors=True)
+        with suppress(OSError):  # another evaluation, which was interrupted, may have its columns there
+            args.work.rmdir()
+    parallel.say(f"{text}\n\n{args.out}.md and .json")
 
 
 def main(argv=None):

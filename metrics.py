@@ -3,12 +3,9 @@ Measures of pictures. Pure functions of features: arrays in, figures with standa
 
     frechet_distance     FID, sFID: distance of two Gaussians fitted to features (arXiv 1706.08500, 2103.03841)
     precision_recall     how many samples look like references, and the reverse (arXiv 1904.06991)
-    kernel_distance      KID (arXiv 1801.01401)
     inception_score      IS (arXiv 1606.03498)
     class_distance       variety inside a class
     compare              policies with their base, paired by picture
-
-    python metrics.py    # two clouds of features
 
 evaluate.py chooses the features and the pictures. Shapes: n pictures, m references, E features each.
 """
@@ -36,20 +33,18 @@ class Figure(NamedTuple):
         return float(self.influence.std(ddof=1) / K**0.5) if K > 1 else np.nan
 
 
-def mean_of(values):
-    """The mean of the finite values among values (K,)."""
-    finite = np.isfinite(values)
-    mean = values[finite].mean()
-    return Figure(float(mean), np.where(finite, values - mean, 0) * len(values) / finite.sum())
-
-
-def mean_of_figures(figures, groups):
-    """The mean of {group: figure of its pictures}, all groups with the same weight; groups (n,) has their members."""
-    influence = np.empty(len(groups))
-    for group, figure in figures.items():
-        own = groups == group
-        influence[own] = figure.influence * len(groups) / (len(figures) * own.sum())
-    return Figure(float(np.mean([figure.value for figure in figures.values()])), influence)
+def mean_of(values, groups=None):
+    """
+    The mean of the finite values among values (K,). With groups (K,), the mean over groups of their own means: all
+    groups with the same weight.
+    """
+    groups = np.zeros(len(values)) if groups is None else groups
+    means, influence, names = [], np.zeros(len(values)), np.unique(groups)
+    for name in names:
+        own = (groups == name) & np.isfinite(values)
+        means.append(values[own].mean())
+        influence[own] = (values[own] - means[-1]) * len(values) / (len(names) * own.sum())
+    return Figure(float(np.mean(means)), influence)
 
 
 def compare(runs, base=None, paired=True):
@@ -134,26 +129,6 @@ def precision_recall(samples, references, k=3, rows=512):
     return mean_of(torch.cat(precise).double().numpy()), mean_of(recalled.double().numpy())
 
 
-def kernel_sums(a, b, rows=512):
-    """The sum over j of (a_i . b_j / E + 1)^3, of a (n, E) and b (m, E) -> (n,) float64."""
-    return torch.cat([((part @ b.T).double() / a.shape[1]).add_(1).pow_(3).sum(1) for part in a.split(rows)]).numpy()
-
-
-def kernel_distance(samples, references):
-    """
-    KID (arXiv 1801.01401): the unbiased squared maximum mean discrepancy of features samples (n, E) and references
-    (m, E) under a cubic kernel. Over all pairs; averaging over random subsets, as others do, estimates the same number.
-    """
-    samples, references = torch.as_tensor(samples), torch.as_tensor(references)
-    within = []
-    for x in (samples, references):
-        itself = ((x.double() ** 2).mean(1) + 1).pow(3).numpy()
-        within.append((kernel_sums(x, x) - itself) / (len(x) - 1))
-    across = kernel_sums(samples, references) / len(references)
-    influence = 2 * (within[0] - across)
-    return Figure(float(within[0].mean() + within[1].mean() - 2 * across.mean()), influence - influence.mean())
-
-
 def inception_score(logits, chunk=5000):
     """
     exp of the mean over pictures of KL(p(class | picture) to its mean over pictures), of logits (n, classes), then the
@@ -184,7 +159,7 @@ def class_distance(features, prompts):
 # ---------------------------------------------------------------------------------------------------------------
 # Which figures are computed. Where there are too few pictures for one, a text in its place says so.
 
-FEWEST = 48  # pictures, below which precision, recall and KID mean nothing
+FEWEST = 48  # pictures, below which precision and recall mean nothing
 
 
 class Reference(NamedTuple):
@@ -218,28 +193,24 @@ def neighbours(features, reference):
     return (few, few) if few else precision_recall(features, reference.features)
 
 
-def feature_figures(found, references, prompts):
+def feature_figures(found, references):
     """
-    {name of metric: figure or reason} of the features in `found`: for a toy those of CLIP and of the tokenizer's
-    encoder; Inception's as ADM does (arXiv 2105.05233), with KID and the distance in class beside.
+    {name of metric: figure or reason} of the prompts (n,) and the features in `found`: for a toy those of CLIP and of
+    the tokenizer's encoder; Inception's as ADM does (arXiv 2105.05233), with the distance in class beside.
     """
     figures, alone = {}, "no class or prompt has two pictures"
     for name in [name for name in ("CLIP", "latents") if name in found]:
         figures[f"Frechet, {name}"] = frechet(found[name], references[name])
         figures[f"precision, {name}"], figures[f"recall, {name}"] = neighbours(found[name], references[name])
-        figures[f"distance in class, {name}"] = class_distance(found[name], prompts) or alone
+        figures[f"distance in class, {name}"] = class_distance(found[name], found["prompts"]) or alone
+    if "pool" in references:
+        figures["FID"] = frechet(found["pool"], references["pool"])
+        figures["sFID"] = frechet(found["spatial"], references["spatial"])
+        figures["precision"], figures["recall"] = neighbours(found["pool"], references["pool"])
     if "pool" in found:
-        pool = found["pool"]
-        if "pool" in references:
-            figures["FID"] = frechet(pool, references["pool"])
-            figures["sFID"] = frechet(found["spatial"], references["spatial"])
-        figures["IS"] = too_few(len(pool), np.inf, 5000, ", one chunk") or inception_score(found["logits"])
-        if "pool" in references:
-            reference = references["pool"]
-            figures["precision"], figures["recall"] = neighbours(pool, reference)
-            few = too_few(len(pool), len(reference.features), FEWEST)
-            figures["KID"] = few or kernel_distance(pool, reference.features)
-        figures["distance in class"] = class_distance(pool, prompts) or alone
+        few = too_few(len(found["pool"]), np.inf, 5000, ", one chunk")
+        figures["IS"] = few or inception_score(found["logits"])
+        figures["distance in class"] = class_distance(found["pool"], found["prompts"]) or alone
     return figures
 
 
@@ -265,16 +236,3 @@ def as_table(columns):
     for metric in dict.fromkeys(metric for cells in columns.values() for metric in cells):
         lines.append(f"| {metric} | " + " | ".join(cells.get(metric, "") for cells in columns.values()) + " |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    rng = np.random.default_rng(0)
-    references, samples = rng.standard_normal((2000, 8)), 0.7 * rng.standard_normal((1000, 8)) + 0.2
-    precision, recall = precision_recall(samples, references)
-    distance = frechet_distance(samples, *gaussian(references))
-    print(
-        "1,000 samples, narrower than 2,000 references and a little beside them: 8 features, standard errors behind ±"
-    )
-    for name, figure in dict(distance=distance, precision=precision, recall=recall).items():
-        print(f"{name:10} {figure.value:.3f} ± {figure.error:.3f}")
-    print(f"{8 * (0.2**2 + (1 - 0.7) ** 2):.3f} is the distance of the Gaussians that both were drawn from")

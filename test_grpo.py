@@ -1488,6 +1488,8 @@ def wrong_files(tmp_path_factory):
     np.savez(folder / "float.npz", two.astype(np.float32))
     np.savez(folder / "good.npz", two)
     np.savez(folder / "labels.npz", two, np.array([1, 999]))
+    np.savez(folder / "onehot.npz", two, np.eye(2, 40))
+    np.savez(folder / "tall.npz", two[:, :, :6])
     with zipfile.ZipFile(folder / "short.npz", "w") as file:  # whole as a zip, but the array in it is not
         file.writestr("arr_0.npy", zipfile.ZipFile(folder / "good.npz").read("arr_0.npy")[:-9])
     return folder
@@ -1527,11 +1529,13 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--out", "{}/run"], "holds a run"),
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     # what is evaluated
-    (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3), not uint8"),
-    (evaluate, ["--samples", "{}/short.npz"], "an npz of arrays is needed"),
+    (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3); an npz with pictures arr_0, uint8"),
+    (evaluate, ["--samples", "{}/tall.npz"], "(2, 8, 6, 3); an npz with pictures arr_0, uint8 (n, H, H, 3)"),
+    (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
     (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
     (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "holds no labels from 0 to 39, as toy-c2i has"),
+    (evaluate, ["--samples", "{}/onehot.npz"], "2 pictures need 2 labels, of shape (2,)"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz"], "weights-inception-2015-12-05-6726825d.pth"),
 ]
 
@@ -1560,10 +1564,8 @@ def test_no_reader_takes_rubbish_for_something(tmp_path):
         (tmp_path / name).write_text(FORMS[name])
     sample.write_npz(tmp_path / "a.npz", dict(arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2)))
     readers = {"w.pt": zoo.read_weights, "w.safetensors": lambda path: zoo.find_policy(path) and zoo.read_weights(path)}
-    readers["a.npz"] = lambda path: (
-        evaluate.labels_of(path, 2),
-        evaluate.open_pictures(path, tmp_path / "unpacked.npy"),
-    )
+    asked = argparse.Namespace(model="toy-c2i", rewards={"clip": 1})
+    readers["a.npz"] = lambda path: list(evaluate.read_npz(path, evaluate.labels_of(path, asked)))
     for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
         readers[name] = lambda path: read_prompts("llamagen-t2i-xl-256", None, [str(path)])
     for name, read in readers.items():
@@ -1574,7 +1576,6 @@ def test_no_reader_takes_rubbish_for_something(tmp_path):
             for _ in range(rng.integers(1, 4) if len(damaged) else 0):
                 damaged[rng.integers(len(damaged))] = rng.integers(256)
             path.write_bytes(damaged)
-            (tmp_path / "unpacked.npy").unlink(missing_ok=True)
             try:
                 read(path)
             except (Mistake, OSError) as error:
@@ -2110,70 +2111,34 @@ def two_clouds(seed, n=300, m=200, width=5):
     return rng.standard_normal((n, width)) @ rng.standard_normal((width, width)), rng.standard_normal((m, width)) + 1
 
 
-def test_the_frechet_distance_is_that_of_others():
+@pytest.mark.parametrize("name", ["FID", "IS", "precision and recall"])
+def test_figures_are_those_of_torch_fidelity(name):
     """
-    Catches: a root taken entry by entry, or of the sum, which agrees where covariances are equal and nowhere else.
+    Catches: a root taken entry by entry, chunks of other pictures, a neighbour that counts itself, an open ball in
+    place of a closed one, the two sets exchanged, a block's end.
     """
-    from scipy.linalg import sqrtm
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    a, b = two_clouds(0)
-    found = metrics.frechet_distance(a, *metrics.gaussian(b)).value
-    stats = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
-    assert found == pytest.approx(fid_statistics_to_metric(*stats, False)["frechet_inception_distance"], rel=1e-6)
-    (mu_a, cov_a), (mu_b, cov_b) = metrics.gaussian(a), metrics.gaussian(b)
-    expected = ((mu_a - mu_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
-    assert found == pytest.approx(expected, rel=1e-6)
-    # Gaussians whose axes agree have a closed form: the squared difference of means and of spreads
-    spread, mu, cov = np.array([1, 2, 3.0]), np.array([1, 0, -1.0]), np.diag([4, 4, 4.0])
-    points = np.random.default_rng(0).standard_normal((1000, 3))
-    points = (points - points.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(points, rowvar=False))).T * spread
-    assert metrics.frechet_distance(points, mu, cov).value == pytest.approx(2 + ((spread - 2) ** 2).sum())
-
-
-def test_kid_and_inception_score_are_those_of_others():
-    """
-    Catches: a kernel of another degree, a picture compared with itself, a last short chunk that weighs by its
-    length.
-    """
     from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
-    a, b = (torch.from_numpy(x) for x in two_clouds(1, 200, 200, 40))
-    theirs = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=200, verbose=False)
-    assert metrics.kernel_distance(a, b).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
-    logits = torch.randn(50, 7, generator=seeded(0)).double() * 3
-    whole = isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
-    assert metrics.inception_score(logits).value == pytest.approx(whole)
-    scores = []
-    for part in (logits[:20], logits[20:40], logits[40:]):  # the formula, as ADM cuts the pictures
-        p = part.softmax(1).numpy()
-        scores.append(
-            math.exp(np.mean([sum(x * math.log(x / q) for x, q in zip(row, p.mean(0), strict=True)) for row in p]))
-        )
-    assert metrics.inception_score(logits, 20).value == pytest.approx(np.mean(scores))
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_what_brute_force_counts(k):
-    """
-    Catches: a neighbour that counts itself, an open ball in place of a closed one, the two sets exchanged, a
-    block's end.
-    """
-    rng = np.random.default_rng(k)  # on a coarse grid, so that many distances are equal
-    samples, references = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
-
-    def share(points, members):
-        balls = [(m, sorted(math.dist(m, other) for other in members)[k]) for m in members]  # [0] is its own distance
-        return np.mean([any(math.dist(p, m) <= r for m, r in balls) for p in points])
-
-    for rows in (512, 7):
-        found = [figure.value for figure in metrics.precision_recall(samples, references, k, rows)]
-        assert found == [share(samples, references), share(references, samples)]
-    assert 0.2 < found[0] < 0.9 and found[0] != found[1]
-    wide = [rng.standard_normal((40, 2048), np.float32) * scale for scale in (1, 1.02)]  # as Inception's, in float32
-    expected = [share(*wide), share(*wide[::-1])]
-    assert [figure.value for figure in metrics.precision_recall(*wide, k)] == expected and 0 < expected[0] < 1
+    if name == "FID":
+        a, b = two_clouds(0)
+        stats = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+        expected = fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
+        assert metrics.frechet_distance(a, *metrics.gaussian(b)).value == pytest.approx(expected, rel=1e-6)
+    elif name == "IS":
+        logits = torch.randn(60, 7, generator=seeded(0)).double() * 3
+        expected = isc_features_to_metric(logits, splits=3, shuffle=False)["inception_score_mean"]
+        assert metrics.inception_score(logits, 20).value == pytest.approx(expected)
+    else:
+        rng = np.random.default_rng(1)  # on a coarse grid, so that many distances are equal
+        a, b = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
+        for k, rows in ((1, 512), (3, 7)):
+            options = dict(prc_neighborhood=k, prc_batch_size=99, save_cpu_ram=False, verbose=False)
+            expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **options)
+            found = [figure.value for figure in metrics.precision_recall(a, b, k, rows)]
+            assert found == pytest.approx([expected["precision"], expected["recall"]], abs=1e-6)
+            assert 0.2 < found[0] < 0.9 and found[0] != found[1]
 
 
 def test_standard_errors_are_those_of_a_bootstrap():
@@ -2185,7 +2150,6 @@ def test_standard_errors_are_those_of_a_bootstrap():
     measures = {
         "mean": lambda x: metrics.mean_of(x[:, 0]),
         "Frechet": lambda x: metrics.frechet_distance(x, mu, cov),
-        "KID": lambda x: metrics.kernel_distance(x, references),
         "IS": lambda x: metrics.inception_score(torch.from_numpy(x), 100),
     }
     picks = rng.integers(len(a), size=(200, len(a)))
@@ -2199,7 +2163,7 @@ def test_standard_errors_are_those_of_a_bootstrap():
         assert unpaired[1] > 1.5 * error, name
     groups = np.repeat(["x", "y"], [10, 40])  # a mean over categories: binomial errors, each of half the weight
     right = (np.arange(50) % 5 < 2).astype(float)
-    figure = metrics.mean_of_figures({g: metrics.mean_of(right[groups == g]) for g in "xy"}, groups)
+    figure = metrics.mean_of(right, groups)
     assert (figure.value, figure.error) == pytest.approx((0.4, (0.24 / 10 + 0.24 / 40) ** 0.5 / 2), rel=0.02)
 
 
@@ -2230,7 +2194,7 @@ def test_judges_means_leave_out_what_is_missing():
     verdict.
     """
     found = {"reward: read": np.array([1, NAN, 3, INF, 8]), "reward: silent": np.full(5, NAN)}
-    figures = evaluate.figures_of(found, {}, [0] * 5, [""] * 5, "c2i")
+    figures = evaluate.figures_of(found, {}, "toy-c2i")
     assert {name: figure.value for name, figure in figures.items()} == pytest.approx(
         {"reward: read": 4, "missing: read": 0.4, "missing: silent": 1}
     )
@@ -2265,11 +2229,11 @@ def test_inceptions_features_are_adms(inception):
     Catches: channels first in place of last, another branch, before the ReLU, logits with their bias: plausible,
     all wrong.
     """
-    network, kept = evaluate.load_inception(Path(inception.split("#")[0])), {}
+    network, kept = evaluate.load_inception(inception), {}
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=seeded(0))
     network.Mixed_6d.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
     network.AvgPool.register_forward_hook(lambda module, args, output: kept.update(pool=output.flatten(1)))
-    found = evaluate.inception_features(pixels, network)
+    found = evaluate.inception_features(pixels, None, network)
     assert {name: x.shape for name, x in found.items()} == dict(pool=(2, 2048), logits=(2, 1008), spatial=(2, 2023))
     branch = network.Mixed_6d.branch1x1
     with torch.no_grad():
@@ -2285,6 +2249,7 @@ def test_inceptions_features_are_adms(inception):
 def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     """Catches: pictures that come in another order or in part; a reference's statistics that are not used."""
     monkeypatch.setattr(metrics, "FEWEST", 6)
+    monkeypatch.setattr(evaluate, "SHARD", 4)
     rng = np.random.default_rng(0)
     theirs, references = (rng.integers(0, 256, shape, np.uint8) for shape in ((6, 8, 8, 3), (7, 8, 8, 3)))
     theirs[3:, :, :, 0] = 0
@@ -2292,22 +2257,23 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     given = dict(mu_s=rng.random(2023), sigma_s=np.eye(2023), mu=rng.random(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "ref#1.npz", arr_0=references, **given)
     flags = ["--reference", str(tmp_path / "ref#1.npz"), "--inception", inception, "--out", str(tmp_path / "result")]
-    evaluate.main(["--samples", str(tmp_path / "a#.npz"), *flags, "--npz", str(tmp_path / "copies")])
-    copy = np.load(tmp_path / "copies/1-a-.npz")
+    evaluate.main(["--samples", str(tmp_path / "a#.npz"), "--num", "99", *flags, "--npz", str(tmp_path / "copies")])
+    (copy,) = (tmp_path / "copies").glob("a-*.npz")
+    copy = np.load(copy)
     assert np.array_equal(copy["arr_0"], theirs) and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
     found, text = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "result.md").read_text()
-    figures, network = found["columns"]["a#"], evaluate.load_inception(Path(inception.split("#")[0]))
+    assert found["num"] == found["records"]["a#"]["num"] == 6  # that were scored, whatever --num says
+    figures, network = found["columns"]["a#"], evaluate.load_inception(inception)
     a, b = (
-        evaluate.inception_features(torch.from_numpy(x).permute(0, 3, 1, 2), network)["pool"].numpy()
+        evaluate.inception_features(torch.from_numpy(x).permute(0, 3, 1, 2), None, network)["pool"].numpy()
         for x in (theirs, references)
     )
     pair = [figure.value for figure in metrics.precision_recall(a, b)]
     assert [figures["precision"], figures["recall"]] == pytest.approx(pair, abs=0.03)
-    assert figures["KID"] == pytest.approx(metrics.kernel_distance(a, b).value, rel=1e-3)
     assert figures["distance in class"] == pytest.approx(metrics.class_distance(a, [1, 1, 1, 2, 2, 2]).value, rel=1e-3)
     # too few for the rest, and the table says so
-    assert set(found["blank"]["a#"]) == {"FID", "sFID", "IS"} and "there are 6 pictures" in found["blank"]["a#"]["FID"]
-    assert "| FID |  |" in text and "Blank: FID of a#: 2,049 are needed" in text
+    assert not {"FID", "sFID", "IS"} & set(figures) and "| FID |  |" in text
+    assert "Blank: FID of a#: 2,049 are needed, one more than features (2,048), there are 6 pictures." in text
 
 
 def test_a_damaged_policy_is_found_before_the_base_is_drawn(tmp_path, monkeypatch):
@@ -2318,40 +2284,18 @@ def test_a_damaged_policy_is_found_before_the_base_is_drawn(tmp_path, monkeypatc
         evaluate.main(["--ckpt", str(tmp_path / "cut.pt"), "--num", "2", "--out", str(tmp_path / "table")])
 
 
-def test_an_array_is_on_disk_before_it_is_mapped(tmp_path, monkeypatch):
-    """Catches: a sparse file, of which a full disk kills the process (SIGBUS) where it could have said so."""
-    path, shape, map_file = tmp_path / "0-pixels.npy", (40, 64, 64, 3), np.lib.format.open_memmap
-
-    def open_memmap(path, *args):
-        assert path.stat().st_blocks * 512 >= math.prod(shape)
-        return map_file(path, *args)
-
-    monkeypatch.setattr(np.lib.format, "open_memmap", open_memmap)
-    array = evaluate.open_array(path, shape, np.uint8, 7)
-    assert (array == 7).all()
-    array[0] = 1
-    array.flush()
-    again = evaluate.open_array(path, shape, np.uint8, 7)
-    assert (again[0] == 1).all() and (again[1:] == 7).all()
-
-
-def test_files_are_columns_of_their_own_whatever_their_names_and_labels(tmp_path):
-    """Catches: two files whose names differ by a sign and share one result; labels in a column or one-hot."""
+def test_files_are_columns_of_their_own_whatever_their_names(tmp_path):
+    """Catches: two files whose names differ by a sign and share one result, or one place in --npz."""
     labels = np.arange(8) * 5
     clean = data.render([data.class_caption(data.TOY_CLASSES[k]) for k in labels], np.random.default_rng(0))
     clean = (clean.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     np.savez(tmp_path / "steps=100.npz", clean, labels)
-    np.savez(tmp_path / "steps-100.npz", noise, labels[:, None])
-    np.savez(tmp_path / "onehot.npz", clean, np.eye(40)[labels])
-    files = [str(tmp_path / name) for name in ("steps=100.npz", "steps-100.npz", "onehot.npz")]
-    evaluate.main(["--samples", *files, "--rewards", "clip", "--out", str(tmp_path / "e")])
+    np.savez(tmp_path / "steps-100.npz", np.random.default_rng(0).integers(0, 256, clean.shape, np.uint8), labels)
+    files = [str(tmp_path / name) for name in ("steps=100.npz", "steps-100.npz")]
+    evaluate.main(["--samples", *files, "--rewards", "clip", "--out", f"{tmp_path}/e", "--npz", f"{tmp_path}/copies"])
     columns = json.loads((tmp_path / "e.json").read_text())["columns"]
-    found = {name: figures["reward: clip"] for name, figures in columns.items()}
-    assert found["steps=100"] > 0.8 > 0.3 > found["steps-100"] and found["onehot"] == found["steps=100"]
-    np.savez(tmp_path / "short.npz", clean, labels[:5])
-    with pytest.raises(SystemExit, match="8 pictures need 8 labels"):
-        evaluate.main(["--samples", str(tmp_path / "short.npz"), "--rewards", "clip", "--out", str(tmp_path / "f")])
+    assert columns["steps=100"]["reward: clip"] > 0.8 > 0.3 > columns["steps-100"]["reward: clip"]
+    assert len(list((tmp_path / "copies").iterdir())) == 2
 
 
 def test_larger_pictures_are_resized_as_pil_does_it():
@@ -2367,80 +2311,92 @@ def test_larger_pictures_are_resized_as_pil_does_it():
 def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeypatch, thin_toys):
     """Catches: pictures drawn from other random numbers after a stop, or counted twice; two processes that differ."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "SHARD", 5)
     flags = ["--task", "t2i", "--num", "12", "--cfg-scale", "1", "--rewards", "clip", "--best-of", "2"]
-    flags += ["--batch-size", "4", "--npz", "out/npz", "--out", "out/table"]
-    evaluate.main(flags)
+    flags += ["--npz", "out/npz", "--out", "out/table"]
 
     def files():
-        return {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+        found = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+        return {path: re.sub(rb'"(time|batch_size)": .*', b"", content) for path, content in found.items()}
 
+    evaluate.main([*flags, "--batch-size", "4"])
     whole = files()
     assert not list(Path("out").rglob("*.parts"))
-    for name, call in (("judge_images", 5), ("score_batch", 2)):  # amid the second batch of pictures, and of scores
+    for module, name, call in ((sample, "judge_images", 5), (evaluate, "judge_images", 2)):  # amid drawing, and scoring
         shutil.rmtree("out")
 
-        def killed(name=name, call=call):
-            kill_in(sample if name == "judge_images" else evaluate, name, call)
-            evaluate.main(flags)
+        def killed(module=module, name=name, call=call):
+            kill_in(module, name, call)
+            evaluate.main([*flags, "--batch-size", "4"])
 
-        assert in_child(killed) == -signal.SIGKILL and list(Path("out").glob("*.parts")), name
-        evaluate.main(flags)
-        assert files() == whole, name
+        assert in_child(killed) == -signal.SIGKILL and list(Path("out").glob("table.parts/*/000000.npz")), module
+        evaluate.main([*flags, "--batch-size", "5"])
+        assert files().keys() == whole.keys(), module
+        ours, now = (json.loads(found[Path("out/table.json")])["columns"] for found in (whole, files()))
+        assert all(ours[name] == pytest.approx(now[name], abs=1e-3) for name in ours | now)
     shutil.rmtree("out")
     assert in_children(tmp_path, *2 * [partial(evaluate.main, flags)]) == [0, 0] and files().keys() == whole.keys()
-    file = Path("out/npz/base-cfg-1-best-of-2.npz")
+    (file,) = Path("out/npz").glob("base*")
     ours, theirs = (np.load(npz)["arr_0"] for npz in (io.BytesIO(whole[file]), file))  # rounding differs with batches
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
 def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys):
-    """Catches: pictures of another seed in the table, or a finished table of hours that is written over."""
+    """Catches: pictures of another seed or policy in the table, or a finished table of hours that is written over."""
+    zoo.save_weights(load_file(MODELS["toy-t2i"].ckpt), tmp_path / "same.safetensors", dict(model="toy-t2i"))
+    weights = {name: value + 1 for name, value in load_file(MODELS["toy-t2i"].ckpt).items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    few = ["--task", "t2i", "--num", "4", "--rewards", "clip", "--out", str(tmp_path)]
+    plain = ["--base", str(MODELS["toy-t2i"].ckpt), "--cfg-scale", "1"]
+    others = [
+        "--seed 1",
+        "--best-of 2",
+        "--temperature 0.9",
+        "--cfg-scale 2",
+        "--num 5",
+        f"--base {tmp_path}/other.safetensors",
+    ]
     places = []
-    for seed, batch in ((0, 1), (1, 1), (0, 2)):  # how many at once decides nothing
-        flags = ["--task", "t2i", "--num", "4", "--cfg-scale", "1", "--rewards", "clip", "--out", str(tmp_path)]
-        args = evaluate.parse_args([*flags, "--seed", str(seed), "--batch-size", str(batch)])
-        evaluate.open_work(args, evaluate.settings_of(args))
-        places.append(args.work)
-    assert places[0] == places[2] != places[1]
-    for name in ("evaluation", "evaluation-2"):
-        evaluate.main(flags)
-        assert (tmp_path / f"{name}.json").exists()
+    for more in ("", "--batch-size 1", *others):  # how many at once decides nothing
+        (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *plain, *more.split()]))
+        places.append(column.file.split("-")[-1])
+    assert places[0] == places[1] and len(set(places)) == 1 + len(others)
+    for name, seed in (("evaluation", "0"), ("evaluation-2", "1")):
+        evaluate.main([*few, "--cfg-scale", "1", "--seed", seed])
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (
+            found["seed"] == found["records"]["base, cfg 1"]["seed"] == int(seed) and time.time() - found["time"] < 60
+        )
 
 
 @pytest.mark.slow
-def test_benchmarks_folders_are_what_their_scorers_read(tmp_path, monkeypatch, capsys, thin_toys):
-    """
-    Catches: a line of GenEval's in another folder, or a quarter of a sheet in another place, scores another
-    picture.
-    """
+def test_genevals_folders_are_what_its_scorer_reads(tmp_path, monkeypatch, capsys, thin_toys):
+    """Catches: a line of GenEval's in another folder, so that another picture is scored; one empty line moves all."""
     monkeypatch.chdir(tmp_path)
     prompts = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
     lines = [json.dumps(dict(tag="colors", include=[dict(count=1)], prompt=prompt)) for prompt in prompts]
-    Path("lines.jsonl").write_text("\n".join(lines) + "\n")
-    Path("dpg").mkdir()
-    for item, prompt in zip(("a1", "b2", "c3"), prompts, strict=True):
-        Path(f"dpg/{item}.txt").write_text(prompt + "\n")
+    Path("lines.jsonl").write_text("\n\n".join(lines) + "\n")
     model, encode = load_model("toy-t2i"), load_encoder("toy-t2i")
     images, _ = sample.draw(model, load_tokenizer("toy-t2i"), encode, [prompt for prompt in prompts for _ in range(4)])
     pixels = to_uint8(images * 2 - 1).permute(0, 2, 3, 1).numpy().astype(int)
-    few = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5"]
-    ours = ["--ckpt", str(MODELS["toy-t2i"].ckpt)]
-    evaluate.main([*few, *ours, "--geneval", "lines.jsonl", "--out", "g"])
+    flags = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5", "--out", "g"]
+    monkeypatch.setattr(evaluate, "SHARD", 5)
+    evaluate.main([*flags, "--ckpt", str(MODELS["toy-t2i"].ckpt), "--geneval", "lines.jsonl"])
     assert "evaluate_images.py g-pictures/COLUMN" in capsys.readouterr().out
-    evaluate.main([*few, "--dpg", "dpg", "--out", "d"])
-    assert "--resolution 64 --pic-num 4" in capsys.readouterr().out
-    for n, line in enumerate(lines):
-        for column in ("base-cfg-1", "tuned-cfg-1"):  # the same weights: so the same random numbers
-            folder = Path(f"g-pictures/{column}/{n:05d}")
-            assert json.loads((folder / "metadata.jsonl").read_text()) == json.loads(line)
-            four = [np.asarray(Image.open(folder / f"samples/{k:04d}.png")) for k in range(4)]
+    for folder in Path("g-pictures").iterdir():  # base and tuned are the same weights: so the same random numbers
+        for n, line in enumerate(lines):
+            assert json.loads((folder / f"{n:05d}/metadata.jsonl").read_text()) == json.loads(line)
+            four = [np.asarray(Image.open(folder / f"{n:05d}/samples/{k:04d}.png")) for k in range(4)]
             assert abs(np.stack(four) - pixels[4 * n : 4 * n + 4]).max() <= 1
-        sheet = Image.open(f"d-pictures/base-cfg-1/{('a1', 'b2', 'c3')[n]}.png")
-        crops = [(0, 0, 64, 64), (64, 0, 128, 64), (0, 64, 64, 128), (64, 64, 128, 128)]  # as its scorer cuts it
-        assert abs(np.stack([np.asarray(sheet.crop(box)) for box in crops]) - pixels[4 * n : 4 * n + 4]).max() <= 1
+    assert len(list(Path("g-pictures").iterdir())) == 2
     found = json.loads(Path("g.json").read_text())
     changes = found["differences"]["tuned, cfg 1"]
     assert changes["reward: clip"] == [0, 0] and found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
+    Path("lines.jsonl").write_text("\n".join([lines[0], json.dumps(dict(prompt="###")), lines[2]]))
+    items = evaluate.geneval_items(Path("lines.jsonl"), "llamagen-t2i-xl-256")
+    assert [json.loads(item.metadata)["prompt"] for item in items] == [item.prompt for item in items] and len(
+        items
+    ) == 8
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
@@ -2460,7 +2416,7 @@ def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
         zoo.save_weights(load_file(MODELS["toy-t2i"].ckpt), f"{pad}.safetensors", header | dict(text_pad=pad))
     for order in (["left", "right"], ["right", "left"]):
         flags = ["--ckpt", *(f"{pad}.safetensors" for pad in order), "--rewards", "clip"]
-        assert [pad for _, _, pad in evaluate.parse_args(flags).policies] == ["left", *order]
+        assert [policy["text_pad"] for _, policy in evaluate.parse_args(flags).policies] == ["left", *order]
 
 
 # drawing and pages, through the scripts' own main ---------------------------------------------------------------------
