@@ -9,8 +9,8 @@ two-layer projection). Both know "no condition" as well, which classifier-free g
 table, or learned features.
 
 The policy is `guide`, then the head, then `policy_logprobs`: guidance before temperature. The sampler (`generate`) and
-the scorer (grpo.token_logprobs) share these functions, so what is trained is what was sampled. Filtering by top-k or
-top-p is only for drawing pictures.
+grpo.log_policy share these functions, so what is trained is what was sampled. Filtering by top-k or top-p is only for
+drawing pictures.
 
 Module attributes bear LlamaGen's own parameter names, so that official files load without conversion.
 Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C width, H heads, D = C/H, V codes.
@@ -18,7 +18,6 @@ Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C widt
 
 import copy
 import math
-import warnings
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,31 +72,25 @@ class Linear(nn.Linear):
 
 def rope_2d(config, base=10000):
     """
-    The 2D rotary embedding (arXiv 2104.09864, over rows and columns) as complex factors e^(i angle), (L, D/2): the
+    The 2D rotary embedding (arXiv 2104.09864, over rows and columns) as (cos, sin) of the angles, (L, D/2, 2): the
     first half of the angles comes from a token's row, the second from its column.
 
-    At the conditioning positions the *factor* is 0, not the angle, so queries and keys are zero vectors there. All
-    positions of the text therefore get the same attention score, 0, from every image token. Word order, and which word
-    matters, must already be in the text features.
+    At the conditioning positions cos and sin are both 0, so queries and keys are zero vectors there. All positions of
+    the text therefore get the same attention score, 0, from every image token. Word order, and which word matters, must
+    already be in the text features.
     """
     half = config.dim // config.n_head // 2
     frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # (D/4,)
     place = torch.arange(config.grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, D/4)
     rows = place[:, None].expand(-1, config.grid_size, -1)
     angles = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)  # (T, D/2)
-    turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-    return torch.cat([turns.new_zeros(config.cond_len, half), turns])  # (L, D/2)
+    turns = torch.stack([angles.cos(), angles.sin()], -1).float()  # (T, D/2, 2)
+    return torch.cat([turns.new_zeros(config.cond_len, half, 2), turns])  # (L, D/2, 2)
 
 
 def rotate(x, rope):
-    """
-    Rotates the channel pairs (2i, 2i+1) of x (..., S, D), read as complex numbers, by rope (S, D/2). A device without
-    complex numbers gets rope as real pairs (S, D/2, 2); on a CPU these are slower (RESULTS.md, "Speed").
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))  # (..., S, D/2, 2), interleaved
-    if rope.is_complex():
-        return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
-    a, b = pairs.unbind(-1)  # (..., S, D/2) each
+    """Rotates the channel pairs (2i, 2i+1) of x (..., S, D) by rope (S, D/2, 2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., S, D/2) each, interleaved
     cos, sin = rope.unbind(-1)  # (S, D/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
@@ -111,8 +104,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache=None, place=None):
         """
-        x (B, S, C): S positions of the sequence; rope (S, D/2); mask (B, 1, S, keys), or None for causal. With a cache
-        (2, B, H, keys, D), keys and values are written to its positions `place` (S,), and the whole cache is read.
+        x (B, S, C): S positions of the sequence; rope (S, D/2, 2); mask (B, 1, S, keys), or None for causal. With a
+        cache (2, B, H, keys, D), keys and values are written to its positions `place` (S,), and all of it is read.
         """
         B, S, C = x.shape
         qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
@@ -201,8 +194,8 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = Linear(config.dim, config.vocab_size)  # untied from tok_embeddings
         self.register_buffer("rope", rope_2d(config), persistent=False)
-        self.checkpoint_layers = False  # True: the backward pass recomputes most of each block, see `keep_attention`
-        self.compile_steps = False  # True: `generate` compiles its steps; faster after minutes of compiling
+        self.checkpoint_layers = False  # True: the backward pass recomputes each block (arXiv 1604.06174)
+        self.compile_steps = False  # True: `generate` takes CompiledStep; faster after minutes of compiling
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -214,9 +207,6 @@ class Transformer(nn.Module):
         """
         if self.config.task == "c2i" or cond_mask is None:
             return None
-        return self.padded_causal_mask(cond_mask)
-
-    def padded_causal_mask(self, cond_mask):
         total = len(self.rope)
         visible = F.pad(cond_mask.bool(), (0, self.config.num_tokens), value=True)  # (B, L)
         ones = torch.ones(total, total, dtype=torch.bool, device=cond_mask.device)
@@ -241,7 +231,7 @@ class Transformer(nn.Module):
     def forward(self, cond, tokens, cond_mask=None):
         """
         Teacher forcing: logits (B, T, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the tokens
-        before it. For LlamaGen they are large: B*T*V*4 bytes, and again for their gradient (see grpo.token_logprobs).
+        before it. For LlamaGen they are large: 8 images of 384 px take 0.3 GB, and as much for their gradient.
         """
         return self.head(self.hidden(cond, tokens, cond_mask))
 
@@ -250,145 +240,70 @@ class Transformer(nn.Module):
         x = torch.cat([self.embed(cond), self.tok_embeddings(tokens[:, :-1])], 1)  # (B, L-1, C)
         S, mask = x.shape[1], self.mask(cond_mask)
         mask = None if mask is None else mask[..., :S, :S]
-        kept = partial(create_selective_checkpoint_contexts, partial(keep_attention, self.config.dim))
-        options = dict(context_fn=kept, use_reentrant=False, preserve_rng_state=False)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, self.rope[:S], mask, **options)
+                x = checkpoint(layer, x, self.rope[:S], mask, use_reentrant=False)
             else:
                 x = layer(x, self.rope[:S], mask)
         return self.norm(x[:, self.config.cond_len - 1 :].float())
 
     @torch.no_grad()
     def generate(
-        self, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, noise=None,
-        group_size=1,
-    ):  # fmt: skip
+        self, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, noise=None
+    ):
         """
-        Samples tokens (N, T), int64, and returns them with the log-probabilities (N, T), nats, float32, that the
-        distribution they were drawn from gave them. N = B * group_size: rows that share a condition follow each other.
+        Samples tokens (N, T), int64, one image per row of cond, and returns them with the log-probabilities (N, T),
+        nats, float32, that the distribution they were drawn from gave them.
 
         cfg_scale     above 1 guides every token (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale
         cfg_interval  k >= 0 guides only token 0 and the next k + 1; -1 guides all
         temperature   0 takes the likeliest token (log-probabilities are then those of temperature 1)
         top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
         noise         (N, T) numbers in [0, 1), one per token, from `image_noise`; None draws fresh ones
-        group_size    G, images per condition; the conditioning positions are computed once for all of them
 
         Memory: the cache takes 2 * layers * N * L * C floats, twice that with guidance.
         """
-        config, N, P, L = self.config, len(cond) * group_size, self.config.cond_len, len(self.rope)
-        if cond_mask is None:
-            cond_mask = torch.ones(len(cond), P, dtype=torch.bool, device=self.rope.device)
-        noise = (torch.rand(N, config.num_tokens) if noise is None else noise).to(self.rope.device)
+        config, N, device = self.config, len(cond), self.rope.device
+        P, T = config.cond_len, config.num_tokens
+        cond_mask = torch.ones(N, P, device=device) if cond_mask is None else cond_mask
+        noise = (torch.rand(N, T) if noise is None else noise).to(device)
         if cfg_scale > 1:
-            cond, cond_mask = self.with_null(cond, cond_mask)
-        x = self.embed(cond)  # (B or 2B, P, C)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        layers, block, lengths, mask = self.layers, Block.forward, range(P + 1, L + 1), self.mask(cond_mask)
-        if self.compile_steps:
-            layers, block = [rounded(layer, dtype) for layer in layers], compiled_block()
-            # Each cache length is compiled separately. So there are only four; the mask hides what is not filled yet.
-            lengths = [-(-L * quarter // 4) for quarter in (1, 2, 3, 4)]
-            mask = self.padded_causal_mask(cond_mask)
-        shape = (config.n_layer, 2, len(x), config.n_head, P, config.dim // config.n_head)
-        prefix = torch.zeros(shape, dtype=cache_dtype(kind), device=x.device)
-        for layer, layer_cache in zip(layers, prefix, strict=True):
-            rows = None if mask is None else mask[..., :P, :P]
-            x = layer(x, self.rope[:P], rows, layer_cache, torch.arange(P, device=x.device))
-        x = x[:, -1:].repeat_interleave(group_size, 0)  # (N or 2N, 1, C)
-        mask = None if mask is None else mask.repeat_interleave(group_size, 0)
-        cache = prefix.new_zeros(*shape[:2], len(x), shape[3], L, shape[5])
-        cache[..., :P, :] = prefix.repeat_interleave(group_size, 2)
-        tokens = torch.empty(N, config.num_tokens, dtype=torch.long, device=x.device)
-        logprobs = torch.empty(N, config.num_tokens, device=x.device)
-        # the newest token's position, (1,), stays on the device: the host never waits for it, and a graph can count it
-        newest, graphs = torch.zeros(1, dtype=torch.long, device=x.device), {}
-        state = newest, tokens, logprobs, noise, temperature, top_k, top_p
-        self.draw(x, cfg_scale, *state)
-        for i in range(1, config.num_tokens):
-            filled = next(length for length in lengths if length >= P + i)
-            scale = cfg_scale if cfg_interval < 0 or i <= cfg_interval + 1 else 1.0
-            if (filled, scale) in graphs:
-                graphs[filled, scale].replay()
-                continue
-            step = partial(self.step, layers, block, cache[..., :filled, :], mask, scale, *state)
-            step()
-            if self.compile_steps and kind == "cuda":
-                graphs[filled, scale] = record(step)
-        return tokens, logprobs
+            cond, cond_mask = self.with_null(cond, cond_mask)  # both halves are continued with the same tokens
+        x, mask = self.embed(cond), self.mask(cond_mask)  # (N or 2N, P, C), (N or 2N, 1, L, L) or None
+        cache = torch.zeros(
+            config.n_layer, 2, len(x), config.n_head, P + T, config.dim // config.n_head,
+            dtype=cache_dtype(device.type), device=device,
+        )  # fmt: skip
+        step = CompiledStep(self, mask, cache) if self.compile_steps else partial(self.step, mask, cache)
+        place = torch.arange(P, device=device)  # the positions that come next: the condition, then token by token
+        tokens, logprobs = [], []
+        for i in range(T):
+            x = step(x, place, P + i)  # (N or 2N, S, C)
+            states = self.norm(x[:, -1].float())  # (N or 2N, C)
+            guided = cfg_scale > 1 and (cfg_interval < 0 or i <= cfg_interval + 1)
+            states = guide(states, cfg_scale) if guided else states[:N]  # (N, C)
+            logp = policy_logprobs(self.head(states), temperature or 1.0)  # (N, V)
+            if temperature == 0:
+                token = logp.argmax(-1)
+            else:
+                logp = keep_likeliest(logp, top_k, top_p)
+                token = sample_row(logp, noise[:, i])  # (N,)
+            tokens.append(token)
+            logprobs.append(logp.gather(-1, token[:, None])[:, 0])
+            x = self.tok_embeddings(token)[:, None].repeat(len(x) // N, 1, 1)  # (N or 2N, 1, C)
+            place = place[-1:] + 1
+        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
-    def step(self, layers, block, cache, mask, scale, newest, tokens, *state):
-        """Feeds the newest token, which fills one more position of the cache, and draws the next one."""
-        place = newest + self.config.cond_len
-        x = self.tok_embeddings(tokens.index_select(1, newest))  # (N, 1, C)
-        x = x.repeat(cache.shape[2] // len(tokens), 1, 1)  # guided: both halves continue with the same token
-        rope = self.rope.index_select(0, place)
-        rows = None if mask is None else mask.index_select(2, place)[..., : cache.shape[4]]
-        for layer, layer_cache in zip(layers, cache, strict=True):
-            x = block(layer, x, rope, rows, layer_cache, place)
-        newest += 1
-        self.draw(x, scale, newest, tokens, *state)
-
-    def draw(self, x, scale, newest, tokens, logprobs, noise, temperature, top_k, top_p):
-        """Draws the token at position `newest` from the last of the states x (N or 2N, S, C)."""
-        hidden = self.norm(x[:, -1].float())
-        if len(x) > len(tokens):
-            hidden = guide(hidden, scale) if scale > 1 else hidden[: len(tokens)]
-        logp = policy_logprobs(self.head(hidden[:, None])[:, 0], temperature or 1.0)  # (N, V)
-        if temperature == 0:
-            token = logp.argmax(-1)
-        else:
-            logp = keep_likeliest(logp, top_k, top_p)
-            token = sample_row(logp, noise.index_select(1, newest)[:, 0])
-        tokens.index_copy_(1, newest, token[:, None])
-        logprobs.index_copy_(1, newest, logp.gather(-1, token[:, None]))
-
-
-def keep_attention(dim, context, op, *inputs, **options):
-    """
-    Selective activation checkpointing (arXiv 2205.05198) for a block of width C = dim. Keeps the results of attention
-    and of its products (C to 3C, C to C). The backward pass recomputes the feed-forward, which holds half of a block's
-    activations, and everything that is cheap.
-    """
-    shapes = (dim, dim), (dim, 3 * dim)
-    keep = "attention" in str(op) or (op == torch.ops.aten.mm.default and tuple(inputs[1].shape) in shapes)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@cache
-def compiled_block():
-    """A block of `step`, compiled once for all layers of one shape. Needs a C++ compiler, on GPUs also Triton."""
-    torch._dynamo.config.recompile_limit = 64  # four cache lengths for each number of images; the default is 8
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # rotate runs as is
-    return torch.compile(Block.forward, dynamic=False)
-
-
-def cache_dtype(kind):
-    """
-    The cache's dtype on a kind of device ("cpu", "cuda"): that of autocast, except on a CPU, where attention for a
-    single query takes twice as long in bfloat16 as in float32.
-    """
-    half = kind != "cpu" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if half else torch.float32
-
-
-def rounded(layer, dtype):
-    """A copy of a block with its matrices in `dtype`, as autocast would cast them at every use."""
-    layer = copy.deepcopy(layer)
-    for module in layer.modules():
-        if isinstance(module, Linear):
-            module.to(dtype)
-    return layer
-
-
-def record(step):
-    """A CUDA graph of `step`: one launch instead of some hundred. Recording computes nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+    def step(self, mask, cache, x, place, filled):
+        """
+        The blocks at the S positions `place` (S,): x (N, S, C) -> (N, S, C). Their keys and values go into the cache
+        (layers, 2, N, H, L, D), of which the first `filled` positions are read: the others hold zeros, and without a
+        mask attention would see them.
+        """
+        rows = None if mask is None else mask[:, :, place, :filled]
+        for layer, layer_cache in zip(self.layers, cache[..., :filled, :], strict=True):
+            x = layer(x, self.rope[place], rows, layer_cache, place)
+        return x
 
 
 def image_noise(images, num_tokens, *seed):
@@ -443,6 +358,81 @@ def keep_likeliest(logp, top_k=0, top_p=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Speed: --compile, and precision
+
+
+class CompiledStep:
+    """
+    `Transformer.step` for --compile, with the same arguments but for mask and cache: one compiled block for all layers,
+    matrices in autocast's precision, and on a GPU a graph of all blocks, since launching their kernels one by one takes
+    longer than computing them.
+    """
+
+    def __init__(self, model, mask, cache):
+        total, kind = len(model.rope), cache.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        causal = torch.ones(1, 1, total, total, dtype=torch.bool, device=cache.device).tril()
+        self.layers = [rounded(layer, dtype) for layer in model.layers]
+        self.rope, self.mask, self.cache = model.rope, causal if mask is None else mask, cache
+        # A graph reads its inputs from where they were when it was recorded.
+        self.x = torch.empty(cache.shape[2], 1, model.config.dim, device=cache.device)
+        self.place = torch.zeros(1, dtype=torch.long, device=cache.device)
+        self.graphs = {}  # number of cache positions that are read: (graph, its output)
+
+    def __call__(self, x, place, filled):
+        # Each length is compiled separately. So there are only four; the mask hides what is not filled yet.
+        total = len(self.rope)
+        length = next(end for end in (-(-total * quarter // 4) for quarter in (1, 2, 3, 4)) if end >= filled)
+        if len(place) > 1:  # a caption's positions come once, so compiling them would not pay
+            return self.blocks(Block.forward, x, place, length)
+        if length in self.graphs:
+            self.x.copy_(x)
+            self.place.copy_(place)
+            graph, output = self.graphs[length]
+            graph.replay()
+            return output
+        output = self.blocks(compiled_block(), x, place, length)  # compiles
+        if x.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # recording computes nothing
+                recorded = self.blocks(compiled_block(), self.x, self.place, length)
+            self.graphs[length] = graph, recorded
+        return output
+
+    def blocks(self, block, x, place, length):
+        rope = self.rope.index_select(0, place)
+        rows = self.mask.index_select(2, place)[..., :length]
+        for layer, layer_cache in zip(self.layers, self.cache[..., :length, :], strict=True):
+            x = block(layer, x, rope, rows, layer_cache, place)
+        return x
+
+
+@cache
+def compiled_block():
+    """A block, compiled once for all layers of one shape. Needs a C++ compiler, on GPUs also Triton."""
+    torch._dynamo.config.recompile_limit = 64  # four cache lengths for each number of images; the default is 8
+    return torch.compile(Block.forward, dynamic=False)
+
+
+def cache_dtype(kind):
+    """
+    The cache's dtype on a kind of device ("cpu", "cuda"): that of autocast, except on a CPU, where attention for a
+    single query takes twice as long in bfloat16 as in float32.
+    """
+    half = kind != "cpu" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if half else torch.float32
+
+
+def rounded(layer, dtype):
+    """A copy of a block with its matrices in `dtype`, as autocast would cast them at every use."""
+    layer = copy.deepcopy(layer)
+    for module in layer.modules():
+        if isinstance(module, Linear):
+            module.to(dtype)
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685), --lora-rank: for those who have one GPU of 24 GB
 
 
@@ -465,28 +455,3 @@ def merged(weights):
     for name in [name.removesuffix("up") for name in weights if name.endswith(".up")]:
         plain[f"{name}weight"] = plain[f"{name}weight"] + weights[f"{name}up"] @ weights[f"{name}down"]
     return plain
-
-
-def demo():
-    """What the toy base expects next, and that sampling with the cache agrees with one full pass."""
-    import data
-    from zoo import load_model
-
-    model, name = load_model("toy-c2i"), "red circle"
-    label = torch.tensor([data.TOY_CLASSES.index(name)])
-    tokens, logprobs = model.generate(label, noise=image_noise([0], 64, 0))  # (1, T) each
-    with torch.no_grad():
-        full = policy_logprobs(model(label, tokens))[0]  # (T, V)
-    print(f"{name}: 64 tokens, written one by one, in rows of 8. What the model expects before some of them:")
-    for t in (0, 20, 36, 63):
-        top = full[t].topk(4)
-        likely = "  ".join(f"{k:3d} {full[t, k].exp():4.0%}" for k in top.indices.tolist())
-        entropy, drawn = -(full[t].exp() * full[t]).sum(), f"{tokens[0, t]}, p {logprobs[0, t].exp():.0%}"
-        print(f"  token {t:2d}: {likely}   entropy {entropy:.2f} nats; drawn {drawn}")
-    gap = (full.gather(1, tokens[0, :, None])[:, 0] - logprobs[0]).abs().max()
-    print(f"log-probability of the picture: {logprobs.sum():.1f} nats")
-    print(f"largest difference between sampling with the cache and one full pass: {gap:.1e} nats per token")
-
-
-if __name__ == "__main__":
-    demo()

@@ -293,7 +293,7 @@ def resolve(args):
     zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    args.judge_weights = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by) if args.best_of > 1 else {}
+    args.rewards = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by) if args.best_of > 1 else {}
     args.judge_options = judge_options(args, args.model)
     prompts = read_prompts(args.model, args.classes, args.prompts)
     args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
@@ -339,13 +339,13 @@ def run(args):
     options = dict(seed=args.seed, batch_size=args.batch_size, dtype=args.dtype, progress=True)
     options |= dict(cfg_scale=args.cfg_scale, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     captions = captions_of(args.model, args.prompts)
-    judges = load_judges(args.judge_weights, args.device, args.judge_options)
+    judges = load_judges(args.rewards, args.device, args.judge_options)
     images, labels, seconds = [], [], 0
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
         what = captions, model, tokenizer, partial(encode, pad=pad), args.prompts
         began = time.perf_counter()
-        own_images, tokens = draw_best(args.best_of, judges, args.judge_weights, *what, **options)
+        own_images, tokens = draw_best(args.best_of, judges, args.rewards, *what, **options)
         seconds += time.perf_counter() - began
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))

@@ -16,19 +16,23 @@ after.png, before-after.png, curves.png, metrics.jsonl (a line per step; the REA
 samples/ (the same prompts and seeds during training), TensorBoard events, policy.safetensors, and state.pt for
 --resume.
 
+minimal.py is the same algorithm in a hundred lines; this adds flags, resuming, several processes, the official models,
+and what goes beyond the paper.
+
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
-images (--score-cfg; see grpo.py). Weights are float32; the official t2i run keeps them in bfloat16, and its c2i run
-samples in float32 and scores in bfloat16. Every random number comes from (seed, step), so a resumed run draws what the
+images (--learn-cfg; see grpo.py). Weights are float32; the official t2i run keeps them in bfloat16, and its c2i run
+samples in float32 and learns in bfloat16. Every random number comes from (seed, step), so a resumed run draws what the
 unbroken one would have drawn.
 
 Shapes: B prompts per step, G = group_size samples each, of which K = learn_from are learned from (all by default), N =
-B*G images, T image tokens.
+B*G images, T image tokens, V codes, n images in a micro-batch. Of several processes each sees only its own B and N.
 """
 
 import argparse
 import copy
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,22 +40,25 @@ import torch
 import data
 import parallel
 import report
+import sample
 import zoo
 from grpo import (
+    ADVANTAGES,
     Batch,
-    decoupled_advantages,
+    at_tokens,
+    entropy_of,
+    exact_kl,
     extremes,
-    group_advantages,
     grpo_loss,
+    log_policy,
     sample_groups,
     sampler_gap,
-    score_tokens,
     split,
     take,
-    token_logprobs,
     token_weights,
 )
 from model import adapters, image_noise
+from parallel import say
 from prompts import captions_of, load_encoder, read_prompts, wordnet_classes
 from rewards import (
     add_judge_flags,
@@ -61,6 +68,7 @@ from rewards import (
     judge_options,
     load_judges,
     parse_rewards,
+    rewards_text,
     weighted_sum,
 )
 from runs import Run
@@ -68,86 +76,75 @@ from tokenizer import to_unit
 from zoo import Mistake
 
 MAX_GRAD_NORM = 1.0  # the release's; the toys' gradients stay below it most of the time
-SAMPLE_EVERY = 50  # steps between grids of the same prompts and seeds
 WARMUP = 0.1  # of the steps, with --lr-schedule linear
+SAMPLE_EVERY = 50  # steps between grids of the same prompts and seeds
 
 
+@torch.enable_grad()  # a caller may have switched gradients off
 def train(args, run):
-    """The loop: sample, judge, compare, learn, report and save."""
+    """The loop: sample, judge, compare, learn, report and save. run: a `Run`, entered."""
     policy, ref_model, tokenizer, encode, judges, optimizer = build(args)
     run.begin(policy, optimizer)
     announce(args, policy, args.steps - run.first_step)
-    draw_grid = partial(report.draw_grid, args, policy, tokenizer, encode, judges)
+    draw_grid = partial(sample.draw_grid, args, policy, tokenizer, encode, judges)
     before = draw_grid("before.png", "before: the base model") if run.first_step == 0 else None
     G, T = args.group_size, policy.config.num_tokens
-    # Of the N images of a step this process draws and learns from n, those of its own prompts.
-    rows = [prompt * G + k for prompt in parallel.share(args.prompts_per_step) for k in range(G)]  # n of range(N)
+    rows = parallel.share(args.prompts_per_step * G)  # which of the images of all processes are this one's
     autocast = zoo.autocast(args.device, args.dtype)
-    # The sampler's log-probabilities serve as pi_old. Recompute them only where they would not match: with other
-    # guidance, or in bfloat16, where a full pass rounds differently from token-by-token decoding.
-    sampler_differs = args.score_cfg != args.cfg_scale or args.dtype == "bfloat16"
-    exact_ref = ref_model if args.kl == "exact" else None  # beyond the paper
     for step in range(run.first_step, args.steps):
         # 1. sample G images for each prompt from the current policy
         prompts, captions = pick_prompts(args, step)
-        noise = image_noise(rows, T, args.seed, step)  # (n, T): the same on resume and for any number of processes
+        noise = image_noise(rows, T, args.seed, step)  # (N, T): the same on resume and for any number of processes
         with autocast:
             cond, cond_mask = encode(prompts)  # (B, ...), (B, P)
             rollout = sample_groups(policy, cond, cond_mask, G, noise, args.cfg_scale, args.temperature)
         run.lap("sample")
 
-        # 2. judge
-        images = decode(tokenizer, rollout.tokens, args.micro_batch)  # (n, 3, H, W) in [0, 1]
+        # 2. judge, and 3. compare inside each group
+        images = decode(tokenizer, rollout.tokens, args.micro_batch)  # (N, 3, H, W) in [0, 1]
         run.lap("decode")
-        scores, score_metrics = judge(judges, images, captions, G)  # {judge: (N,)}, gathered from all processes
-        rewards = weighted_sum(scores, args.judge_weights)  # (N,)
-
-        # 3. compare inside each group
-        advantages = group_advantages(rewards, G, divide=args.reward_norm != "mean")  # (N,)
-        if args.reward_norm == "each":  # beyond the paper: GDPO
-            advantages = decoupled_advantages(scores, args.judge_weights, G)
-        A = advantages[rows]  # (n,): back to this process's images
-        kept = extremes(A, G, args.learn_from)  # all n; beyond the paper: fewer, which n counts from here on
-        rollout, A = take(rollout, kept), A[kept]
+        judged, metrics = judge(args, judges, images, captions)
+        kept = extremes(judged.advantages, G, args.learn_from)  # all N; beyond the paper: K of each group
+        advantages = judged.advantages[kept]  # (N,)
+        rollout = take(rollout, kept)
         run.lap("judge")
 
-        # 4. learn: score the tokens by pi_ref and pi_old, then take --updates-per-batch steps of AdamW
-        with autocast:  # (n, T) nats; the states (n, T, C) are for --kl exact
-            ref_logprobs, ref_states = score_tokens(
-                ref_model, rollout, args.micro_batch, args.ref_cfg, args.temperature
-            )
-            old_logprobs = rollout.sampled_logprobs
-            if sampler_differs:
-                old_logprobs, _ = score_tokens(policy, rollout, args.micro_batch, args.score_cfg, args.temperature)
-            if args.weigh_tokens:  # beyond the paper: each token gets its own share of A
-                unguided, _ = score_tokens(ref_model, rollout, args.micro_batch, args.score_cfg, args.temperature)
-                A = A[:, None] * token_weights(ref_logprobs, unguided)  # (n, T)
-        batch = Batch(
-            **rollout._asdict(),
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            ref_states=ref_states,
-            advantages=A,
-        )
-        run.lap("reference")
-        lr = set_lr(args, optimizer, step)
+        # 4. learn: --updates-per-batch steps of AdamW
+        metrics["lr"] = set_lr(args, optimizer, step)
+        parts = split(Batch(*rollout, advantages), args.micro_batch)
         history = []
         grad_norms = []
         for update in range(args.updates_per_batch):
             optimizer.zero_grad()
-            for part in split(batch, args.micro_batch):
+            for k, part in enumerate(parts):
                 with autocast:
-                    logprobs, entropy, kl = token_logprobs(
-                        policy, part.cond, part.tokens, part.cond_mask, args.score_cfg, args.temperature,
-                        ref_model=exact_ref, ref_states=part.ref_states,
-                    )  # fmt: skip
+                    if update == 0 or args.kl == "exact":
+                        with torch.no_grad():
+                            ref_logp = log_policy(ref_model, part, args.ref_cfg, args.temperature)  # (n, T, V)
+                    logp = log_policy(policy, part, args.learn_cfg, args.temperature)  # (n, T, V), requires grad
+                logprobs = at_tokens(logp, part.tokens)  # (n, T)
+                if update == 0:  # what the first update finds serves the others too
+                    part = part._replace(
+                        old_logprobs=logprobs.detach(),
+                        ref_logprobs=at_tokens(ref_logp, part.tokens),
+                    )
+                    if args.weigh_tokens:  # beyond the paper
+                        part = weigh_tokens(args, ref_model, part)
+                    parts[k] = part
+                kl = exact_kl(logp, ref_logp) if args.kl == "exact" else None  # beyond the paper; None: k3
                 loss, stats = grpo_loss(
-                    logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, args.clip_eps, args.kl_coef, kl
+                    logprobs,
+                    part.old_logprobs,
+                    part.ref_logprobs,
+                    part.advantages,
+                    args.clip_eps,
+                    args.kl_coef,
+                    kl,
                 )
-                fraction = len(logprobs) / len(A)  # the last micro-batch may be a short one
+                fraction = len(logprobs) / len(advantages)  # the last micro-batch may be a short one
                 scaled_loss = loss * fraction
                 scaled_loss.backward()
-                stats["entropy"] = entropy.mean().detach()
+                stats["entropy"] = entropy_of(logp).mean()
                 if update == 0:  # later the gap would say how far the policy has moved
                     stats["sampler_gap"] = sampler_gap(logprobs, part.sampled_logprobs)
                 history.append((fraction, stats))
@@ -156,17 +153,16 @@ def train(args, run):
             if grad_norm.isfinite():  # a NaN must not reach the weights
                 optimizer.step()
         run.lap("learn")
-        dissect(args, step, policy, batch, images, captions, scores, kept)
 
         # 5. report and save
-        metrics = step_metrics(step, lr, rewards, advantages, history, grad_norms, G)
-        metrics |= score_metrics
+        metrics |= learning_metrics(history, grad_norms)
         metrics |= verify(args, images, captions)
         run.lap("report")
+        draw_group(args, step, policy, parts, images, captions, judged, kept)
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
-        run.end_step(step, parallel.average(metrics))
-    report.finish_run(args, {"base": ref_model, "tuned": policy}, before, tokenizer, encode, judges)
+        run.end_step(step, parallel.average({"step": step} | metrics))
+    sample.finish_run(args, {"base": ref_model, "tuned": policy}, before, tokenizer, encode, judges)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -175,15 +171,15 @@ def train(args, run):
 
 def pick_prompts(args, step):
     """
-    The step's B prompts (labels or captions), drawn from (seed, step), without repeats if the pool is large enough.
-    Returns this process's share, and the N captions that the judges read, one per image.
+    This process's B prompts (labels or captions) of a step, and the N captions that the judges read, one per image.
+    The step's prompts are drawn from (seed, step), without repeats if the pool is large enough.
     """
-    rng, B = np.random.default_rng([args.seed, step]), args.prompts_per_step
+    rng, count = np.random.default_rng([args.seed, step]), args.prompts_per_step
     if args.pool is None:  # the toy's captions: every category equally often, so a caption may repeat
-        picked = data.sample_captions(B, rng)
+        picked = data.sample_captions(count, rng)
     else:
-        picked = [args.pool[k] for k in rng.choice(len(args.pool), B, replace=len(args.pool) < B)]
-    prompts = [picked[k] for k in parallel.share(B)]
+        picked = [args.pool[k] for k in rng.choice(len(args.pool), count, replace=len(args.pool) < count)]
+    prompts = [picked[k] for k in parallel.share(count)]
     captions = captions_of(args.model, prompts, args.class_names)
     return prompts, [caption for caption in captions for _ in range(args.group_size)]
 
@@ -194,13 +190,23 @@ def decode(tokenizer, tokens, micro_batch):
     return to_unit(torch.cat([tokenizer.decode(part) for part in tokens.split(micro_batch)]))
 
 
-def judge(judges, images, captions, group_size):
+class Judged(NamedTuple):
+    """What the judges' verdicts on this process's N images come to."""
+
+    scores: dict  # {judge: (N,)}
+    rewards: torch.Tensor  # (N,)
+    advantages: torch.Tensor  # (N,)
+
+
+def judge(args, judges, images, captions):
     """
-    The judges' scores of the images of all processes, {judge: (N,)}, and what the log says about them. A missing score
-    (not finite) becomes the mean of its group, where it neither helps nor hurts.
+    Scores images (N, 3, H, W) in [0, 1] and compares them: a Judged, and what the log says, {name: number}.
+
+    Scores are gathered, so advantages and log are those of the images of all processes. A missing score (not finite)
+    becomes the mean of its group, where it neither helps nor hurts.
     """
+    G, metrics = args.group_size, {}
     scores, seconds = judge_images(judges, images, captions)
-    metrics = {}
     for name, values in scores.items():
         values = parallel.gather(values)
         finite = values[values.isfinite()]
@@ -209,8 +215,27 @@ def judge(judges, images, captions, group_size):
             metrics[f"{name}_std"] = finite.std(correction=0).item()
         metrics[f"{name}_not_finite"] = len(values) - len(finite)
         metrics[f"{name}_seconds"] = seconds[name]
-        scores[name] = fill_missing(values, group_size)
-    return scores, metrics
+        scores[name] = fill_missing(values, G)
+    rewards = weighted_sum(scores, args.rewards)
+    advantages = ADVANTAGES[args.reward_norm](rewards, G, scores, args.rewards)
+    groups = rewards.view(-1, G)
+    metrics["reward"] = rewards.mean().item()
+    metrics["reward_std"] = rewards.std().item()
+    metrics["advantage_std"] = advantages.std().item()
+    metrics["advantage_max"] = advantages.abs().max().item()
+    metrics["equal_groups"] = (groups == groups[:, :1]).all(1).float().mean().item()
+    own = parallel.share(len(rewards))
+    own_scores = {name: values[own] for name, values in scores.items()}
+    return Judged(own_scores, rewards[own], advantages[own]), metrics
+
+
+@torch.no_grad()
+def weigh_tokens(args, ref_model, part):
+    """The micro-batch with advantages (n, T): each token's share of its image's."""
+    with zoo.autocast(args.device, args.dtype):
+        logp = log_policy(ref_model, part, args.learn_cfg, args.temperature)  # (n, T, V)
+    weights = token_weights(part.ref_logprobs, at_tokens(logp, part.tokens))  # (n, T)
+    return part._replace(advantages=part.advantages[:, None] * weights)
 
 
 def set_lr(args, optimizer, step):
@@ -233,43 +258,36 @@ def verify(args, images, captions):
     return dict(right=float(np.mean(right)))
 
 
-def dissect(args, step, policy, batch, images, captions, scores, kept):
-    """Keeps one group of the first, the middle and the last step for the page: what the update did to its tokens."""
+@torch.no_grad()
+def draw_group(args, step, policy, parts, images, captions, judged, kept):
+    """Of the first, the middle and the last step, draws one group: what the update did to the tokens of its images."""
     if step not in (0, args.steps // 2, args.steps - 1):
         return
     K = args.learn_from
-    kept = kept[:K]  # the first group's
-    group = split(batch, K)[0]
+    rows = kept[:K]  # the first group's
+    group = Batch(*[torch.cat(values)[:K] for values in zip(*parts, strict=True)])
     with zoo.autocast(args.device, args.dtype):
-        after, _ = score_tokens(policy, group, args.micro_batch, args.score_cfg, args.temperature)  # (K, T)
-    by_token = group.advantages.view(K, -1)  # (K, 1), or (K, T) with token weights, whose mean is 1
-    advantages = by_token.mean(1)
-    tensors = dict(
-        images=images[kept],
-        rewards=weighted_sum(scores, args.judge_weights)[kept],
-        advantages=advantages,
-        change=after - group.old_logprobs,
-        weights=by_token / advantages[:, None],
+        after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
+    report.draw_step(
+        args.out / f"samples/group_{step:05d}.png",
+        captions[0],
+        images[rows],
+        group.tokens,
+        {name: values[rows] for name, values in judged.scores.items()},
+        judged.rewards[rows],
+        group.advantages,
+        after - group.old_logprobs,
+        args.rewards,
+        n=len(kept),
     )
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-    scores = {judge: values[kept].cpu().numpy() for judge, values in scores.items()}
-    found = report.Group(captions[0], str(args.rewards), scores=scores, **arrays, drawn=args.group_size)
-    report.save_group(args.out / f"samples/group_{step:05d}.npz", found)
 
 
-def step_metrics(step, lr, rewards, advantages, history, grad_norms, group_size):
+def learning_metrics(history, grad_norms):
     """
-    {name: number} of a step; the README's glossary explains each. rewards, advantages (N,). history: (fraction of the
-    images that are learned from, {name: mean}) of each micro-batch. grad_norms: of each update, before clipping.
+    {name: number} of a step's updates. history: (fraction of the images that are learned from, {name: mean}) of each
+    micro-batch. grad_norms: of each update, before clipping.
     """
-    groups = rewards.view(-1, group_size)
-    metrics = dict(
-        step=step, lr=lr,
-        reward=rewards.mean().item(), reward_std=rewards.std().item(),
-        advantage_std=advantages.std().item(), advantage_max=advantages.abs().max().item(),
-        equal_groups=(groups == groups[:, :1]).all(1).float().mean().item(),
-        grad_norm=torch.stack(grad_norms).max().item(),  # NaN if one of them is
-    )  # fmt: skip
+    metrics = dict(grad_norm=torch.stack(grad_norms).max().item())  # NaN if one of them is
     for name in history[0][1]:
         found = [(stats[name].item(), fraction) for fraction, stats in history if name in stats]
         values, fractions = zip(*found, strict=True)
@@ -282,7 +300,10 @@ def step_metrics(step, lr, rewards, advantages, history, grad_norms, group_size)
 
 
 def build(args):
-    """The policy, its frozen copy, the tokenizer, the prompt encoder, the judges, the optimizer."""
+    """
+    The policy, its frozen copy, the tokenizer, the prompt encoder, the judges, the optimizer. All networks stay in eval
+    mode: with dropout, the policy that is learned would not be the one that sampled.
+    """
     policy = zoo.load_model(args.model, args.base, args.device, args.compile)
     # With adapters the weights themselves never change, so policy and reference share them: deepcopy copies nothing
     # that its memo holds.
@@ -299,7 +320,7 @@ def build(args):
         parallel.shard(ref_model)
     tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
     encode = partial(load_encoder(args.model, args.text_encoder, args.device, args.pool or ()), pad=args.text_pad)
-    judges = load_judges(args.judge_weights, args.device, args.judge_options)
+    judges = load_judges(args.rewards, args.device, args.judge_options)
     learned = [p for p in policy.parameters() if p.requires_grad]
     # no weight decay: the KL already says where the weights should stay
     optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0)
@@ -311,13 +332,13 @@ def announce(args, policy, steps):
     B, G, K, T = args.prompts_per_step, args.group_size, args.learn_from, policy.config.num_tokens
     few = f"learning from the {K // 2} worst and {K - K // 2} best of each {G}, " if K < G else ""
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
-    print(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
-    print(f"{B * G} images/step = {B} prompts x {G} samples, {few}in micro-batches of {min(B * K, args.micro_batch)}; "
-          f"{args.updates_per_batch} update(s) per batch, {steps} steps")  # fmt: skip
-    print(f"rewards {args.rewards}; sampled at cfg {args.cfg_scale:g}, scored at cfg {args.score_cfg:g}; "
-          f"lr {args.lr:g}, KL {args.kl_coef:g} ({args.kl}); writing to {args.out}/")  # fmt: skip
-    for name in held_out(args.judge_weights):
-        print(f"held out: {name}, which is logged and has no say")
+    say(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
+    say(f"{B * G} images/step = {B} prompts x {G} samples, {few}in micro-batches of {min(B * K, args.micro_batch)}; "
+        f"{args.updates_per_batch} update(s) per batch, {steps} steps")  # fmt: skip
+    say(f"rewards {rewards_text(args.rewards)}; sampled at cfg {args.cfg_scale:g}, learned at cfg {args.learn_cfg:g}; "
+        f"lr {args.lr:g}, KL {args.kl_coef:g} ({args.kl}); writing to {args.out}/")  # fmt: skip
+    for name in held_out(args.rewards):
+        say(f"held out: {name}, which is logged and has no say")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,7 +362,7 @@ LLAMAGEN = dict(
     lr=1e-5,  # script
 )
 PAPER = dict(
-    score_cfg="1",  # script: log-probabilities without guidance
+    learn_cfg=1.0,  # script: log-probabilities without guidance
     lr_schedule="constant",  # script, in effect
     qwen_answer="json",  # script
 )
@@ -360,11 +381,11 @@ RECIPES |= {
     "paper-c2i": RECIPES["llamagen-c2i"] | PAPER | dict(model="llamagen-xl-384", class_names=wordnet_classes),
     # script: text features are not moved to the left
     "paper-t2i": RECIPES["llamagen-t2i"] | PAPER | dict(model="llamagen-t2i-xl-256", text_pad="right"),
-    "best-c2i": RECIPES["toy-c2i"] | BEST_TOY | dict(model="toy-c2i", ref_cfg="2", kl_coef=0.28, steps=110, lr=5e-4),
-    "best-t2i": RECIPES["toy-t2i"] | BEST_TOY | dict(model="toy-t2i", ref_cfg="3", kl_coef=0.25, steps=150, lr=6e-4),
+    "best-c2i": RECIPES["toy-c2i"] | BEST_TOY | dict(model="toy-c2i", ref_cfg=2.0, kl_coef=0.28, steps=110, lr=5e-4),
+    "best-t2i": RECIPES["toy-t2i"] | BEST_TOY | dict(model="toy-t2i", ref_cfg=3.0, kl_coef=0.25, steps=150, lr=6e-4),
     # the guidance of the rollout moves into the reference
-    "best-llamagen-c2i": RECIPES["llamagen-c2i"] | BEYOND | dict(model="llamagen-xl-384", ref_cfg="2"),
-    "best-llamagen-t2i": RECIPES["llamagen-t2i"] | BEYOND | dict(model="llamagen-t2i-xl-256", ref_cfg="4"),
+    "best-llamagen-c2i": RECIPES["llamagen-c2i"] | BEYOND | dict(model="llamagen-xl-384", ref_cfg=2.0),
+    "best-llamagen-t2i": RECIPES["llamagen-t2i"] | BEYOND | dict(model="llamagen-t2i-xl-256", ref_cfg=4.0),
 }
 PRESETS = [name for name in RECIPES if name.startswith(("paper-", "best-"))]
 
@@ -381,18 +402,18 @@ def add_flags(parser):
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts-per-step", type=int, default=8, help="B, prompts per step (default %(default)s)")
     add("--group-size", type=int, default=8, help="G, samples per prompt (default %(default)s; paper: 8)")
-    add("--temperature", type=float, default=1.0, help="divides the logits in sampling and scoring (default "
+    add("--temperature", type=float, default=1.0, help="divides the logits in sampling and learning (default "
         "%(default)s, the paper's)")  # fmt: skip
     add("--cfg-scale", type=float, default=1.0, help="guidance in sampling; 1 is none (default %(default)s)")
     add = parser.add_argument_group("judging").add_argument
     add("--rewards", help="judge=weight,... (default %(default)s)")
-    add("--reward-norm", choices=("sum", "each", "mean"), default="sum", help="sum: add the rewards, then normalise in "
-        "the group (GRPO); each: normalise each reward first (GDPO); mean: only subtract the group's mean of the sum "
-        "(Dr. GRPO) (default %(default)s)")  # fmt: skip
+    add("--reward-norm", choices=ADVANTAGES, default="group", help="group: the reward against its group's mean, in "
+        "units of its spread (GRPO); mean: not divided by the spread (Dr. GRPO); each: normalise every judge first "
+        "(GDPO) (default %(default)s)")  # fmt: skip
     add_judge_flags(add)
     add = parser.add_argument_group("learning").add_argument
-    add("--score-cfg", default="same", help="guidance in scoring: 'same' as in sampling, or a number; the release uses "
-        "1 (default %(default)s)")  # fmt: skip
+    add("--learn-cfg", type=float, help="guidance of the distribution that is learned; the release's: 1 (default "
+        "%(default)s; None: as in sampling)")  # fmt: skip
     add("--lr", type=float, help="AdamW's learning rate (default %(default)s)")
     add("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear: it rises for a tenth of "
         "--steps, then falls to 0, which averages the noise out; constant: the release's "
@@ -406,16 +427,16 @@ def add_flags(parser):
     add = parser.add_argument_group("one step beyond the paper").add_argument
     add("--kl", choices=("k3", "exact"), default="k3", help="k3: estimate the KL from the tokens drawn, as in GRPO; "
         "exact: sum over the vocabulary, without noise (default %(default)s)")  # fmt: skip
-    add("--ref-cfg", default="same", help="guidance of the KL's reference: 'same' as in scoring, or a number; a larger "
-        "one teaches the policy what guidance gives, so that it needs none (default %(default)s)")  # fmt: skip
+    add("--ref-cfg", type=float, help="guidance of the KL's reference; a larger one teaches the policy what guidance "
+        "gives, so that it needs none (default %(default)s; None: as in learning)")  # fmt: skip
     add("--weigh-tokens", action=argparse.BooleanOptionalAction, default=False, help="with --ref-cfg: give each token "
         "a share of its image's advantage in proportion to what guidance changes about it")  # fmt: skip
     add("--learn-from", type=int, metavar="K", help="learn only from K of the --group-size pictures, half with the "
         "lowest advantages and half with the highest (default %(default)s; None: all)")  # fmt: skip
     add = parser.add_argument_group("memory and processes").add_argument
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default %(default)s)")
-    add("--checkpoint-layers", action="store_true", help="recompute most activations in the backward pass: two fifths "
-        "of the memory")  # fmt: skip
+    add("--checkpoint-layers", action="store_true", help="recompute each block's activations in the backward pass: "
+        "less memory, a third more time")  # fmt: skip
     add("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments among the processes")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default %(default)s)")
@@ -427,17 +448,15 @@ def add_flags(parser):
 
 def parse_args(argv=None):
     """Parses the flags; the recipe of --preset or of the model sets the defaults. Raises Mistake, OSError."""
-    parser = zoo.script_parser(__doc__)
+    parser = zoo.script_parser(__doc__, add_help=False)
     add_flags(parser)
-    chosen = zoo.script_parser(add_help=False)
-    for flag in ("--preset", "--model", "--task", "--ckpt"):
-        chosen.add_argument(flag)
-    chosen = chosen.parse_known_args(argv)[0]
+    chosen, _ = parser.parse_known_args(argv)
     preset = RECIPES.get(chosen.preset, {})
     task = chosen.task or (chosen.preset[-3:] if preset else None)
     model, base, header = zoo.find_policy(chosen.ckpt, chosen.model or preset.get("model"), task)
     own = f"{'toy' if zoo.is_toy(model) else 'llamagen'}-{zoo.MODELS[model].config.task}"
     parser.set_defaults(**(preset or RECIPES[own]))
+    parser.add_argument("-h", "--help", action="help", help="show this, with the values of the --preset beside it")
     args = parser.parse_args(argv)
     if args.preset and zoo.is_toy(model) != zoo.is_toy(preset["model"]):
         raise Mistake(f"--preset {args.preset} is not for {model}")
@@ -451,13 +470,13 @@ def resolve(args):
     zoo.setup_device(args)
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.class_names = args.class_names and args.class_names()
-    args.score_cfg = same_or_number("--score-cfg", args.score_cfg, args.cfg_scale)
-    args.ref_cfg = same_or_number("--ref-cfg", args.ref_cfg, args.score_cfg)
+    args.learn_cfg = args.cfg_scale if args.learn_cfg is None else args.learn_cfg
+    args.ref_cfg = args.learn_cfg if args.ref_cfg is None else args.ref_cfg
     zoo.check_range(args, steps=1, prompts_per_step=1, group_size=2, micro_batch=1, updates_per_batch=1, save_every=1)
-    zoo.check_range(args, seed=0, cfg_scale=1, score_cfg=1, ref_cfg=1, kl_coef=0, clip_eps=0, lora_rank=0)
+    zoo.check_range(args, seed=0, cfg_scale=1, learn_cfg=1, ref_cfg=1, kl_coef=0, clip_eps=0, lora_rank=0)
     zoo.check_range(args, learn_from=2, temperature=1e-6, lr=1e-12)
-    if args.weigh_tokens and args.ref_cfg == args.score_cfg:
-        raise Mistake(f"--weigh-tokens measures what guidance changes, so --ref-cfg and --score-cfg must differ; both "
+    if args.weigh_tokens and args.ref_cfg == args.learn_cfg:
+        raise Mistake(f"--weigh-tokens measures what guidance changes, so --ref-cfg and --learn-cfg must differ; both "
                       f"are {args.ref_cfg:g} (or give --no-weigh-tokens)")  # fmt: skip
     args.learn_from = min(args.learn_from or args.group_size, args.group_size)
     if args.shard and parallel.world() == 1:
@@ -466,8 +485,7 @@ def resolve(args):
         raise Mistake("--shard divides the weights that --lora-rank shares and --compile copies: leave one of them out")
     if args.prompts_per_step % parallel.world():
         raise Mistake(f"--prompts-per-step {args.prompts_per_step} is not a multiple of {parallel.world()} processes")
-    args.judge_weights, args.judge_options = parse_rewards(args.rewards), judge_options(args, args.model)
-    args.rewards, args.learn_cfg = args.judge_weights, args.score_cfg
+    args.rewards, args.judge_options = parse_rewards(args.rewards), judge_options(args, args.model)
     args.pool = None  # what prompts are picked from; None: the toy's captions
     if args.classes or args.prompts or (args.task == "t2i" and not zoo.is_toy(args.model)):
         args.pool = read_prompts(args.model, args.classes, args.prompts)
@@ -477,14 +495,6 @@ def resolve(args):
         official = f"{args.preset}-{args.model}" if args.preset else args.model
         args.out = Path("out", args.preset or args.task if zoo.is_toy(args.model) else official)
     return args
-
-
-def same_or_number(flag, value, same):
-    """The number that a flag means which also takes 'same'. Raises Mistake."""
-    try:
-        return same if value == "same" else float(value)
-    except ValueError:
-        raise Mistake(f"{flag} is 'same' or a number, not {value!r}") from None
 
 
 def run(args):
