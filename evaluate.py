@@ -66,7 +66,6 @@ from grpo import Rollout, entropy_of, log_policy
 from metrics import as_cells, as_table, compare, feature_figures, mean_of, reference_of
 from prompts import captions_of, fixed_prompts, known_caption, load_encoder, read_prompts
 from rewards import (
-    OPTIONS,
     add_judge_flags,
     clip_image_features,
     held_out,
@@ -524,8 +523,8 @@ def write_results(args, columns, figures):
     facts["tuned"] = [path for path, policy in args.policies[1:]]
     numbers = {column.record["num"] for column in columns}
     facts["num"] = numbers.pop() if len(numbers) == 1 else sorted(numbers)  # of pictures that were scored
-    said = facts | dict(rewards=rewards_text(args.rewards))
-    said = [f"{flag} {value}" for flag, value in said.items() if value not in (None, "", [], OPTIONS.get(flag))]
+    said, defaults = facts | dict(rewards=rewards_text(args.rewards)), judge_options()
+    said = [f"{flag} {value}" for flag, value in said.items() if value not in (None, "", [], defaults.get(flag))]
     parts = [textwrap.fill(", ".join(said), 120, break_long_words=False, break_on_hyphens=False), *tables]
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
