@@ -53,7 +53,7 @@ TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configu
 HPS = "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt"
 MANIQA = "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt"
 QWEN, QWEN_COMMIT = "Qwen/Qwen2.5-VL-3B-Instruct", "66285546d2b821cf421d4f5eb2576359d3770cd3"
-HUB_CACHE = "the hub's cache, which HF_HOME moves"  # how a judge's file is given to a machine without a network
+HUB_CACHE = "HF_HOME, the folder of the hub's cache"  # which brings a judge's files to a machine without a network
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def load_clip(name=TOY_CLIP, pretrained=None, device="cpu"):
     gelu = open_clip.get_pretrained_cfg(name, pretrained or "").get("quick_gelu", False)
     options = dict(device=device, force_quick_gelu=gelu, require_pretrained=True)
     wanted = f"CLIP {name} {pretrained or ''}".strip()
-    with zoo.tensors_only(), zoo.reading(wanted, f"it is looked for in {HUB_CACHE}"):
+    with zoo.reading(wanted, f"it is looked for in {HUB_CACHE}"):
         model, words = open_clip.create_model(name, pretrained, **options), open_clip.get_tokenizer(name)
     return model.eval().requires_grad_(False), words
 
@@ -285,7 +285,7 @@ def realism_judge(device, options):
 def pyiqa_values(images, prompts, metric):
     """The metric of each image (N, 3, H, W) in [0, 1], turned so that more is better: (N,)."""
     sign, what = -1 if metric.lower_better else 1, f"pyiqa:{metric.metric_name}: a picture of {images.shape[-1]} px"
-    # some want larger pictures, or captions, or a folder; some read a file only now, and not only its tensors
+    # Some want larger pictures, or captions, or a folder. Some load a file only now, and would unpickle it.
     with zoo.tensors_only(), zoo.reading(what, "leave it out of --rewards"):
         # one at a time, because not every metric of pyiqa takes several
         return sign * torch.cat([metric(image[None]).reshape(1) for image in images])
@@ -444,8 +444,7 @@ def load_qwen(device):
 
     logging.disable_progress_bar()  # one per file, amid our own lines
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    remedy = f"it is looked for in {HUB_CACHE}, and --qwen-server URL needs none"
-    with zoo.tensors_only(), zoo.reading(QWEN, remedy):
+    with zoo.reading(QWEN, f"it is looked for in {HUB_CACHE}, and --qwen-server URL needs none"):
         processor = AutoProcessor.from_pretrained(QWEN, revision=QWEN_COMMIT)
         options = dict(revision=QWEN_COMMIT, dtype=dtype, output_loading_info=True)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(QWEN, **options)
