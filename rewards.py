@@ -503,16 +503,18 @@ def server_options(url):
     return dict(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none")
 
 
-def only_model(url):
-    """The only model that the server lists. Raises Mistake."""
-    remedy = "it must run at this address, or --qwen-model name its model"
-    with zoo.reading(f"--qwen-server {url}: its list of models", remedy):
+def server_model(url, name):
+    """The model to ask: `name`, or the only one that the server lists. Raises Mistake."""
+    with zoo.reading(f"--qwen-server {url}: its list of models", "it must run at this address"):
         import openai
 
-        listed = [model.id for model in openai.OpenAI(**server_options(url), timeout=60).models.list().data]
-    if len(listed) != 1:
+        try:
+            listed = [model.id for model in openai.OpenAI(**server_options(url), timeout=60).models.list().data]
+        except openai.APIStatusError:  # it runs, and has no list
+            listed = []
+    if not name and len(listed) != 1:
         raise Mistake(f"--qwen-server {url} lists {', '.join(listed) or 'no models'}: name one with --qwen-model")
-    return listed[0]
+    return name or listed[0]
 
 
 def qwen_judge(device, options):
@@ -522,7 +524,7 @@ def qwen_judge(device, options):
         model, processor = load_qwen(device)
         ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=options["judge_batch"])
         return partial(qwen_scores, names=names, answer=answer, ask=ask)
-    options["qwen_model"] = options["qwen_model"] or only_model(url)  # the run remembers it
+    options["qwen_model"] = server_model(url, options["qwen_model"])  # the run remembers it
     timeout = options["judge_timeout"] / len(names)  # s, for one question about all pictures
     # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
     loop = asyncio.new_event_loop()
