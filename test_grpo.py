@@ -383,7 +383,7 @@ def test_the_exact_kl_is_the_sum_over_the_vocabulary():
     kl = grpo.exact_kl(logp, ref.detach())
     loss, stats = grpo_loss(logp[..., 0], logp[..., 0], ref[..., 0], torch.zeros(2), kl_coef=2.0, kl=kl)
     assert torch.allclose(kl, expected, atol=1e-5) and stats["kl"].item() == pytest.approx(expected.mean().item())
-    found, wanted = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected.mean(), logits)[0]
+    (found,), (wanted,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (loss, expected.mean()))
     assert torch.allclose(found, 2 * wanted, atol=1e-6)
 
 
@@ -1222,16 +1222,11 @@ def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, monkeypatc
         save_file({key: 1.01 * value for key, value in load_file(place).items()}, f"{name}.safetensors")
     train.main(["--ckpt", "mine.safetensors", "--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", "run"])
     name, _, header = zoo.find_policy("run")
-    assert zoo.base_of(name, header) == tmp_path / "mine.safetensors"
-    moved = Path("mine.safetensors").rename("moved.safetensors")
-    assert zoo.base_of(name, header, moved) == moved
+    assert zoo.base_of(name, header, "mine.safetensors") == Path("mine.safetensors")
     compare = ["--compare", "--num", "1", "--out", "a.png"]
     for script, flags in ((sample, compare), (sample, [*compare, "--base", MODELS[name].ckpt]), (evaluate, [])):
         with pytest.raises(SystemExit, match="--base"):
             script.main(["--ckpt", "run", "--classes", "7", *map(str, flags)])
-    shutil.copy(MODELS[name].ckpt, "mine.safetensors")  # another file in its place
-    with pytest.raises(Mistake, match="--base"):
-        zoo.base_of(name, header)
     with pytest.raises(SystemExit, match="another tokenizer"):
         sample.main(["--ckpt", "run", "--vq-ckpt", "vq.safetensors"])
     one, two = Path("one.safetensors"), Path("two.safetensors")
@@ -1433,7 +1428,6 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--preset", "best-c2i", "--model", "llamagen-b-256"], "is not for llamagen-b-256"),
     (train, ["--preset", "best-c2i", "--cfg-scale", "2"], "--no-weigh-tokens"),
     (train, ["--device", "meta"], "--device meta cannot be read"),
-    (train, ["--score-cfg", "two"], "--score-cfg is 'same' or a number"),
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
     (train, ["--stepz", "3"], "unrecognized"),
     (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "--out and --npz are both"),
@@ -2709,8 +2703,8 @@ def test_each_file_imports_only_from_the_floors_below_it():
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
     assert all(floors[name] == set() for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
-    assert floors["zoo"] <= ground - {"data"} and floors["rewards"] <= ground | {"zoo"}
-    assert floors["prompts"] <= ground | {"zoo"} and floors["runs"] <= ground | {"zoo"}
-    assert floors["sample"] <= ground | {"zoo", "prompts", "rewards"}
-    scripts = {"train", "evaluate", "bench"}
+    assert floors["zoo"] <= ground and floors["rewards"] | floors["runs"] <= ground | {"zoo"}
+    assert floors["prompts"] <= {"zoo", "data", "parallel"} and "model" not in floors["report"]
+    scripts = {"train", "evaluate", "minimal"}
     assert all(scripts.isdisjoint(floors[name]) for name in {*OURS} - {"test_grpo", "pretrain"})
+    assert {"sample", "grpo", "rewards"}.isdisjoint(floors["report"])  # it paints arrays

@@ -298,17 +298,16 @@ def find_policy(ckpt=None, model=None, task=None):
     if task not in (None, row.config.task):
         where = f"{path} holds" if written_by else "the model is"
         raise Mistake(f"{where} {name}, which is {row.config.task}: leave out --task {task}")
-    plain = dict(step=0, text_pad="left", cfg_scale=row.cfg_scale, temperature=1.0, content={}, base_path=None)
+    plain = dict(step=0, text_pad="left", cfg_scale=row.cfg_scale, temperature=1.0, content={})
     return name, path or row.ckpt, plain | found
 
 
 def base_of(name, header, base=None):
     """
-    The weights that a policy with this header began from: `base`, or what lies where training found it, or the row's
-    own. A file of ours knows them by their sha256. Raises Mistake, FileNotFoundError.
+    The weights that a policy with this header began from: `base`, or the row's own. A file of ours knows them by their
+    sha256. Raises Mistake, FileNotFoundError.
     """
-    trained_from = header["base_path"] if Path(header["base_path"] or "").is_file() else MODELS[name].ckpt
-    path, wanted = find_file(base or trained_from, "--base"), header["content"].get("base")
+    path, wanted = find_file(base or MODELS[name].ckpt, "--base"), header["content"].get("base")
     if wanted and content_hash(path) != wanted:
         raise Mistake(f"the policy did not begin from {path}: give its own base with --base (sha256 {wanted})")
     return path
