@@ -92,8 +92,14 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
         d = ref_logprobs - logprobs
         kl = d.expm1() - d
     loss = (policy_loss + kl_coef * kl).mean()
-    clipped_tokens = ((A > 0) & (ratio > 1 + clip_eps)) | ((A < 0) & (ratio < 1 - clip_eps))
-    stats = dict(loss=loss, kl=kl.mean(), ratio=ratio.mean(), clip_frac=clipped_tokens.float().mean())
+    too_high = (A > 0) & (ratio > 1 + clip_eps)
+    too_low = (A < 0) & (ratio < 1 - clip_eps)
+    stats = {
+        "loss": loss,
+        "kl": kl.mean(),
+        "ratio": ratio.mean(),
+        "clip_frac": (too_high | too_low).float().mean(),
+    }
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -168,8 +174,11 @@ def extremes(advantages, group_size, keep):
     After PODS (arXiv 2504.13818), which also searches for the best split, and normalises over the images that it keeps.
     Here advantages compare with all of the group, so those that are kept need not sum to 0.
     """
-    rank = advantages.view(-1, group_size).argsort(dim=1, stable=True).argsort(dim=1)  # (B, G), 0 is the lowest
-    kept = (rank < keep // 2) | (rank >= group_size - (keep - keep // 2))
+    groups = advantages.view(-1, group_size)
+    rank = groups.argsort(dim=1, stable=True).argsort(dim=1)  # (B, G), 0 is the lowest
+    lowest = keep // 2
+    highest = keep - lowest
+    kept = (rank < lowest) | (rank >= group_size - highest)
     return kept.flatten().nonzero()[:, 0]
 
 
@@ -182,7 +191,9 @@ def decoupled_advantages(scores, weights, group_size):
     Returns advantages (N,), unitless.
     """
     total = sum(weights[judge] * group_advantages(values, group_size) for judge, values in scores.items())
-    return (total - total.mean()) / (total.std() + 1e-4) if total.any() else total
+    if not total.any():  # all rewards of all groups are equal
+        return total
+    return (total - total.mean()) / (total.std() + 1e-4)
 
 
 # --reward-norm: functions of the rewards (N,), G, the judges' scores {judge: (N,)} and their weights {judge: float},
