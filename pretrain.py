@@ -28,7 +28,6 @@ import shutil
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -488,7 +487,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--stages", nargs="+", choices=[*STAGES, "measure"], default=[*STAGES, "measure"], help="what to make, in this "
         "order (default: all)")  # fmt: skip
-    add("--out", type=Path, default=zoo.WEIGHTS, help="folder to write to (default: weights/)")
+    add("--out", type=zoo.user_path, default=zoo.WEIGHTS, help="folder to write to (default: weights/)")
     add("--quick", action="store_true", help="five steps per stage and few images: a check that it runs; needs --out")
     args = parser.parse_args(argv)
     if args.quick and args.out.resolve() == zoo.WEIGHTS.resolve():

@@ -395,7 +395,8 @@ def add_flags(parser):
     add("--preset", choices=PRESETS, help="paper-: the official release's settings; best-: one step beyond it. "
         "Flags beside it win")  # fmt: skip
     zoo.add_model_flags(add)
-    add("--ckpt", metavar="PATH", help="start from these weights, also the KL's reference (default: the model's base)")
+    add("--ckpt", type=zoo.user_path, metavar="PATH", help="start from these weights, also the KL's reference "
+        "(default: the model's base)")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: only these classes, names or numbers (default: all)")
     add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them (the toy has its own)")
     add("--steps", type=int, help="batches sampled and learned from (default %(default)s)")
@@ -440,7 +441,8 @@ def add_flags(parser):
     add("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments among the processes")
     add = parser.add_argument_group("bookkeeping").add_argument
     add("--seed", type=int, default=0, help="seed of prompts and sampling (default %(default)s)")
-    add("--out", type=Path, help="folder to write to (default out/TASK or out/PRESET; LlamaGen: out/[PRESET-]MODEL)")
+    add("--out", type=zoo.user_path, help="folder to write to (default out/TASK or out/PRESET; LlamaGen: "
+        "out/[PRESET-]MODEL)")  # fmt: skip
     add("--save-every", type=int, default=25, help="steps between saves for --resume (default %(default)s)")
     add("--resume", action="store_true", help="continue the run in --out, with the same flags")
     parser.set_defaults(class_names=None)  # no flag: a recipe's names of the classes; None: the model's own
