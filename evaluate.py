@@ -507,9 +507,8 @@ def tables_of(columns, figures, paired):
         for name, _, several in [*runs, *shown]:
             values[name] = compare(several)
             changes[name] = compare(several, figures[base.name], paired)
-        cells = {
-            base.name: dict.fromkeys(figures[base.name], "") | as_cells(values[base.name])
-        }  # a row for every metric
+        rows = dict.fromkeys(figures[base.name], "")  # of every metric, those too that are blank everywhere
+        cells = {base.name: rows | as_cells(values[base.name])}
         for name, _, _ in shown:
             cells[name] = as_cells(values[name])
         for name, role, _ in shown:
