@@ -500,13 +500,14 @@ def tables_of(columns, figures, paired):
         base, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
         runs = [(column.name, column.record["role"], [figures[column.name]]) for column in others]
         shown = runs
-        if len(others) > 1 and paired:
+        if len(others) > 1 and paired:  # policies, not files of others
             mean = f"mean of {len(others)}"
             shown = [(f"{mean}, cfg {cfg:g}", mean, [figures[column.name] for column in others])]
         for name, _, several in [*runs, *shown]:
             values[name] = compare(several)
             changes[name] = compare(several, figures[base.name], paired)
-        cells = {base.name: dict.fromkeys(figures[base.name], "") | as_cells(values[base.name])}  # a row for each
+        rows = dict.fromkeys(figures[base.name], "")  # of every metric, those too that are blank everywhere
+        cells = {base.name: rows | as_cells(values[base.name])}
         for name, _, _ in shown:
             cells[name] = as_cells(values[name])
         for name, role, _ in shown:

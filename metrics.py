@@ -102,7 +102,8 @@ def frechet_distance(features, mu, cov):
 
 def squared_distances(a, b):
     """|a_i - b_j|^2 of a (n, E) and b (m, E) -> (n, m), in their own precision."""
-    a2, b2 = (torch.einsum("ne,ne->n", x, x) for x in (a, b))
+    a2 = torch.einsum("ne,ne->n", a, a)
+    b2 = torch.einsum("ne,ne->n", b, b)
     return torch.addmm(b2[None], a, b.T, alpha=-2).add_(a2[:, None])
 
 
@@ -152,7 +153,11 @@ def class_distance(features, prompts):
     labels = np.unique(np.asarray(prompts), return_inverse=True)[1]
     order = np.argsort(labels, kind="stable")
     classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    means = [torch.pdist(torch.as_tensor(features[k])).double().mean().item() for k in classes if len(k) > 1]
+    means = []
+    for members in classes:
+        if len(members) > 1:
+            distances = torch.pdist(torch.as_tensor(features[members]))
+            means.append(distances.double().mean().item())
     return mean_of(np.array(means)) if means else None
 
 
