@@ -114,15 +114,10 @@ def label_font():
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
 
 
-def cell_zoom(width):
-    """How many times as large a picture of `width` pixels is drawn."""
-    return max(1, CELL // width)
-
-
 def columns_that_fit(path, images, columns):
     """At most `columns` of a grid, as many as the format of the file holds side by side."""
-    width = images.shape[3]
-    return max(1, min(columns, WIDEST.get(path.suffix.lower(), 65_500) // (width * cell_zoom(width) + 6)))
+    cell = max(CELL, images.shape[3]) + 6
+    return max(1, min(columns, WIDEST.get(path.suffix.lower(), 65_500) // cell))
 
 
 def save_grid(path, images, labels, columns, title=""):
@@ -132,13 +127,12 @@ def save_grid(path, images, labels, columns, title=""):
     """
     path, font = Path(path), label_font()
     n, _, height, width = images.shape
-    zoom = cell_zoom(width)
+    zoom = max(1, CELL // width)
     labels = [label_lines(label, width * zoom, font) for label in labels]
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
     top = 20 if title else 0
-    size = columns * cell_w, top + -(-n // columns) * cell_h
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((4, 3), plain(title), fill="black", font=font)
     for k, (pixels, label) in enumerate(zip(as_pixels(images), labels, strict=True)):
@@ -173,7 +167,6 @@ UNIT = 1.15  # inches of a picture and its gap
 LEFT, BOTTOM = 2.0, 1.15  # inches beside and below the rows; their names stand on the left
 LEAST = 6.6  # inches of the first row, which is as wide for two pictures
 CORNER = 8  # words of a side that are shown: more would be too small to read
-CORNER_NOTE = ",\nhere those of the corner"
 SMALL = dict(color="grey", fontsize=7)
 
 
@@ -201,16 +194,23 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
     of_image = advantages.mean(1) if shared_out else advantages  # (K,)
     above = [0.6, 0.4 + 0.14 * len(scores), 0.2, 0.2] + [0.2] * (1 + shared_out)
-    heights = [1.5, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9] + [UNIT] * (1 + shared_out)
+    heights = [UNIT, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9] + [UNIT] * (1 + shared_out)
     figure, rows = stack_rows(heights, above, K)
     few = f"{K} of the {n}" if n > K else f"the {K}"
     title = f"One group: {few} pictures of a step, for “{' '.join(plain(caption).split())[:44]}”"
     rows[0].set_title(title, loc="left", fontsize=10)
 
-    name_row(rows[0], "sample", f"tokens ({n}, {T})", f"a picture is {T} words" + CORNER_NOTE * (T > CORNER**2))
-    draw_words(rows[0], images[-1], tokens[-1])
+    side = math.isqrt(T)
+    words = tokens[-1].reshape(side, side)[:CORNER, :CORNER]
+    note = f"a picture is {T} words"
+    if side > CORNER:
+        note += ",\nhere those of the corner"
+    name_row(rows[0], "sample", f"tokens ({n}, {T})", note)
+    draw_squares(rows[0], images[-1:].transpose(0, 2, 3, 1), side)
+    lines = ["".join(f"{word:6.0f}" for word in line) for line in words]
+    rows[0].text(1, 0.47, "\n".join(lines), va="center", family="monospace", fontsize=7, linespacing=1.4)
     name_row(rows[1], "judge", f"images {(n, *images.shape[1:])}", f"each judge: scores ({n},)")
-    draw_squares(rows[1], images.transpose(0, 2, 3, 1), T)
+    draw_squares(rows[1], images.transpose(0, 2, 3, 1), side)
     for k in range(K):
         said = "\n".join(f"{judge[-14:]} {values[k]:.2f}" for judge, values in scores.items())
         rows[1].text(k + 0.5, 1.05, said, ha="center", va="bottom", **SMALL)
@@ -223,10 +223,10 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     if shared_out:
         name_row(rows[4], "divide", f"advantages ({n}, {T})", "each token's share\nof the advantage")
         share = advantages / np.where(of_image, of_image, np.inf)[:, None]  # an advantage of 0 has none
-        draw_squares(rows[4], share, T, cmap="Greys", vmin=0, vmax=share.max() or 1)
+        draw_squares(rows[4], share, side, cmap="Greys", vmin=0, vmax=share.max() or 1)
     name_row(rows[-1], "learn", f"change ({n}, {T})", "of log pi: what the\nupdate did to each token")
     most = np.nanpercentile(abs(change), 98) or 1
-    draw_squares(rows[-1], change, T, cmap="RdBu", vmin=-most, vmax=most)
+    draw_squares(rows[-1], change, side, cmap="RdBu", vmin=-most, vmax=most)
     for k in range(K):
         pushed = np.mean(np.sign(change[k]) == np.sign(of_image[k]))
         rows[-1].text(k + 0.5, -0.06, f"{pushed:.0%} moved\nas pushed", ha="center", va="top", **SMALL)
@@ -260,41 +260,22 @@ def name_row(row, verb, tensor, note):
         row.annotate(text, (0, 1), (-10, -14 * k), **place, **style)
 
 
-def draw_words(row, image, tokens):
-    """A picture (3, H, W) beside the words of its tokens (T,); of many tokens those of a corner."""
-    T, size = len(tokens), row.get_ylim()[1]
-    draw_square(row, 0.03, image.transpose(1, 2, 0), T, size)
-    side = math.isqrt(T)
-    corner = tokens.reshape(side, side)[:CORNER, :CORNER]
-    text = "\n".join("".join(f"{code:6.0f}" for code in line) for line in corner)
-    row.text(size, size / 2, text, va="center", family="monospace", fontsize=7, linespacing=2)
-
-
-def draw_squares(row, values, T, **colours):
-    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T)."""
-    for k in range(len(values)):
-        draw_square(row, k + 0.03, values[k], T, 0.94, **colours)
-
-
-def draw_square(row, left, values, T, size, **colours):
-    """A picture (H, W, 3), or the values of its tokens (T,), with the grid of its tokens."""
-    side = math.isqrt(T)
-    values = values if values.ndim == 3 else values.reshape(side, side)
-    row.imshow(values, extent=(left, left + size, 0, size), aspect="auto", **colours)
-    lines = np.linspace(0, size, side + 1)
-    row.hlines(lines, left, left + size, color="white", alpha=0.15, linewidth=0.4)
-    row.vlines(left + lines, 0, size, color="white", alpha=0.15, linewidth=0.4)
+def draw_squares(row, values, side, **colours):
+    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T), with the tokens' grid."""
+    for k, square in enumerate(values):
+        left, right = k + 0.03, k + 0.97
+        square = square if square.ndim == 3 else square.reshape(side, side)
+        row.imshow(square, extent=(left, right, 0, 0.94), aspect="auto", **colours)
+        row.hlines(np.linspace(0, 0.94, side + 1), left, right, color="white", alpha=0.15, linewidth=0.4)
+        row.vlines(np.linspace(left, right, side + 1), 0, 0.94, color="white", alpha=0.15, linewidth=0.4)
 
 
 def draw_bars(row, values, form):
     """A bar for each of the values (K,), and its number."""
-    low, high = min(0, values.min()), max(0, values.max())
-    room = 0.3 * (high - low) or 1  # for the numbers
-    row.set_ylim(low - room * (low < 0), high + room * (high > 0))
+    row.set_ylim(1.4 * min(0, values.min()), 1.4 * max(1e-9, values.max()))  # room for the numbers
     row.axhline(0, color="black", linewidth=0.6, clip_on=False)
-    row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
-    for k, value in enumerate(values):
-        row.text(k + 0.5, value, form.format(value), ha="center", va="top" if value < 0 else "bottom", fontsize=8)
+    bars = row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
+    row.bar_label(bars, fmt=form, fontsize=8, padding=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,16 +347,13 @@ def draw_curves(panels, columns, bands):
     """
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // columns)
+    rows, legend = -(-len(panels) // columns), {}
     figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    legend = {}
-    for axes, (key, lines) in zip(grid, panels.items(), strict=False):
+    for k, (key, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, k)
         draw_panel(axes, key, lines, bands.get(key))
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     if len(legend) > 1:
         figure.legend(legend.values(), legend, loc="outside lower center", ncols=min(4, 2 * columns))
     return figure
@@ -384,7 +362,10 @@ def draw_curves(panels, columns, bands):
 def draw_panel(axes, key, lines, band):
     """A panel of draw_curves. A single curve also shows its values, as dots."""
     if band:
-        axes.fill_between(*band, color="grey", alpha=0.2, linewidth=0, label="the default, three seeds")
+        low, high = band
+        axes.fill_between(
+            range(len(low)), low, high, color="grey", alpha=0.2, linewidth=0, label="the default, three seeds"
+        )
     for k, (label, seeds) in enumerate(lines.items()):
         length = min(len(values) for values in seeds)
         at = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
@@ -421,31 +402,28 @@ def compare_runs(folders, path):
 
 
 def write_bands(folders, path):
-    """Keeps the curves of several seeds of a recipe, for default_bands."""
-    panels = panels_of({"": [read_metrics(folder) for folder in folders]})
-    kept = {}
-    for key in (*OF_ITS_TASK, *OF_ITS_REWARDS):
-        kept[key] = [[float(f"{value:.3g}") for value in values] for values in panels[key][""]]
-    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), curves=kept))
+    """
+    Keeps where several seeds of a recipe went: {"flags": settings, "bands": {metric: [lowest, highest]}}, each of
+    (steps,) within a tenth of the run around each step.
+    """
+    panels, bands = panels_of({"": [read_metrics(folder) for folder in folders]}), {}
+    for key in OF_ITS_TASK + OF_ITS_REWARDS:
+        curves = np.stack(panels[key][""])  # (seeds, steps)
+        half = max(1, curves.shape[1] // 20)
+        windows = [curves[:, max(0, k - half) : k + half + 1] for k in range(curves.shape[1])]
+        bands[key] = [[float(f"{end(window):.3g}") for window in windows] for end in (np.min, np.max)]
+    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), bands=bands))
     zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
 
 
 def default_bands(flags):
-    """
-    {metric: (steps, low, high)}: where the default of a run's toy task went with three seeds, within a tenth of its
-    steps around each. {} for other models.
-    """
+    """{metric: [lowest, highest]} of the default of a run's toy task, as write_bands kept it; {} for other models."""
     bands = {}
     for path in ASSETS.glob("curves_*.json"):
         kept = json.loads(path.read_text())
         if kept["flags"]["model"] == flags.get("model"):
             same = kept["flags"]["rewards"] == flags.get("rewards")
-            for key in OF_ITS_TASK + OF_ITS_REWARDS * same:
-                curves = np.array(kept["curves"][key])  # (seeds, steps)
-                steps = np.arange(curves.shape[1])
-                half = max(1, len(steps) // 20)
-                windows = [curves[:, max(0, k - half) : k + half + 1] for k in steps]
-                bands[key] = steps, [window.min() for window in windows], [window.max() for window in windows]
+            bands = {key: kept["bands"][key] for key in OF_ITS_TASK + OF_ITS_REWARDS * same}
     return bands
 
 
@@ -491,19 +469,14 @@ def save_writers(folder, caption, writers):
     for name, found in writers.items():
         per_cent = (100 * as_array(found["shares"])).round()
         likely = np.stack([as_array(found["likely"]), per_cent], 2).astype(int)  # (T, L, 2)
-        models.append(dict(
-            name=name, tokens=as_array(found["tokens"]).astype(int).tolist(), likely=likely.tolist(),
-            moments=len(found["frames"]), frames=sheet_of(found["frames"], 8),
-            patches=None if found["patches"] is None else sheet_of(found["patches"], likely.shape[1]),
-        ))  # fmt: skip
+        model = dict(name=name, tokens=found["tokens"].tolist(), likely=likely.tolist())
+        model["moments"] = len(found["frames"])
+        model["frames"] = sheet_of(found["frames"], 8)
+        if found["patches"] is not None:
+            model["patches"] = sheet_of(found["patches"], likely.shape[1])
+        models.append(model)
     text = json.dumps(dict(caption=plain(caption), models=models))
     zoo.write_whole(folder / "samples/writers.json", lambda place: place.write_text(text))
-
-
-def newest_table(folder):
-    """The newest table of evaluate.py beside the run, {} without one. Raises Mistake."""
-    tables = [read_json(path) for path in folder.glob("evaluation*.json")]
-    return max(tables, key=lambda table: table.get("time", 0), default={})
 
 
 def ailments(rows, flags):
@@ -528,28 +501,21 @@ def chart_of(key, lines, bands):
 def write_page(folder, path=None):
     """The page of a run at `path` or FOLDER/report.html: assets/page.html, filled. Raises Mistake, OSError."""
     rows, flags = read_metrics(folder), read_json(folder / "flags.json")
-    panels, bands = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows)), default_bands(flags)
-    table = newest_table(folder)
-    weights = flags["rewards"] if isinstance(flags.get("rewards"), dict) else {}
-    tenth = max(1, len(rows) // 10)
+    bands = default_bands(flags)
+    panels = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows))
+    tables = [read_json(path) for path in folder.glob("evaluation*.json")]
     between = sorted((folder / "samples").glob("step_*.png"))
     between = between[:: -(-len(between) // 10) or 1]  # for the size of the page
     page = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True).get_template("page.html")
     text = page.render(
         title=f"AR-GRPO: {folder}",
-        steps=len(rows),
-        tenth=tenth,
-        ends={
-            key: (column(rows[:tenth], key).mean(), column(rows[-tenth:], key).mean()) for key in ("reward", "right")
-        },
-        ailments=ailments(rows, flags),
+        rows=rows,
         flags=flags,
+        ailments=ailments(rows, flags),
         slides=pictures_of([folder / "before.png", *between, folder / "after.png"]),
         groups=pictures_of(sorted((folder / "samples").glob("group_*.png"))),
         writers=read_json(folder / "samples/writers.json"),
-        table=table,
-        metrics=dict.fromkeys(metric for figures in table.get("columns", {}).values() for metric in figures),
-        held_out=[f"{judge}_mean" for judge, weight in weights.items() if weight == 0],
+        table=max(tables, key=lambda table: table.get("time", 0), default=None),
         charts={key: chart_of(key, lines, bands) for key, lines in panels.items() if lines},
     )
     zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(plain(text), encoding="utf-8"))
