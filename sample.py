@@ -132,7 +132,8 @@ def shown_prompts(args):
     if not args.pool:
         return data.balanced_captions(24), len(data.CATEGORIES)  # a category per column
     # all of the toy's classes, two of its colours per row; of large pictures a page
-    prompts = args.pool[:: -(-len(args.pool) // (40 if zoo.is_toy(args.model) else 16))]
+    most = 40 if zoo.is_toy(args.model) else 16
+    prompts = args.pool[:: -(-len(args.pool) // most)]
     return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
 
 
@@ -206,7 +207,8 @@ def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
     logp = log_policy(model, Rollout(cond, cond_mask, tokens, None), cfg_scale, temperature)  # (1, T, V)
     shares, likely = logp[0].exp().topk(LIKELY)  # (T, LIKELY)
     T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
-    moments = torch.linspace(0, T, (T if T <= 64 else 8) + 1, device=device).round().long()[:, None]  # (M, 1)
+    M = 1 + (T if T <= 64 else 8)
+    moments = torch.linspace(0, T, M, device=device).round().long()[:, None]  # (M, 1)
     frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
     written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
     written = torch.nn.functional.interpolate(written, frames.shape[2:], mode="nearest")
@@ -216,7 +218,8 @@ def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
         place = torch.arange(T, device=device).repeat_interleave(LIKELY)
         pictures = decode_beginnings(tokenizer, tokens, place[:, None], likely.view(-1, 1))  # (T * LIKELY, 3, H, W)
         cells = pictures.unflatten(2, (side, -1)).unflatten(4, (side, -1))  # (T * LIKELY, 3, side, px, side, px)
-        patches = cells[torch.arange(len(cells), device=device), :, place // side, :, place % side]
+        every = torch.arange(len(place), device=device)
+        patches = cells[every, :, place // side, :, place % side]  # (T * LIKELY, 3, px, px)
     return dict(tokens=tokens[0], likely=likely, shares=shares, frames=frames, patches=patches)
 
 
@@ -225,7 +228,8 @@ def decode_beginnings(tokenizer, tokens, lengths, codes):
     Pictures (n, 3, H, W) in [0, 1] of the first `lengths` (n, 1) of tokens (1, T). The decoder sees all cells at once,
     so it gets `codes` (n, 1) in those that are not written yet.
     """
-    beginnings = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < lengths, tokens, codes)  # (n, T)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    beginnings = torch.where(places < lengths, tokens, codes)  # (n, T)
     return to_unit(torch.cat([tokenizer.decode(part) for part in beginnings.split(16)]))
 
 
@@ -293,7 +297,9 @@ def resolve(args):
     zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
     if not 0 < args.top_p <= 1:  # also refuses NaN
         raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    args.judge_weights = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by) if args.best_of > 1 else {}
+    args.judge_weights = {}
+    if args.best_of > 1:
+        args.judge_weights = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by)
     args.judge_options = judge_options(args, args.model)
     prompts = read_prompts(args.model, args.classes, args.prompts)
     args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
