@@ -18,6 +18,7 @@ import base64
 import io
 import json
 import math
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def save_figure(path, draw, *arguments):
     form = path.suffix.removeprefix(".")
     if form not in ("png", "svg", "pdf"):
         raise Mistake(f"--out {path}: the picture's name ends in .png, .svg or .pdf")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with our_style():
         figure = draw(*arguments)
         zoo.write_whole(path, lambda place: figure.savefig(place, dpi=100, format=form))
@@ -68,7 +70,8 @@ def as_array(values):
 
 def as_pixels(images):
     """Images (..., 3, H, W) in [0, 1] -> uint8 (..., H, W, 3)."""
-    return np.moveaxis((as_array(images) * 255 + 0.5).clip(0, 255).astype(np.uint8), -3, -1)
+    rounded = (as_array(images) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    return np.moveaxis(rounded, -3, -1)
 
 
 def plain(text):
@@ -85,44 +88,31 @@ CELL = 128  # pixels of a small picture in a grid
 WIDEST = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}  # pixels that the format holds
 
 
-def wrap(text, width, font):
-    """The text in lines of at most `width` px. A word that is longer is cut."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        lines += [""] if lines[-1] else []
-        for character in word:
-            lines += [""] if lines[-1] and font.getlength(lines[-1] + character) > width else []
-            lines[-1] += character
+def label_lines(label, width):
+    """
+    The lines of a label, of at most `width` characters: at most four for its first line, a caption of any length; as
+    many as the rest needs.
+    """
+    caption, *rest = plain(label).split("\n")
+    # 500: nobody sees more, and it could be a whole book
+    lines = textwrap.wrap(caption[:500], width, max_lines=4, placeholder="...", break_on_hyphens=False)
+    for text in rest:
+        lines += textwrap.wrap(text, width, break_on_hyphens=False)
     return lines
 
 
-def label_lines(label, width, font, most=4):
-    """The lines of a label: at most `most` for its first line, a caption of any length; as many as the rest needs."""
-    caption, *rest = plain(label).split("\n")
-    lines = wrap(caption[:500], width, font)  # 500: nobody sees more, and it could be a whole book
-    lines = lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
-    return lines + [line for text in rest for line in wrap(text, width, font)]
-
-
 def label_font():
-    """DejaVu Sans, which matplotlib brings along and which knows the languages of Europe and the Near East."""
+    """A font of which all characters are as wide. matplotlib brings it along; it knows the languages of Europe."""
     import matplotlib
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
-
-
-def cell_zoom(width):
-    """How many times as large a picture of `width` pixels is drawn."""
-    return max(1, CELL // width)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 9)
 
 
 def columns_that_fit(path, images, columns):
     """At most `columns` of a grid, as many as the format of the file holds side by side."""
-    width = images.shape[3]
-    return max(1, min(columns, WIDEST.get(path.suffix.lower(), 65_500) // (width * cell_zoom(width) + 6)))
+    cell = max(CELL, images.shape[3]) + 6
+    widest = WIDEST.get(path.suffix.lower(), 65_500)
+    return max(1, min(columns, widest // cell))
 
 
 def save_grid(path, images, labels, columns, title=""):
@@ -132,21 +122,23 @@ def save_grid(path, images, labels, columns, title=""):
     """
     path, font = Path(path), label_font()
     n, _, height, width = images.shape
-    zoom = cell_zoom(width)
-    labels = [label_lines(label, width * zoom, font) for label in labels]
+    zoom = max(1, CELL // width)
+    labels = [label_lines(label, int(width * zoom / font.getlength("m"))) for label in labels]
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
     top = 20 if title else 0
-    size = columns * cell_w, top + -(-n // columns) * cell_h
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((4, 3), plain(title), fill="black", font=font)
     for k, (pixels, label) in enumerate(zip(as_pixels(images), labels, strict=True)):
         x, y = k % columns * cell_w + 3, top + k // columns * cell_h + 3
-        sheet.paste(Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST), (x, y))
-        pen.text((x, y + height * zoom), "\n".join(label), fill="black", font=font, spacing=3)
-        if label[0][:2] in MARK_COLOURS:
-            pen.text((x, y + height * zoom), label[0][:2], fill=MARK_COLOURS[label[0][:2]], font=font, stroke_width=0.5)
+        picture = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.NEAREST)
+        sheet.paste(picture, (x, y))
+        below = x, y + height * zoom
+        pen.text(below, "\n".join(label), fill="black", font=font, spacing=3)
+        mark = "".join(label)[:2]
+        if mark in MARK_COLOURS:
+            pen.text(below, mark, fill=MARK_COLOURS[mark], font=font, stroke_width=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     zoo.write_whole(path, sheet.save)
 
@@ -173,7 +165,6 @@ UNIT = 1.15  # inches of a picture and its gap
 LEFT, BOTTOM = 2.0, 1.15  # inches beside and below the rows; their names stand on the left
 LEAST = 6.6  # inches of the first row, which is as wide for two pictures
 CORNER = 8  # words of a side that are shown: more would be too small to read
-CORNER_NOTE = ",\nhere those of the corner"
 SMALL = dict(color="grey", fontsize=7)
 
 
@@ -200,17 +191,28 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     shared_out = advantages.ndim == 2
     # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
     of_image = advantages.mean(1) if shared_out else advantages  # (K,)
-    above = [0.6, 0.4 + 0.14 * len(scores), 0.2, 0.2] + [0.2] * (1 + shared_out)
-    heights = [1.5, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9] + [UNIT] * (1 + shared_out)
+    above = [0.6, 0.4 + 0.14 * len(scores), 0.2, 0.2, 0.2]
+    heights = [UNIT, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9, UNIT]
+    if shared_out:
+        above.append(0.2)
+        heights.append(UNIT)
     figure, rows = stack_rows(heights, above, K)
     few = f"{K} of the {n}" if n > K else f"the {K}"
     title = f"One group: {few} pictures of a step, for “{' '.join(plain(caption).split())[:44]}”"
     rows[0].set_title(title, loc="left", fontsize=10)
 
-    name_row(rows[0], "sample", f"tokens ({n}, {T})", f"a picture is {T} words" + CORNER_NOTE * (T > CORNER**2))
-    draw_words(rows[0], images[-1], tokens[-1])
+    side = math.isqrt(T)
+    words = tokens[-1].reshape(side, side)[:CORNER, :CORNER]
+    note = f"a picture is {T} words"
+    if side > CORNER:
+        note += ",\nhere those of the corner"
+    name_row(rows[0], "sample", f"tokens ({n}, {T})", note)
+    draw_squares(rows[0], images[-1:].transpose(0, 2, 3, 1), side)
+    lines = ["".join(f"{word:6.0f}" for word in line) for line in words]
+    style = dict(family="monospace", fontsize=7, linespacing=1.4)
+    rows[0].text(1, 0.47, "\n".join(lines), va="center", **style)
     name_row(rows[1], "judge", f"images {(n, *images.shape[1:])}", f"each judge: scores ({n},)")
-    draw_squares(rows[1], images.transpose(0, 2, 3, 1), T)
+    draw_squares(rows[1], images.transpose(0, 2, 3, 1), side)
     for k in range(K):
         said = "\n".join(f"{judge[-14:]} {values[k]:.2f}" for judge, values in scores.items())
         rows[1].text(k + 0.5, 1.05, said, ha="center", va="bottom", **SMALL)
@@ -223,13 +225,15 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     if shared_out:
         name_row(rows[4], "divide", f"advantages ({n}, {T})", "each token's share\nof the advantage")
         share = advantages / np.where(of_image, of_image, np.inf)[:, None]  # an advantage of 0 has none
-        draw_squares(rows[4], share, T, cmap="Greys", vmin=0, vmax=share.max() or 1)
+        most = share.max() or 1
+        draw_squares(rows[4], share, side, cmap="Greys", vmin=0, vmax=most)
     name_row(rows[-1], "learn", f"change ({n}, {T})", "of log pi: what the\nupdate did to each token")
     most = np.nanpercentile(abs(change), 98) or 1
-    draw_squares(rows[-1], change, T, cmap="RdBu", vmin=-most, vmax=most)
+    draw_squares(rows[-1], change, side, cmap="RdBu", vmin=-most, vmax=most)
     for k in range(K):
         pushed = np.mean(np.sign(change[k]) == np.sign(of_image[k]))
-        rows[-1].text(k + 0.5, -0.06, f"{pushed:.0%} moved\nas pushed", ha="center", va="top", **SMALL)
+        text = f"{pushed:.0%} moved\nas pushed"
+        rows[-1].text(k + 0.5, -0.06, text, ha="center", va="top", **SMALL)
     scale = rows[-1].inset_axes([0.4, -0.72, 2.8, 0.08], transform=rows[-1].transData)
     figure.colorbar(rows[-1].images[-1], cax=scale, orientation="horizontal", extend="both")
     scale.tick_params(labelsize=6)
@@ -247,54 +251,38 @@ def stack_rows(heights, above, K):
     for gap, height in zip(above, heights, strict=True):
         bottom -= gap + height
         row = figure.add_axes([LEFT / width, bottom / total, K * UNIT / width, height / total])
-        row.set(xlim=(0, K), ylim=(0, height / UNIT), xticks=[], yticks=[], frame_on=False)
+        row.set(xlim=(0, K), ylim=(0, height / UNIT))
+        row.set(xticks=[], yticks=[], frame_on=False)
         rows.append(row)
     return figure, rows
 
 
 def name_row(row, verb, tensor, note):
     """Beside a row: what is done, the tensor that comes out of it, and a note."""
-    lines = [(verb, dict(fontsize=10, weight="bold")), (tensor, dict(family="monospace", fontsize=8)), (note, SMALL)]
-    place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="top", linespacing=1.3)
-    for k, (text, style) in enumerate(lines):
-        row.annotate(text, (0, 1), (-10, -14 * k), **place, **style)
+    place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="top")
+    row.annotate(verb, (0, 1), (-10, 0), fontsize=10, weight="bold", **place)
+    row.annotate(tensor, (0, 1), (-10, -14), fontsize=8, family="monospace", **place)
+    row.annotate(note, (0, 1), (-10, -28), linespacing=1.3, **SMALL, **place)
 
 
-def draw_words(row, image, tokens):
-    """A picture (3, H, W) beside the words of its tokens (T,); of many tokens those of a corner."""
-    T, size = len(tokens), row.get_ylim()[1]
-    draw_square(row, 0.03, image.transpose(1, 2, 0), T, size)
-    side = math.isqrt(T)
-    corner = tokens.reshape(side, side)[:CORNER, :CORNER]
-    text = "\n".join("".join(f"{code:6.0f}" for code in line) for line in corner)
-    row.text(size, size / 2, text, va="center", family="monospace", fontsize=7, linespacing=2)
-
-
-def draw_squares(row, values, T, **colours):
-    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T)."""
-    for k in range(len(values)):
-        draw_square(row, k + 0.03, values[k], T, 0.94, **colours)
-
-
-def draw_square(row, left, values, T, size, **colours):
-    """A picture (H, W, 3), or the values of its tokens (T,), with the grid of its tokens."""
-    side = math.isqrt(T)
-    values = values if values.ndim == 3 else values.reshape(side, side)
-    row.imshow(values, extent=(left, left + size, 0, size), aspect="auto", **colours)
-    lines = np.linspace(0, size, side + 1)
-    row.hlines(lines, left, left + size, color="white", alpha=0.15, linewidth=0.4)
-    row.vlines(left + lines, 0, size, color="white", alpha=0.15, linewidth=0.4)
+def draw_squares(row, values, side, **colours):
+    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T), with the tokens' grid."""
+    for k, square in enumerate(values):
+        left, right = k + 0.03, k + 0.97
+        square = square if square.ndim == 3 else square.reshape(side, side)
+        row.imshow(square, extent=(left, right, 0, 0.94), aspect="auto", **colours)
+        faint = dict(color="white", alpha=0.15, linewidth=0.4)
+        row.hlines(np.linspace(0, 0.94, side + 1), left, right, **faint)
+        row.vlines(np.linspace(left, right, side + 1), 0, 0.94, **faint)
 
 
 def draw_bars(row, values, form):
     """A bar for each of the values (K,), and its number."""
-    low, high = min(0, values.min()), max(0, values.max())
-    room = 0.3 * (high - low) or 1  # for the numbers
-    row.set_ylim(low - room * (low < 0), high + room * (high > 0))
+    low, high = min(0, values.min()), max(1e-9, values.max())
+    row.set_ylim(1.4 * low, 1.4 * high)  # room for the numbers
     row.axhline(0, color="black", linewidth=0.6, clip_on=False)
-    row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
-    for k, value in enumerate(values):
-        row.text(k + 0.5, value, form.format(value), ha="center", va="top" if value < 0 else "bottom", fontsize=8)
+    bars = row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
+    row.bar_label(bars, fmt=form, fontsize=8, padding=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -334,12 +322,14 @@ def column(rows, key):
 
 def panels_of(runs):
     """{metric: {label: (seeds, steps)}} of {label: the rows of each seed}; only what is a number somewhere."""
-    found = dict.fromkeys(key for seeds in runs.values() for rows in seeds for row in rows for key in row)
-    judges = [key for key in found if key.endswith("_mean")]
+    all_rows = [row for seeds in runs.values() for rows in seeds for row in rows]
+    judges = dict.fromkeys(key for row in all_rows for key in row if key.endswith("_mean"))
     panels = {}
     for key in (*METRICS, *judges, "lr", "peak_memory_gb"):
         # a run that lacks a metric keeps its place, so that it has one colour in all panels
-        lines = {label: [column(rows, key) for rows in seeds] for label, seeds in runs.items()}
+        lines = {}
+        for label, seeds in runs.items():
+            lines[label] = [column(rows, key) for rows in seeds]
         if any(np.isfinite(values).any() for seeds in lines.values() for values in seeds):
             panels[key] = lines
     return panels
@@ -355,8 +345,12 @@ def seconds_of(rows):
 def smooth(values, at):
     """The running mean over a tenth of the run, of the values that are finite, at some of its steps."""
     half = max(1, len(values) // 10) // 2
-    windows = [values[max(0, k - half) : k + half + 1] for k in at]
-    return np.array([window[np.isfinite(window)].mean() if np.isfinite(window).any() else np.nan for window in windows])
+    means = []
+    for k in at:
+        window = values[max(0, k - half) : k + half + 1]
+        finite = window[np.isfinite(window)]
+        means.append(finite.mean() if len(finite) else np.nan)
+    return np.array(means)
 
 
 def draw_curves(panels, columns, bands):
@@ -366,16 +360,13 @@ def draw_curves(panels, columns, bands):
     """
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // columns)
+    rows, legend = -(-len(panels) // columns), {}
     figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    legend = {}
-    for axes, (key, lines) in zip(grid, panels.items(), strict=False):
+    for k, (key, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, k)
         draw_panel(axes, key, lines, bands.get(key))
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     if len(legend) > 1:
         figure.legend(legend.values(), legend, loc="outside lower center", ncols=min(4, 2 * columns))
     return figure
@@ -384,13 +375,17 @@ def draw_curves(panels, columns, bands):
 def draw_panel(axes, key, lines, band):
     """A panel of draw_curves. A single curve also shows its values, as dots."""
     if band:
-        axes.fill_between(*band, color="grey", alpha=0.2, linewidth=0, label="the default, three seeds")
+        low, high = band
+        axes.fill_between(
+            range(len(low)), low, high, color="grey", alpha=0.2, linewidth=0, label="the default, three seeds"
+        )
     for k, (label, seeds) in enumerate(lines.items()):
         length = min(len(values) for values in seeds)
         at = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
         smoothed = np.stack([smooth(values[:length], at) for values in seeds])  # (seeds, points)
         axes.plot(at, smoothed.mean(0), color=f"C{k}", label=plain(label))
-        axes.fill_between(at, smoothed.min(0), smoothed.max(0), color=f"C{k}", alpha=0.2, linewidth=0)
+        low, high = smoothed.min(0), smoothed.max(0)
+        axes.fill_between(at, low, high, color=f"C{k}", alpha=0.2, linewidth=0)
         if len(lines) == len(seeds) == 1:
             axes.plot(at, seeds[0][at], ".", color=f"C{k}", alpha=0.4)
     if key in HEALTHY:
@@ -414,38 +409,40 @@ def compare_runs(folders, path):
     for folder, settings in zip(folders, flags, strict=True):
         recipe = json.dumps({**settings, "seed": None}, sort_keys=True)
         recipes.setdefault(recipe, []).append(folder)
-    runs = {" ".join(map(str, seeds)): [read_metrics(folder) for folder in seeds] for seeds in recipes.values()}
+    runs = {}
+    for seeds in recipes.values():
+        runs[" ".join(map(str, seeds))] = [read_metrics(folder) for folder in seeds]
     one_task = len({settings.get("model") for settings in flags}) == 1
     bands = min(map(default_bands, flags), key=len) if one_task else {}  # of reward only if all have the default's
     save_figure(path, draw_curves, panels_of(runs), 4, bands)
 
 
 def write_bands(folders, path):
-    """Keeps the curves of several seeds of a recipe, for default_bands."""
-    panels = panels_of({"": [read_metrics(folder) for folder in folders]})
-    kept = {}
-    for key in (*OF_ITS_TASK, *OF_ITS_REWARDS):
-        kept[key] = [[float(f"{value:.3g}") for value in values] for values in panels[key][""]]
-    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), curves=kept))
+    """
+    Keeps where several seeds of a recipe went: {"flags": settings, "bands": {metric: [lowest, highest]}}, each of
+    (steps,) within a tenth of the run around each step.
+    """
+    panels, bands = panels_of({"": [read_metrics(folder) for folder in folders]}), {}
+    for key in OF_ITS_TASK + OF_ITS_REWARDS:
+        curves = np.stack(panels[key][""])  # (seeds, steps)
+        steps = curves.shape[1]
+        half = max(1, steps // 20)
+        windows = [curves[:, max(0, k - half) : k + half + 1] for k in range(steps)]
+        low = [float(f"{window.min():.3g}") for window in windows]
+        high = [float(f"{window.max():.3g}") for window in windows]
+        bands[key] = low, high
+    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), bands=bands))
     zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
 
 
 def default_bands(flags):
-    """
-    {metric: (steps, low, high)}: where the default of a run's toy task went with three seeds, within a tenth of its
-    steps around each. {} for other models.
-    """
+    """{metric: [lowest, highest]} of the default of a run's toy task, as write_bands kept it; {} for other models."""
     bands = {}
     for path in ASSETS.glob("curves_*.json"):
         kept = json.loads(path.read_text())
         if kept["flags"]["model"] == flags.get("model"):
             same = kept["flags"]["rewards"] == flags.get("rewards")
-            for key in OF_ITS_TASK + OF_ITS_REWARDS * same:
-                curves = np.array(kept["curves"][key])  # (seeds, steps)
-                steps = np.arange(curves.shape[1])
-                half = max(1, len(steps) // 20)
-                windows = [curves[:, max(0, k - half) : k + half + 1] for k in steps]
-                bands[key] = steps, [window.min() for window in windows], [window.max() for window in windows]
+            bands = {key: kept["bands"][key] for key in OF_ITS_TASK + OF_ITS_REWARDS * same}
     return bands
 
 
@@ -456,7 +453,8 @@ def default_bands(flags):
 def data_uri(image):
     """A PIL image as the source of an <img>: WebP, lossless if it is small."""
     file = io.BytesIO()
-    image.convert("RGB").save(file, "WEBP", quality=85, lossless=image.width * image.height < 400_000, method=4)
+    small = image.width * image.height < 400_000
+    image.convert("RGB").save(file, "WEBP", quality=85, lossless=small)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -491,19 +489,14 @@ def save_writers(folder, caption, writers):
     for name, found in writers.items():
         per_cent = (100 * as_array(found["shares"])).round()
         likely = np.stack([as_array(found["likely"]), per_cent], 2).astype(int)  # (T, L, 2)
-        models.append(dict(
-            name=name, tokens=as_array(found["tokens"]).astype(int).tolist(), likely=likely.tolist(),
-            moments=len(found["frames"]), frames=sheet_of(found["frames"], 8),
-            patches=None if found["patches"] is None else sheet_of(found["patches"], likely.shape[1]),
-        ))  # fmt: skip
+        model = dict(name=name, tokens=found["tokens"].tolist(), likely=likely.tolist())
+        model["moments"] = len(found["frames"])
+        model["frames"] = sheet_of(found["frames"], 8)
+        if found["patches"] is not None:
+            model["patches"] = sheet_of(found["patches"], likely.shape[1])
+        models.append(model)
     text = json.dumps(dict(caption=plain(caption), models=models))
     zoo.write_whole(folder / "samples/writers.json", lambda place: place.write_text(text))
-
-
-def newest_table(folder):
-    """The newest table of evaluate.py beside the run, {} without one. Raises Mistake."""
-    tables = [read_json(path) for path in folder.glob("evaluation*.json")]
-    return max(tables, key=lambda table: table.get("time", 0), default={})
 
 
 def ailments(rows, flags):
@@ -528,28 +521,21 @@ def chart_of(key, lines, bands):
 def write_page(folder, path=None):
     """The page of a run at `path` or FOLDER/report.html: assets/page.html, filled. Raises Mistake, OSError."""
     rows, flags = read_metrics(folder), read_json(folder / "flags.json")
-    panels, bands = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows)), default_bands(flags)
-    table = newest_table(folder)
-    weights = flags["rewards"] if isinstance(flags.get("rewards"), dict) else {}
-    tenth = max(1, len(rows) // 10)
+    bands = default_bands(flags)
+    panels = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows))
+    tables = [read_json(path) for path in folder.glob("evaluation*.json")]
     between = sorted((folder / "samples").glob("step_*.png"))
     between = between[:: -(-len(between) // 10) or 1]  # for the size of the page
     page = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True).get_template("page.html")
     text = page.render(
         title=f"AR-GRPO: {folder}",
-        steps=len(rows),
-        tenth=tenth,
-        ends={
-            key: (column(rows[:tenth], key).mean(), column(rows[-tenth:], key).mean()) for key in ("reward", "right")
-        },
-        ailments=ailments(rows, flags),
+        rows=rows,
         flags=flags,
+        ailments=ailments(rows, flags),
         slides=pictures_of([folder / "before.png", *between, folder / "after.png"]),
         groups=pictures_of(sorted((folder / "samples").glob("group_*.png"))),
         writers=read_json(folder / "samples/writers.json"),
-        table=table,
-        metrics=dict.fromkeys(metric for figures in table.get("columns", {}).values() for metric in figures),
-        held_out=[f"{judge}_mean" for judge, weight in weights.items() if weight == 0],
+        table=max(tables, key=lambda table: table.get("time", 0), default=None),
         charts={key: chart_of(key, lines, bands) for key, lines in panels.items() if lines},
     )
     zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(plain(text), encoding="utf-8"))
@@ -559,16 +545,12 @@ def write_page(folder, path=None):
 # The frontier
 
 RIGHT, RECALL, REWARD = "right: all", "recall, latents", "reward: weighted sum"
-CORNERS = [(5, 5, "left"), (5, -12, "left"), (-5, 5, "right"), (-5, -12, "right")]  # in points: where names stand
-
-
-def write_frontier(paths, path):
-    """
-    What accuracy costs, as a figure with a row per task, from tables of evaluate.py. On the left the share right
-    against recall in latents, which no reward sees. On the right against the judges' weighted sum: a policy below the
-    line of best-of-N, which raises the reward without touching a weight, is hacking the judges. Raises Mistake.
-    """
-    save_figure(path, frontier_figure, lines_of(paths))
+CORNERS = [  # in points: where the names of a line stand beside its points
+    (5, 5, "left"),
+    (5, -12, "left"),
+    (-5, 5, "right"),
+    (-5, -12, "right"),
+]
 
 
 def lines_of(paths):
@@ -584,12 +566,14 @@ def lines_of(paths):
             table = json.loads(path.read_text())
             lines = tasks.setdefault(table["task"], {})
             for name, record in table["records"].items():
-                figures, errors = table["columns"].get(name, {}), table["standard_errors"].get(name, {})
+                figures = table["columns"].get(name, {})
+                errors = table["standard_errors"].get(name, {})
                 if record["cfg"] and {RIGHT, RECALL} <= set(figures):  # renders have no cfg
                     numbers.add(record["num"])
                     line, point = place_of(record, path)
                     seeds = lines.setdefault(line, {}).setdefault(point, {})
-                    seeds[record["policy"]] = {key: (figures[key], errors.get(key) or 0) for key in figures}
+                    found = {key: (value, errors.get(key) or 0) for key, value in figures.items()}
+                    seeds[record["policy"]] = found
     tasks = {task: lines for task, lines in tasks.items() if lines}
     if not tasks:
         raise Mistake("none of these tables says how many pictures are right: only the toys' do")
@@ -622,12 +606,17 @@ def place_of(record, path):
 
 
 def frontier_figure(tasks):
-    """The figure of write_frontier, from what lines_of returns."""
+    """
+    What accuracy costs: a figure with a row per task, from what lines_of returns. On the left the share right against
+    recall in latents, which no reward sees. On the right against the judges' weighted sum: a policy below the line of
+    best-of-N, which raises the reward without touching a weight, is hacking the judges.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), 3, width_ratios=(4, 4, 2), squeeze=False)
-    for (left, right, names), (task, lines) in zip(grid, tasks.items(), strict=True):
+    for (left, right, names), task in zip(grid, tasks, strict=True):
+        lines = tasks[task]
         draw_frontier(left, lines, RECALL)
         draw_frontier(right, lines, REWARD)
         left.set_ylabel(f"right, {task}")
@@ -639,8 +628,9 @@ def frontier_figure(tasks):
 def draw_frontier(axes, lines, key):
     """The share right against another figure: each line with the names of its points and their errors."""
     for k, ((label, _), points) in enumerate(lines.items()):
-        found = [[seeds_mean(points[at].values(), metric) for metric in (key, RIGHT)] for at in sorted(points)]
-        (x, dx), (y, dy) = np.transpose(found, (1, 2, 0))
+        seeds = [points[at].values() for at in sorted(points)]
+        x, dx = np.transpose([seeds_mean(own, key) for own in seeds])
+        y, dy = np.transpose([seeds_mean(own, RIGHT) for own in seeds])
         style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.6)
         axes.errorbar(x, y, dy, dx, label=label, **style)
         right, up, side = CORNERS[k % 4]
@@ -655,8 +645,10 @@ def draw_frontier(axes, lines, key):
 def seeds_mean(seeds, key):
     """(mean, standard error) of a figure over seeds, [{metric: (value, error)}]. The error includes their spread."""
     values, errors = np.transpose([figures.get(key, (np.nan, 0)) for figures in seeds])
-    spread = values.var(ddof=1) if len(values) > 1 else 0
-    return values.mean(), math.sqrt(((errors**2).mean() + spread) / len(values))
+    variance = (errors**2).mean()
+    if len(values) > 1:
+        variance += values.var(ddof=1)
+    return values.mean(), math.sqrt(variance / len(values))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -666,9 +658,9 @@ def seeds_mean(seeds, key):
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders that train.py wrote, or .json that evaluate.py wrote"
+        "runs", nargs="+", type=zoo.user_path, help="folders of train.py, or tables (.json) of evaluate.py"
     )
-    parser.add_argument("--out", type=Path, help="file of the page or picture (default: report.html in the run; of "
+    parser.add_argument("--out", type=zoo.user_path, help="file of the page or picture (default: report.html in the run; of "
                         "several, compare.png beside the first; of tables, frontier.png there); NAME.json keeps the "
                         "curves of several runs, as the band behind others of their task")  # fmt: skip
     return parser.parse_args(argv)
@@ -678,7 +670,7 @@ def run(args):
     first = args.runs[0]
     if all(path.suffix == ".json" for path in args.runs):
         path = args.out or first.parent / "frontier.png"
-        write_frontier(args.runs, path)
+        save_figure(path, frontier_figure, lines_of(args.runs))
     elif args.out and args.out.suffix == ".json":
         path = args.out
         write_bands(args.runs, path)

@@ -132,7 +132,8 @@ def shown_prompts(args):
     if not args.pool:
         return data.balanced_captions(24), len(data.CATEGORIES)  # a category per column
     # all of the toy's classes, two of its colours per row; of large pictures a page
-    prompts = args.pool[:: -(-len(args.pool) // (40 if zoo.is_toy(args.model) else 16))]
+    most = 40 if zoo.is_toy(args.model) else 16
+    prompts = args.pool[:: -(-len(args.pool) // most)]
     return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
 
 
@@ -206,7 +207,8 @@ def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
     logp = log_policy(model, Rollout(cond, cond_mask, tokens, None), cfg_scale, temperature)  # (1, T, V)
     shares, likely = logp[0].exp().topk(LIKELY)  # (T, LIKELY)
     T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
-    moments = torch.linspace(0, T, (T if T <= 64 else 8) + 1, device=device).round().long()[:, None]  # (M, 1)
+    M = 1 + (T if T <= 64 else 8)
+    moments = torch.linspace(0, T, M, device=device).round().long()[:, None]  # (M, 1)
     frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
     written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
     written = torch.nn.functional.interpolate(written, frames.shape[2:], mode="nearest")
@@ -216,7 +218,8 @@ def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
         place = torch.arange(T, device=device).repeat_interleave(LIKELY)
         pictures = decode_beginnings(tokenizer, tokens, place[:, None], likely.view(-1, 1))  # (T * LIKELY, 3, H, W)
         cells = pictures.unflatten(2, (side, -1)).unflatten(4, (side, -1))  # (T * LIKELY, 3, side, px, side, px)
-        patches = cells[torch.arange(len(cells), device=device), :, place // side, :, place % side]
+        every = torch.arange(len(place), device=device)
+        patches = cells[every, :, place // side, :, place % side]  # (T * LIKELY, 3, px, px)
     return dict(tokens=tokens[0], likely=likely, shares=shares, frames=frames, patches=patches)
 
 
@@ -225,7 +228,8 @@ def decode_beginnings(tokenizer, tokens, lengths, codes):
     Pictures (n, 3, H, W) in [0, 1] of the first `lengths` (n, 1) of tokens (1, T). The decoder sees all cells at once,
     so it gets `codes` (n, 1) in those that are not written yet.
     """
-    beginnings = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < lengths, tokens, codes)  # (n, T)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    beginnings = torch.where(places < lengths, tokens, codes)  # (n, T)
     return to_unit(torch.cat([tokenizer.decode(part) for part in beginnings.split(16)]))
 
 
@@ -242,9 +246,19 @@ def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument_group("what is drawn").add_argument
     zoo.add_model_flags(add)
-    add("--ckpt", metavar="PATH", help="weights, or a folder that train.py wrote (default: the model's base)")
-    add("--base", metavar="PATH", help="weights of the base for --compare (default: those that --ckpt began from)")
-    add("--compare", nargs="*", metavar="PATH", help="draw the base too, and the policies of these folders or files, "
+    add(
+        "--ckpt",
+        type=zoo.user_path,
+        metavar="PATH",
+        help="weights, or a folder that train.py wrote (default: the model's base)",
+    )
+    add(
+        "--base",
+        type=zoo.user_path,
+        metavar="PATH",
+        help="weights of the base for --compare (default: those that --ckpt began from)",
+    )
+    add("--compare", nargs="*", type=zoo.user_path, metavar="PATH", help="draw the base too, and the policies of these folders or files, "
         "above the model of --ckpt, with the same seeds")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
     add(
@@ -266,8 +280,8 @@ def parse_args(argv=None):
         "clip)")  # fmt: skip
     add_judge_flags(add)
     add = parser.add_argument_group("where it goes").add_argument
-    add("--out", type=Path, default="out/samples.png", help="file of the grid (default out/samples.png)")
-    add("--npz", type=Path, metavar="FILE", help="file that gets --ckpt's uint8 images (n, H, W, 3) as arr_0, their "
+    add("--out", type=zoo.user_path, default="out/samples.png", help="file of the grid (default out/samples.png)")
+    add("--npz", type=zoo.user_path, metavar="FILE", help="file that gets --ckpt's uint8 images (n, H, W, 3) as arr_0, their "
         "tokens, and labels or prompts (default: none)")  # fmt: skip
     return resolve(parser.parse_args(argv))
 

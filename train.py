@@ -268,18 +268,20 @@ def draw_group(args, step, policy, parts, images, captions, judged, kept):
     group = Batch(*[torch.cat(values)[:K] for values in zip(*parts, strict=True)])
     with zoo.autocast(args.device, args.dtype):
         after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
-    report.draw_step(
-        args.out / f"samples/group_{step:05d}.png",
-        captions[0],
-        images[rows],
-        group.tokens,
-        {name: values[rows] for name, values in judged.scores.items()},
-        judged.rewards[rows],
-        group.advantages,
-        after - group.old_logprobs,
-        args.rewards,
-        n=len(kept),
-    )
+    path = args.out / f"samples/group_{step:05d}.png"
+    with report.guest(path):
+        report.draw_step(
+            path,
+            captions[0],
+            images[rows],
+            group.tokens,
+            {name: values[rows] for name, values in judged.scores.items()},
+            judged.rewards[rows],
+            group.advantages,
+            after - group.old_logprobs,
+            args.rewards,
+            n=len(kept),
+        )
 
 
 def learning_metrics(history, grad_norms):
