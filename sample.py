@@ -258,8 +258,8 @@ def parse_args(argv=None):
         metavar="PATH",
         help="weights of the base for --compare (default: those that --ckpt began from)",
     )
-    add("--compare", nargs="*", type=zoo.user_path, metavar="PATH", help="draw the base too, and the policies of these folders or files, "
-        "above the model of --ckpt, with the same seeds")  # fmt: skip
+    add("--compare", nargs="*", type=zoo.user_path, metavar="PATH", help="draw the base too, and the policies of these "
+        "folders or files, above the model of --ckpt, with the same seeds")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
     add(
         "--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or files of them (.txt, .csv, .tsv, .json, .jsonl)"
@@ -281,8 +281,8 @@ def parse_args(argv=None):
     add_judge_flags(add)
     add = parser.add_argument_group("where it goes").add_argument
     add("--out", type=zoo.user_path, default="out/samples.png", help="file of the grid (default out/samples.png)")
-    add("--npz", type=zoo.user_path, metavar="FILE", help="file that gets --ckpt's uint8 images (n, H, W, 3) as arr_0, their "
-        "tokens, and labels or prompts (default: none)")  # fmt: skip
+    add("--npz", type=zoo.user_path, metavar="FILE", help="file that gets --ckpt's uint8 images (n, H, W, 3) as "
+        "arr_0, their tokens, and labels or prompts (default: none)")  # fmt: skip
     return resolve(parser.parse_args(argv))
 
 
