@@ -34,11 +34,11 @@ torchrun all processes draw and score. The first one writes a Markdown table, wh
 Shapes: n pictures, T image tokens.
 """
 
-if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
+if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads; see train.py
     import os
 
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait spin less: other programs need cores too
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hashlib
 import itertools

@@ -16,10 +16,10 @@ well, but as often the wrong thing as their corpus shows it. Tokenizer, judges a
 Shapes: B images, P words, T = 64 tokens, V = 512 codes, D numbers per code.
 """
 
-if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
+if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads; see train.py
     import os
 
-    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait for each other spin: on a busy machine, shorter
+    if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import json

@@ -28,6 +28,14 @@ Shapes: B prompts per step, G = group_size samples each, of which K = learn_from
 B*G images, T image tokens, V codes, n images in a micro-batch. Of several processes each sees only its own B and N.
 """
 
+if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
+    import os
+
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads spin while they wait for each other: by default so long that one busy core makes a step ten times as
+        # slow (RESULTS.md). It changes no sum. Other systems than Linux have other libraries, which do not read it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import copy
 from functools import partial
