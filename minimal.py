@@ -106,7 +106,8 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
 
 def main():
     policy, tokenizer = train(), load_tokenizer("toy-c2i")
-    labels, noise = torch.arange(0, 40, 5), image_noise(range(8), 64, 1234)  # (8,), (8, T)
+    labels = torch.arange(8) * 6 % 40  # (8,): all shapes and most colours
+    noise = image_noise(range(8), 64, 1234)  # (8, T)
     rows = []
     for model in (load_model("toy-c2i"), policy):  # the same classes and random numbers
         tokens, _ = model.generate(labels, noise=noise)  # (8, T)
