@@ -77,7 +77,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     Beyond the paper: kl (N, T) nats, of exact_kl, replaces k3; advantages are (N, T) with token_weights.
 
     The value of the first term says little: at rho = 1 it is -mean(A), which is 0 for whole groups. Its gradient is
-    what counts: there it is REINFORCE's, with the group's mean as baseline.
+    what counts: there it is REINFORCE's, with the group's mean as baseline, in units of the group's std.
     """
     A = advantages.view(len(logprobs), -1)  # (N, 1): one for all tokens of an image; (N, T) with token weights
     ratio = (logprobs - old_logprobs.detach()).exp()
@@ -124,9 +124,8 @@ def at_tokens(logp, tokens):
     return logp.gather(-1, tokens[..., None])[..., 0]
 
 
-@torch.no_grad()
 def entropy_of(logp):
-    """Entropy (n, T), nats, of logp (n, T, V), without gradient: how undecided the policy is at each position."""
+    """Entropy (n, T), nats, of logp (n, T, V): how undecided the policy is at each position."""
     return -(logp.exp() * logp).sum(-1)
 
 
@@ -138,7 +137,8 @@ class Batch(NamedTuple):
     tokens: torch.Tensor
     sampled_logprobs: torch.Tensor
     advantages: torch.Tensor  # (N,), or (N, T) with --weigh-tokens
-    old_logprobs: torch.Tensor = None  # (N, T) nats, of pi_old, the policy before its first update
+    # filled in by the first update; last, because `split` leaves out what is None
+    old_logprobs: torch.Tensor = None  # (N, T) nats, of pi_old, the policy before that update
     ref_logprobs: torch.Tensor = None  # (N, T) nats
 
 

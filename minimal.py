@@ -3,12 +3,12 @@ AR-GRPO (arXiv 2508.06924) in a hundred lines that run: the first file to read.
 
     python minimal.py     # trains the toy of 40 classes, such as "red ring", for 60 steps
 
-A transformer writes a picture as T = 64 tokens, words of a book of V = 512. Two judges score the pictures. Group
-relative policy optimisation (GRPO, arXiv 2402.03300) makes the tokens of a picture likelier that beats its group, the G
-pictures of the same class, and those of the others less likely.
+A transformer writes a picture as T = 64 tokens, words of a codebook of V = 512. Two judges score the pictures. Each
+class gets a group of G pictures. If a picture scores above its group's mean, all its tokens become likelier; if below,
+less likely. That is group relative policy optimisation (GRPO, arXiv 2402.03300).
 
-Writes out/minimal/before-after.png and out/minimal/step.png, which draws the tensors of the first step. train.py is the
-same with flags, resuming, several processes, captions and the official models; a test holds its weights against these.
+Writes out/minimal/before-after.png, and out/minimal/step.png: the tensors of the first step. train.py is the same with
+flags, resuming, several processes, captions and the official models; a test checks that both end with the same weights.
 
 Shapes: B classes per step, G pictures of each, N = B*G pictures, T tokens of a picture, V codes.
 """
@@ -31,7 +31,7 @@ LR = 3.6e-4
 KL_COEF = 0.045  # beta: how strongly the policy is held near the model that it started as
 CLIP_EPS = 0.2  # epsilon: with several updates per batch, how far one batch may move a token's probability
 MAX_GRAD_NORM = 1.0
-WEIGHTS = {"clip": 1.0, "realism": 0.25}  # of the judges: does it show the class? does it look well made?
+REWARD_WEIGHTS = {"clip": 1.0, "realism": 0.25}  # clip: does it show the class? realism: does it look well made?
 OUT = Path("out/minimal")
 
 
@@ -47,21 +47,22 @@ def log_policy(model, labels, tokens, cfg):
 def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
     """Trains the toy's base on its classes, prints a line per step, and returns the policy."""
     policy, ref_model = load_model("toy-c2i"), load_model("toy-c2i")  # the reference stays as it is
-    tokenizer, judges = load_tokenizer("toy-c2i"), load_judges(WEIGHTS)
+    tokenizer, judges = load_tokenizer("toy-c2i"), load_judges(REWARD_WEIGHTS)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0)
+    T = policy.config.num_tokens
     for step in range(steps):
         # 1. sample G pictures of each of B classes; a group is G consecutive rows
         classes = np.random.default_rng([SEED, step]).choice(40, B, replace=False)
         labels = torch.from_numpy(classes).repeat_interleave(G)  # (N,)
-        noise = image_noise(range(B * G), 64, SEED, step)  # (N, T): one random number for each token
-        tokens, _ = policy.generate(labels, cfg_scale=cfg, noise=noise)  # (N, T)
+        noise = image_noise(range(B * G), T, SEED, step)  # (N, T) in [0, 1): picks each token from its distribution
+        tokens, _ = policy.generate(labels, cfg_scale=cfg, noise=noise)  # (N, T), without gradient
 
         # 2. judge
         captions = captions_of("toy-c2i", labels.tolist())  # N times "a photo of a red ring"
         with torch.no_grad():
             images = to_unit(tokenizer.decode(tokens))  # (N, 3, 64, 64) in [0, 1]
             scores = {name: judge(images, captions) for name, judge in judges.items()}  # (N,) each
-        rewards = sum(WEIGHTS[name] * scores[name] for name in scores)  # (N,)
+        rewards = sum(REWARD_WEIGHTS[name] * scores[name] for name in scores)  # (N,)
 
         # 3. compare inside each group: no value network
         groups = rewards.view(B, G)  # (B, G)
@@ -78,19 +79,19 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
             logp = log_policy(policy, labels, tokens, cfg)  # (N, T, V)
             logprobs = logp.gather(-1, tokens[..., None])[..., 0]  # (N, T): log pi of the tokens drawn
             if update == 0:
-                old_logprobs = logprobs.detach()  # (N, T): the policy that drew them
-            ratio = (logprobs - old_logprobs).exp()  # (N, T): 1 in the first update, but it has a gradient
+                old_logprobs = logprobs.detach()  # (N, T): constants, of the policy that drew the tokens
+            ratio = (logprobs - old_logprobs).exp()  # (N, T): 1 in the first update, with the gradient of logprobs
             clipped = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)  # (N, T)
             gain = torch.minimum(ratio * advantages, clipped * advantages)  # (N, T)
             d = ref_logprobs - logprobs  # (N, T)
-            kl = d.exp() - d - 1  # (N, T): "k3", an estimate of KL(policy || reference) that is never negative
+            kl = d.exp() - d - 1  # (N, T): "k3", estimates KL(policy || reference), is never negative and at first 0
             loss = (KL_COEF * kl - gain).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
             optimizer.step()
 
-        # 5. report; the verifier, which knows what is right, has no say in training
+        # 5. report on the pictures of before the update; the verifier, which knows what is right, has no say in it
         right = np.mean([data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
         print(f"step {step:3d}  reward {rewards.mean():.3f}  right {right:4.0%}  kl {kl.mean():.4f}", flush=True)
         if step == 0:
@@ -99,7 +100,7 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
             first = slice(0, G)  # the first group
             report.draw_step(
                 OUT / "step.png", captions[0], images[first], tokens[first], {k: v[first] for k, v in scores.items()},
-                rewards[first], advantages[first, 0], (after - old_logprobs)[first], WEIGHTS, n=B * G,
+                rewards[first], advantages[first, 0], (after - old_logprobs)[first], REWARD_WEIGHTS, n=B * G,
             )  # fmt: skip
     return policy
 

@@ -10,6 +10,7 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
     python train.py --preset best-c2i                 # one step beyond the paper
 
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
+                                                            (which KL's gradient is taken: see grpo.grpo_loss)
 
 The loop is the function `train`. Results go to a folder (out/TASK): report.html (a page with all of it), before.png,
 after.png, before-after.png, curves.png, metrics.jsonl (a line per step; the README explains every entry), flags.json,
@@ -108,12 +109,16 @@ def train(args, run):
             rollout = sample_groups(policy, cond, cond_mask, G, noise, args.cfg_scale, args.temperature)
         run.lap("sample")
 
-        # 2. judge, and 3. compare inside each group
+        # 2. judge
         images = decode(tokenizer, rollout.tokens, args.micro_batch)  # (N, 3, H, W) in [0, 1]
         run.lap("decode")
-        judged, metrics = judge(args, judges, images, captions)
-        kept = extremes(judged.advantages, G, args.learn_from)  # all N; beyond the paper: K of each group
-        advantages = judged.advantages[kept]  # (N,)
+        gathered, metrics = judge(judges, images, captions, G)  # {judge: scores of the images of all processes}
+
+        # 3. compare inside each group
+        verdict, found = compare(args, gathered)  # rewards and advantages (N,) of this process's images
+        metrics |= found
+        kept = extremes(verdict.advantages, G, args.learn_from)  # (B*K,) of range(N); all, or beyond the paper fewer
+        advantages = verdict.advantages[kept]  # (B*K,)
         rollout = take(rollout, kept)
         run.lap("judge")
 
@@ -131,13 +136,14 @@ def train(args, run):
                             ref_logp = log_policy(ref_model, part, args.ref_cfg, args.temperature)  # (n, T, V)
                     logp = log_policy(policy, part, args.learn_cfg, args.temperature)  # (n, T, V), requires grad
                 logprobs = at_tokens(logp, part.tokens)  # (n, T)
-                if update == 0:  # what the first update finds serves the others too
+                if update == 0:  # kept for the updates that follow
+                    # pi_old is made anew, because sampled_logprobs may be of other guidance, or rounded otherwise
                     part = part._replace(
                         old_logprobs=logprobs.detach(),
                         ref_logprobs=at_tokens(ref_logp, part.tokens),
                     )
                     if args.weigh_tokens:  # beyond the paper
-                        part = weigh_tokens(args, ref_model, part)
+                        part = share_out(args, ref_model, part)
                     parts[k] = part
                 kl = exact_kl(logp, ref_logp) if args.kl == "exact" else None  # beyond the paper; None: k3
                 loss, stats = grpo_loss(
@@ -152,7 +158,7 @@ def train(args, run):
                 fraction = len(logprobs) / len(advantages)  # the last micro-batch may be a short one
                 scaled_loss = loss * fraction
                 scaled_loss.backward()
-                stats["entropy"] = entropy_of(logp).mean()
+                stats["entropy"] = entropy_of(logp.detach()).mean()
                 if update == 0:  # later the gap would say how far the policy has moved
                     stats["sampler_gap"] = sampler_gap(logprobs, part.sampled_logprobs)
                 history.append((fraction, stats))
@@ -166,7 +172,7 @@ def train(args, run):
         metrics |= learning_metrics(history, grad_norms)
         metrics |= verify(args, images, captions)
         run.lap("report")
-        draw_group(args, step, policy, parts, images, captions, judged, kept)
+        draw_group(args, step, policy, parts, images, captions, verdict, kept)
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         run.end_step(step, parallel.average({"step": step} | metrics))
@@ -198,23 +204,13 @@ def decode(tokenizer, tokens, micro_batch):
     return to_unit(torch.cat([tokenizer.decode(part) for part in tokens.split(micro_batch)]))
 
 
-class Judged(NamedTuple):
-    """What the judges' verdicts on this process's N images come to."""
-
-    scores: dict  # {judge: (N,)}
-    rewards: torch.Tensor  # (N,)
-    advantages: torch.Tensor  # (N,)
-
-
-def judge(args, judges, images, captions):
+def judge(judges, images, captions, group_size):
     """
-    Scores images (N, 3, H, W) in [0, 1] and compares them: a Judged, and what the log says, {name: number}.
-
-    Scores are gathered, so advantages and log are those of the images of all processes. A missing score (not finite)
-    becomes the mean of its group, where it neither helps nor hurts.
+    Scores images (N, 3, H, W) in [0, 1]: {judge: scores of the images of all processes}, and what the log says about
+    them, {name: number}. A missing score (not finite) becomes the mean of its group, where it neither helps nor hurts.
     """
-    G, metrics = args.group_size, {}
     scores, seconds = judge_images(judges, images, captions)
+    metrics = {}
     for name, values in scores.items():
         values = parallel.gather(values)
         finite = values[values.isfinite()]
@@ -223,23 +219,42 @@ def judge(args, judges, images, captions):
             metrics[f"{name}_std"] = finite.std(correction=0).item()
         metrics[f"{name}_not_finite"] = len(values) - len(finite)
         metrics[f"{name}_seconds"] = seconds[name]
-        scores[name] = fill_missing(values, G)
+        scores[name] = fill_missing(values, group_size)
+    return scores, metrics
+
+
+class Verdict(NamedTuple):
+    """What was found about this process's N images."""
+
+    scores: dict  # {judge: (N,)}
+    rewards: torch.Tensor  # (N,)
+    advantages: torch.Tensor  # (N,)
+
+
+def compare(args, scores):
+    """
+    From the scores of the images of all processes: the Verdict on this process's, and what the log says, {name:
+    number}. All are needed here, because GDPO normalises over the batch.
+    """
+    G = args.group_size
     rewards = weighted_sum(scores, args.rewards)
     advantages = ADVANTAGES[args.reward_norm](rewards, G, scores, args.rewards)
     groups = rewards.view(-1, G)
-    metrics["reward"] = rewards.mean().item()
-    metrics["reward_std"] = rewards.std().item()
-    metrics["advantage_std"] = advantages.std().item()
-    metrics["advantage_max"] = advantages.abs().max().item()
-    metrics["equal_groups"] = (groups == groups[:, :1]).all(1).float().mean().item()
+    metrics = {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "advantage_std": advantages.std().item(),
+        "advantage_max": advantages.abs().max().item(),
+        "equal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
+    }
     own = parallel.share(len(rewards))
     own_scores = {name: values[own] for name, values in scores.items()}
-    return Judged(own_scores, rewards[own], advantages[own]), metrics
+    return Verdict(own_scores, rewards[own], advantages[own]), metrics
 
 
 @torch.no_grad()
-def weigh_tokens(args, ref_model, part):
-    """The micro-batch with advantages (n, T): each token's share of its image's."""
+def share_out(args, ref_model, part):
+    """A micro-batch whose advantages (n,) are shared out among the tokens: (n, T)."""
     with zoo.autocast(args.device, args.dtype):
         logp = log_policy(ref_model, part, args.learn_cfg, args.temperature)  # (n, T, V)
     weights = token_weights(part.ref_logprobs, at_tokens(logp, part.tokens))  # (n, T)
@@ -267,7 +282,7 @@ def verify(args, images, captions):
 
 
 @torch.no_grad()
-def draw_group(args, step, policy, parts, images, captions, judged, kept):
+def draw_group(args, step, policy, parts, images, captions, verdict, kept):
     """Of the first, the middle and the last step, draws one group: what the update did to the tokens of its images."""
     if step not in (0, args.steps // 2, args.steps - 1):
         return
@@ -283,8 +298,8 @@ def draw_group(args, step, policy, parts, images, captions, judged, kept):
             captions[0],
             images[rows],
             group.tokens,
-            {name: values[rows] for name, values in judged.scores.items()},
-            judged.rewards[rows],
+            {name: values[rows] for name, values in verdict.scores.items()},
+            verdict.rewards[rows],
             group.advantages,
             after - group.old_logprobs,
             args.rewards,
@@ -401,6 +416,7 @@ PRESETS = [name for name in RECIPES if name.startswith(("paper-", "best-"))]
 
 
 def add_flags(parser):
+    """A flag that changes what is learned also belongs to runs.SETTINGS, which --resume compares."""
     add = parser.add_argument_group("what is trained").add_argument
     add("--preset", choices=PRESETS, help="paper-: the official release's settings; best-: one step beyond it. "
         "Flags beside it win")  # fmt: skip
