@@ -94,7 +94,7 @@ def start(device):
         return
     env.setdefault("MASTER_ADDR", "127.0.0.1")  # of several machines each has to be told where the first one is
     env.setdefault("MASTER_PORT", "29500")
-    place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    place = f"MASTER_ADDR:MASTER_PORT {env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if not dist.is_torchelastic_launched():  # it may be a scheduler's variables that nobody meant
         say(f"waiting for all of {env['WORLD_SIZE']} processes at {place}; to run as one, unset WORLD_SIZE")
     if device.startswith("cuda"):
