@@ -14,13 +14,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +47,8 @@ SIZES = {  # layers, heads, C              parameters at the grid and vocabulary
     "GPT-XXL": (48, 24, 1536),  # 1.4B
     "GPT-3B": (24, 32, 3200),  # 3.1B
 }
-# @REVISION is the commit of the hub's repository that is downloaded, so nobody can replace a file. We know no commit of
-# LlamaGen's two repositories, so their newest is taken; of OpenAI's CLIP, what open_clip takes.
+# @REVISION is the commit of the hub's repository that is downloaded, so nobody can replace a file. We know none of
+# LlamaGen's two repositories, so their newest is taken.
 FLAN_T5_XL = "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001"
 VQ_16 = VQConfig(ch_mult=(1, 1, 2, 2, 4))  # 72M, 256 px -> 256 tokens
 VQ_TOY = VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4)  # 1.0M, 64 px -> 64 tokens
@@ -113,8 +111,8 @@ def is_toy(name):
 
 def user_path(text):
     """
-    A path as the user wrote it, with ~ for the home folder, which a shell leaves alone behind --out=. Every path of
-    the command line goes through here. hf:OWNER/REPO/FILE, a place on the hub, comes back as it is.
+    Every path of the command line goes through here: ~ is the home folder, which a shell leaves alone behind --out=.
+    hf:OWNER/REPO/FILE, a place on the hub, comes back as it is.
     """
     if not text:
         raise argparse.ArgumentTypeError("a path is needed, not an empty text")
@@ -124,9 +122,8 @@ def user_path(text):
 @contextmanager
 def reading(what, remedy):
     """
-    Turns whatever a library raises inside (each has its own errors for a missing or cut file) into a Mistake that
-    quotes it. The remedy is for files that are missing or hold something else. Where the system or a package refuses
-    (no permission, a full disk, no such module), it would be a guess, and the quotation stands alone.
+    Turns whatever a library raises inside into a Mistake that quotes it. The remedy is for files that are missing or
+    hold something else. Where the system or a package refuses (no permission, no such module), it would be a guess.
     """
     try:
         yield
@@ -142,9 +139,6 @@ def reading(what, remedy):
         raise Mistake(f"{what} cannot be read ({reason}){advice}") from None
 
 
-DISK_FULL = r"unexpected pos|failed writing|requested and \d+ written"  # in the words of torch and numpy
-
-
 @contextmanager
 def writing(path):
     """Turns what libraries raise while they write, rarely with the file's name, into an OSError that names `path`."""
@@ -152,8 +146,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        question = "; is the disk full?" if re.search(DISK_FULL, reason) else ""
-        raise OSError(f"{path} could not be written ({reason}){question}") from None
+        full = re.search(r"unexpected pos|failed writing|requested and \d+ written", reason)  # torch and numpy say
+        raise OSError(f"{path} could not be written ({reason}){'; is the disk full?' if full else ''}") from None
 
 
 def make_folder(folder):
@@ -183,12 +177,11 @@ def write_whole(path, write):
 
 def save_weights(weights, path, header):
     """A safetensors file with a header {name: value}, byte for byte the same for the same weights."""
+    path.touch()
+    mode = path.stat().st_mode
     # one entry, because the library writes several in random order
     save_file(weights, path, metadata={"ar-grpo": json.dumps(header, sort_keys=True)})
-    umask = os.umask(0)
-    os.umask(umask)
-    with suppress(OSError):  # the library makes files that only their owner may read; some file systems have no modes
-        os.chmod(path, 0o666 & ~umask)
+    path.chmod(mode)  # the library's files can be read by their owner alone
 
 
 def hub_place(where):
@@ -211,22 +204,15 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
     """
     The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in the Hugging Face hub's cache,
     downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). A folder stands for the
-    policy or model inside it. Raises Mistake, which names the `flag` that takes another file, and FileNotFoundError.
+    policy or model inside it. Raises Mistake, which names the `flag` that takes another file.
     """
     if not str(where).startswith("hf:"):
         path = Path(where)
-        for name in ("policy.safetensors", "model.safetensors"):  # a run's folder; a model's as the hub has it
-            if (path / name).is_file():
-                return path / name
-        if path.is_dir():
-            names = sorted(
-                file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin")
-            )
-            raise Mistake(f"{path} is a folder without policy.safetensors: give the file in it that holds all weights "
-                          f"with {flag} ({', '.join(names[:5]) or 'none'}; shards must first be joined)")  # fmt: skip
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such weights file")
-        return path
+        for file in (path, path / "policy.safetensors", path / "model.safetensors"):  # of a run; of a model of the hub
+            if file.is_file():
+                return file
+        raise Mistake(f"{path} is no weights file, nor a folder with policy.safetensors or model.safetensors (shards "
+                      f"must first be joined): give one with {flag}")  # fmt: skip
     from huggingface_hub import hf_hub_download
 
     repo, revision, file = hub_place(where)
@@ -234,12 +220,6 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
         raise Mistake(f"{where}: a file on the hub is written hf:OWNER/REPO/FILE")
     with reading(f"{file} of huggingface.co/{repo}", f"fetch it elsewhere and give it with {flag}"):
         return Path(hf_hub_download(repo, file, revision=revision))
-
-
-def visible_files(folder):
-    """All files in a folder and below it but hidden ones: .cache of the hub's downloads, ._x and .DS_Store of macOS."""
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    return [folder / file for file in sorted(files) if not any(part.startswith(".") for part in file.parts)]
 
 
 def file_hash(path):
@@ -252,17 +232,22 @@ def file_hash(path):
 
 
 def content_hash(path):
-    """sha256 of a file, or of the names and contents of all visible files in a folder. Raises OSError."""
+    """
+    sha256 of a file, or of all names and contents in a folder but hidden ones: .cache of the hub's downloads, .DS_Store
+    of macOS. Raises OSError.
+    """
     if path.is_file():
         return file_hash(path)
-    listed = [(str(file.relative_to(path)), file_hash(file)) for file in visible_files(path)]
+    names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    listed = [(str(name), file_hash(path / name)) for name in visible]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def content_of(model, base, vq_ckpt=None, text_encoder=None):
     """
-    {name: sha256} of the files that a policy is trained with: wherever they lie, and whatever their names, this is how
-    they are known again. A text encoder on the hub is known by its repository and commit. Raises Mistake, OSError.
+    {name: sha256} of the files that a policy is trained with, by which they are known again wherever they lie. A text
+    encoder on the hub is known by its repository and commit. Raises Mistake, OSError.
     """
     row = MODELS[model]
     content = dict(base=content_hash(find_file(base)), tokenizer=content_hash(find_file(vq_ckpt or row.vq_ckpt)))
@@ -275,19 +260,15 @@ def content_of(model, base, vq_ckpt=None, text_encoder=None):
 def find_policy(ckpt=None, model=None, task=None):
     """
     (name of MODELS, path of the weights, header) from --ckpt, --model and --task. Our own files say in their header
-    which model they are. `path` is the row's own where no --ckpt is given.
-
-    header: step (0: not a file of ours); text_pad, cfg_scale and temperature that the policy was trained with, or the
-    row's own; content, of the files that it was trained with ({}: unknown), and where its base was. Raises Mistake if
-    the three disagree, FileNotFoundError.
+    which model they are. header: step (0: not a file of ours); text_pad, cfg_scale and temperature that the policy was
+    trained with, or the row's own; content, of the files that it was trained with ({}: unknown). Raises Mistake.
     """
     path, found = None, {}
     if ckpt is not None:
         path = find_file(ckpt)
         if path.suffix == ".safetensors":
             with reading(path, "it is damaged or cut: fetch it again"), safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = dict(json.loads(metadata.get("ar-grpo", "{}")))
+                found = dict(json.loads((file.metadata() or {}).get("ar-grpo", "{}")))
     written_by = found.get("model")
     name = model or written_by or f"toy-{task or 'c2i'}"
     if name not in MODELS:
@@ -296,8 +277,7 @@ def find_policy(ckpt=None, model=None, task=None):
         raise Mistake(f"{path} holds a {written_by} model, not {name}; all weights must be of one model")
     row = MODELS[name]
     if task not in (None, row.config.task):
-        where = f"{path} holds" if written_by else "the model is"
-        raise Mistake(f"{where} {name}, which is {row.config.task}: leave out --task {task}")
+        raise Mistake(f"the model is {name}, which is {row.config.task}: leave out --task {task}")
     plain = dict(step=0, text_pad="left", cfg_scale=row.cfg_scale, temperature=1.0, content={})
     return name, path or row.ckpt, plain | found
 
@@ -305,7 +285,7 @@ def find_policy(ckpt=None, model=None, task=None):
 def base_of(name, header, base=None):
     """
     The weights that a policy with this header began from: `base`, or the row's own. A file of ours knows them by their
-    sha256. Raises Mistake, FileNotFoundError.
+    sha256. Raises Mistake.
     """
     path, wanted = find_file(base or MODELS[name].ckpt, "--base"), header["content"].get("base")
     if wanted and content_hash(path) != wanted:
@@ -334,8 +314,8 @@ def part_of(names, prefix):
 
 def load_tensors(path):
     """
-    torch.load of tensors and plain values, on the CPU. The tensors stay in the file until they are used, so sizes are
-    known before memory is taken. LlamaGen's training checkpoints also hold an argparse.Namespace, which is harmless.
+    torch.load of tensors and plain values, on the CPU, where they stay in the file until they are used. LlamaGen's
+    training checkpoints also hold an argparse.Namespace, which is harmless.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -360,18 +340,14 @@ def read_weights(path, prefix=""):
         if stranger := re.search(r"GLOBAL (\S+)", str(error)):
             raise Mistake(f"{path}: it also holds a {stranger[1]}, which is not loaded; save its weights alone with "
                           "torch.save(model.state_dict(), ...)") from None  # fmt: skip
-        with open(path, "rb") as file:
-            start = file.read(24)
-        raise Mistake(f"{path}: it is cut, or no checkpoint but a git-lfs pointer or a web page (it begins with "
-                      f"{str(start)[1:]}); fetch it again") from None  # fmt: skip
+        raise Mistake(f"{path}: it is cut, or a git-lfs pointer or a web page in its place; fetch it again") from None
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not named or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise Mistake(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
     # what DistributedDataParallel and torch.compile put before every name
-    found = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in found.items()}
+    found = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in found.items()}
     return {ours: found[name] for name, ours in part_of(found, prefix).items()}
 
 
@@ -402,7 +378,7 @@ def load_strict(module, weights, source, ignore=()):
 def load_model(name, path=None, device="cpu", compile_steps=False):
     """
     The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
-    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises Mistake, FileNotFoundError.
+    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises Mistake.
     """
     path = find_file(path or MODELS[name].ckpt)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
@@ -422,10 +398,7 @@ def load_tokenizer(name, path=None, device="cpu"):
 
 
 def autocast(device, dtype):
-    """
-    The precision of sampling and scoring, a context manager. Weights stay float32. With dtype bfloat16 the layers'
-    matrix products are taken in it. Logits, softmax, loss and the tokenizer are always float32.
-    """
+    """A context manager: matrix products of the layers in `dtype`. Weights, logits and loss are always float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -461,21 +434,19 @@ def add_model_flags(add):
 def setup_device(args):
     """
     Takes this process's own GPU for --device cuda, and joins the other processes if there are any. Raises Mistake
-    unless torch can put a tensor on the device and choose its precision there, OSError if the others cannot be reached.
+    unless torch can work on the device, OSError if the others cannot be reached.
     """
     args.device = parallel.own_device(args.device)
     with reading(f"--device {args.device}", "leave it out to take what there is"):
         torch.empty(0, device=args.device)
         torch.autocast(torch.device(args.device).type)  # which refuses "meta"
     parallel.start(args.device)
-    if getattr(args, "compile", False) and not shutil.which(os.environ.get("CXX", "g++")):
-        raise Mistake("--compile needs a C++ compiler: install g++, or set CXX to yours, or leave it out")
 
 
 def quick_dtype(name, device):
     """
-    The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor, with instructions
-    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32. The toy's
+    The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor, that has it in
+    hardware; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32; the toy's
     products are too small to gain.
     """
     if device.startswith("cuda"):
@@ -536,10 +507,9 @@ def tensors_only():
 @contextmanager
 def guest():
     """
-    What a script sets for its whole process. All of it is put back in the end, with what the script changed on its
-    way, because the process may be a notebook's or another program's. Importing our files changes nothing.
+    What a script sets for its whole process. All of it is put back in the end, because the process may be a notebook's
+    or another program's. (A `runs.Run` puts back its signal handlers.) Importing our files changes nothing.
     """
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     streams, dtype, tf32 = (sys.stdout, sys.stderr), torch.get_default_dtype(), torch.backends.cudnn.allow_tf32
     quiet = os.environ.get("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
     with tensors_only(), environment(HF_HUB_VERBOSITY=quiet), torch.enable_grad():
@@ -552,9 +522,6 @@ def guest():
             sys.stdout, sys.stderr = streams
             torch.set_default_dtype(dtype)
             torch.backends.cudnn.allow_tf32 = tf32
-            for number, handler in handlers.items():
-                if signal.getsignal(number) != handler:
-                    signal.signal(number, handler)
 
 
 MISFITS = {  # what an error and its way say where packages do not fit each other: what helps
