@@ -17,6 +17,7 @@ judges and reinforcement learning are for. All randomness comes from the generat
 """
 
 import difflib
+import itertools
 import re
 
 import numpy as np
@@ -32,7 +33,6 @@ COLOURS = {  # RGB in [0, 1]; the brightest channel of each is far above the lig
 T2I_SHAPES, T2I_COLOURS = SHAPES[:3], ("red", "blue")
 COUNTS = {"two": 2, "three": 3}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y), y grows downwards
-CATEGORIES = ("single object", "colour", "two objects", "counting", "position", "binding")
 TOY_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 
@@ -58,8 +58,10 @@ def parse(caption):
         if count > 1:
             shape = {f"{s}es" if s.endswith("s") else f"{s}s": s for s in SHAPES}.get(shape)
         if shape not in SHAPES or (count > 1 and len(found) == 3):
-            raise ValueError(f"{part!r} is not in the toy world, which has one of {', '.join(SHAPES)}, in "
-                             f"{', '.join(COLOURS)}, or of one kind {' or '.join(COUNTS)}")  # fmt: skip
+            raise ValueError(
+                f"{part!r} is not in the toy world, whose shapes are {', '.join(SHAPES)}, whose colours "
+                f"{', '.join(COLOURS)}; of one kind there can be two or three"
+            )
         objects.append((count, colour, shape))
     relation = found[1] if len(found) == 3 and found[1] != "and" else None
     return objects, relation
@@ -103,21 +105,17 @@ def meaning(caption):
     return (tuple(objects) if relation else tuple(sorted(objects, key=str))), relation
 
 
-def _captions_of(category):
-    pairs = [(a, b) for a in T2I_SHAPES for b in T2I_SHAPES if a != b]
-    colour_pairs = [(a, b) for a in T2I_COLOURS for b in T2I_COLOURS if a != b]
-    phrases = {
-        "single object": [f"a {s}" for s in T2I_SHAPES],
-        "colour": [f"a {c} {s}" for c in T2I_COLOURS for s in T2I_SHAPES],
-        "two objects": [f"a {a} and a {b}" for a, b in pairs],
-        "counting": [f"{n} {s}s" for n in COUNTS for s in T2I_SHAPES],
-        "position": [f"a {a} {relation} a {b}" for relation in RELATIONS for a, b in pairs],
-        "binding": [f"a {c} {a} and a {d} {b}" for a, b in pairs for c, d in colour_pairs],
-    }[category]
-    return tuple(f"a photo of {phrase}" for phrase in phrases)
-
-
-T2I_CAPTIONS = {category: _captions_of(category) for category in CATEGORIES}
+_PAIRS = [(a, b) for a in T2I_SHAPES for b in T2I_SHAPES if a != b]
+_PHRASES = {
+    "single object": [f"a {s}" for s in T2I_SHAPES],
+    "colour": [f"a {c} {s}" for c in T2I_COLOURS for s in T2I_SHAPES],
+    "two objects": [f"a {a} and a {b}" for a, b in _PAIRS],
+    "counting": [f"{n} {s}s" for n in COUNTS for s in T2I_SHAPES],
+    "position": [f"a {a} {relation} a {b}" for relation in RELATIONS for a, b in _PAIRS],
+    "binding": [f"a {c} {a} and a {d} {b}" for a, b in _PAIRS for c, d in (T2I_COLOURS, T2I_COLOURS[::-1])],
+}
+T2I_CAPTIONS = {category: tuple(f"a photo of {phrase}" for phrase in _PHRASES[category]) for category in _PHRASES}
+CATEGORIES = tuple(T2I_CAPTIONS)
 
 
 def class_caption(name):
@@ -130,7 +128,8 @@ def toy_caption(caption):
     A user's caption in the t2i toy's form: "a red circle" becomes "a photo of a red circle". Raises ValueError with the
     nearest captions if it is none of the 57.
     """
-    known, written = sum(T2I_CAPTIONS.values(), ()), write(*parse(caption))
+    known = [caption for captions in T2I_CAPTIONS.values() for caption in captions]
+    written = write(*parse(caption))
     if written not in known:
         near = difflib.get_close_matches(written, known, n=2, cutoff=0)
         raise ValueError(f"the toy never learned {caption!r} (its captions are in data.py); try {' or '.join(near)}")
@@ -145,8 +144,9 @@ def sample_captions(n, rng, categories=CATEGORIES):
 
 def balanced_captions(n):
     """The n fixed captions of evaluation: the six categories in turn, each cycling through its captions."""
-    order = {c: np.random.default_rng(0).permutation(T2I_CAPTIONS[c]) for c in CATEGORIES}
-    return [str(order[c := CATEGORIES[k % 6]][k // 6 % len(order[c])]) for k in range(n)]
+    orders = [np.random.default_rng(0).permutation(captions).tolist() for captions in T2I_CAPTIONS.values()]
+    turns = zip(*map(itertools.cycle, orders), strict=True)  # endless
+    return list(itertools.islice(itertools.chain.from_iterable(turns), n))
 
 
 def wrong_caption(caption, rng):
@@ -154,26 +154,30 @@ def wrong_caption(caption, rng):
     A caption that is false for every right picture of `caption`, wrong in one attribute: colour, shape, number,
     position, or colours swapped between objects. Judges must tell the two apart.
     """
-    (objects, relation), t2i = parse(caption), caption in T2I_CAPTIONS[category_of(caption)]
-    shapes, colours = (T2I_SHAPES, T2I_COLOURS) if t2i else (SHAPES, tuple(COLOURS))
+    objects, relation = parse(caption)
     objects = [list(entry) for entry in objects]
+    t2i = caption in T2I_CAPTIONS[category_of(caption)]
+    choices = list(COUNTS.values()), T2I_COLOURS if t2i else tuple(COLOURS), T2I_SHAPES if t2i else SHAPES
+    counts, colours, shapes = zip(*objects, strict=True)
     k = int(rng.integers(len(objects)))
     ways = ["shape"]
-    ways += ["colour"] if objects[k][1] and not set(colours) <= {o[1] for o in objects} else []
-    ways += ["count"] if objects[k][0] > 1 else []
-    ways += ["swap"] if len(objects) == 2 and objects[0][1] != objects[1][1] else []
-    ways += ["relation", "relation"] if relation else []  # twice: it is what a CLIP is slowest to learn
+    if colours[k] and not set(choices[1]) <= set(colours):
+        ways.append("colour")
+    if counts[k] > 1:
+        ways.append("count")
+    if len(set(colours)) == 2:
+        ways.append("swap")
+    if relation:
+        ways += ["relation", "relation"]  # twice: it is what a CLIP is slowest to learn
     way = ways[rng.integers(len(ways))]
-    if way == "shape":  # a shape that neither object has, so that no re-reading of the picture makes it right
-        objects[k][2] = str(rng.choice([s for s in shapes if s not in [o[2] for o in objects]]))
-    elif way == "colour":
-        objects[k][1] = str(rng.choice([c for c in colours if c not in [o[1] for o in objects]]))
-    elif way == "count":
-        objects[k][0] = int(rng.choice([n for n in COUNTS.values() if n != objects[k][0]]))
-    elif way == "swap":
-        objects[0][1], objects[1][1] = objects[1][1], objects[0][1]
+    if way == "swap":
+        objects[0][1], objects[1][1] = colours[::-1]
     elif way == "relation":
         relation = str(rng.choice([r for r in RELATIONS if r != relation]))
+    else:  # what neither object has, so that no re-reading of the picture makes it right
+        part = ("count", "colour", "shape").index(way)
+        taken = counts, colours, shapes
+        objects[k][part] = rng.choice([value for value in choices[part] if value not in taken[part]]).item()
     return write(objects, relation)
 
 

@@ -21,7 +21,7 @@ import torch
 
 import data
 from parallel import say
-from zoo import MODELS, Mistake, folder_or_repo, is_toy, reading, user_path
+from zoo import MODELS, Mistake, hub_place, is_toy, reading, user_path
 
 # Each colour and each shape at least once, so that the first grid shows the whole toy world.
 DEFAULT_CLASSES = ("red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
@@ -233,10 +233,11 @@ class TextEncoder:
 
         logging.disable_progress_bar()  # one per file, amid our own lines
         self.cond_len, self.device = config.cond_len, device
-        place, revision = folder_or_repo(path)
+        place, revision = (path, None) if Path(path).exists() else hub_place(path)[:2]
+        options = dict(revision=revision or "main")
         with reading(f"--text-encoder {path}", "give a folder that holds a T5 encoder, or connect to the internet"):
-            self.words = AutoTokenizer.from_pretrained(place, **revision)
-            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **revision)
+            self.words = AutoTokenizer.from_pretrained(place, **options)
+            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
         for name in [*info["missing_keys"], *info["mismatched_keys"]]:  # transformers only warns, and fills in noise
             raise Mistake(f"--text-encoder {path}: {name} is missing or has another shape; fetch the files again")
         if (width := self.t5.config.d_model) != config.caption_dim:

@@ -91,9 +91,6 @@ class Run:
         zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(text))
         if self.first_step < args.steps and threading.current_thread() is threading.main_thread():
             self.catch_signals()  # Python lets only the main thread handle them
-        self.start_clock()
-
-    def start_clock(self):
         self.seconds, self.since = {}, time.perf_counter()
 
     def lap(self, part):
@@ -140,7 +137,7 @@ class Run:
         if last:
             self.release_signals()  # only pages follow, which --resume makes again
         self.check_that_it_learns()
-        self.start_clock()  # grids and saves are not charged to a step
+        self.seconds, self.since = {}, time.perf_counter()  # grids and saves are not charged to a step
 
     def log(self, metrics):
         metrics = metrics | {f"seconds_{part}": value for part, value in self.seconds.items()}

@@ -1368,9 +1368,9 @@ def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch)
         (_, file), at = calls.pop()
         assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and place.endswith(f"/{file}")
     assert re.fullmatch("[0-9a-f]{40}", rewards.QWEN_COMMIT)
-    place, at = zoo.folder_or_repo(zoo.FLAN_T5_XL)
-    assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", at["revision"])
-    assert zoo.folder_or_repo(tmp_path) == (tmp_path, {}) and zoo.hub_place("hf:a/b@c/d/e") == ("a/b", "c", "d/e")
+    place, revision, _ = zoo.hub_place(zoo.FLAN_T5_XL)
+    assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", revision)
+    assert zoo.hub_place("hf:a/b@c/d/e") == ("a/b", "c", "d/e")
     for wrong in ("a", "hf:a/b@", "a/b@c@d"):
         with pytest.raises(Mistake, match="OWNER/REPO"):
             zoo.hub_place(wrong)

@@ -192,14 +192,6 @@ def hub_place(where):
     return form[1], form[2], form[3] or ""
 
 
-def folder_or_repo(where):
-    """What from_pretrained takes for a folder, OWNER/REPO or OWNER/REPO@REVISION: (where, {"revision": ...})."""
-    if Path(where).exists():
-        return where, {}
-    repo, revision, _ = hub_place(where)
-    return repo, dict(revision=revision or "main")
-
-
 def find_file(where, flag="--ckpt or --vq-ckpt"):
     """
     The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in the Hugging Face hub's cache,
@@ -306,10 +298,8 @@ def part_of(names, prefix):
     ref_model.*, which is the base again); of those, only the weights under `prefix`.
     """
     several = ("gpt_model.", "vq_model.", "ref_model.")
-    if not prefix or not any(name.startswith(several) for name in names):
-        return {name: name for name in names}
-    others = tuple(set(several) - {prefix})
-    return {name: name.removeprefix(prefix) for name in names if not name.startswith(others)}
+    wanted = [name for name in names if name.startswith(prefix) or not name.startswith(several)]
+    return {name: name.removeprefix(prefix) for name in wanted}
 
 
 def load_tensors(path):
