@@ -177,11 +177,11 @@ def write_whole(path, write):
 
 def save_weights(weights, path, header):
     """A safetensors file with a header {name: value}, byte for byte the same for the same weights."""
-    path.touch()
-    mode = path.stat().st_mode
+    Path(path).touch()
+    mode = os.stat(path).st_mode
     # one entry, because the library writes several in random order
     save_file(weights, path, metadata={"ar-grpo": json.dumps(header, sort_keys=True)})
-    path.chmod(mode)  # the library's files can be read by their owner alone
+    os.chmod(path, mode)  # the library's files can be read by their owner alone
 
 
 def hub_place(where):
@@ -455,13 +455,12 @@ def synchronize(device):
 
 
 def peak_memory_gb(device):
-    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None where that cannot be asked."""
-    if torch.device(device).type != "cpu":
-        allocated = getattr(torch.accelerator, "max_memory_allocated", lambda device: 0)  # since torch 2.9
-        return allocated(device) / 1e9 or None  # 0 where the device does not count
+    """GB at the worst moment so far: of an NVIDIA GPU, else of the process. None where that cannot be asked."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
-    except ImportError:
+    except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -517,8 +516,6 @@ def guest():
 MISFITS = {  # what an error and its way say where packages do not fit each other: what helps
     r"torchvision::|torchvision.*(CUDA|undefined symbol|partially initialized)": "torchvision is not the one for this "
     "torch: pip install --upgrade torch torchvision brings a pair",
-    r"-packages[/\\]tensorflow[/\\]|module 'tensorflow'": "TensorBoard stumbles over a tensorflow that does not work: "
-    "pip uninstall tensorflow, which nothing here needs",
     r"lib(cu|nv|nccl|hip|amd|roc|rccl|MIOpen)\S*\.so\S*: cannot open": "a library of CUDA or ROCm is missing: install "
     "the torch and torchvision that https://pytorch.org lists for this machine",
 }  # fmt: skip
@@ -543,10 +540,7 @@ def sentence_of(error):
 
 
 def run_script(parse_args, run, argv=None):
-    """
-    run(parse_args(argv)). What the user can mend ends in one sentence and exit code 1, a bug in its traceback.
-    Nothing of the process is left changed.
-    """
+    """run(parse_args(argv)). What the user can mend ends in one sentence and exit code 1, a bug in its traceback."""
     script = Path(sys.modules[run.__module__].__file__).name
     with guest():
         try:
