@@ -158,11 +158,6 @@ def average_and_clip(model, most):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def is_alone(error):
-    """Whether an error is what gloo or NCCL make of a process that has ended."""
-    return world() > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Sharding
 

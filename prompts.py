@@ -32,30 +32,20 @@ DEFAULT_CLASSES = ("red circle", "green square", "blue triangle", "yellow cross"
 # Classes
 
 
-def imagenet_classes():
-    """The 1,000 names of ImageNet's classes in label order, as open_clip carries them: "tench"."""
+def class_names(model):
+    """The class names of a c2i model: the toy's 40 or ImageNet's 1,000, as open_clip carries them: "tench"."""
+    if is_toy(model):
+        return data.TOY_CLASSES
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
-    return tuple(IMAGENET_CLASSNAMES)
+    return IMAGENET_CLASSNAMES
 
 
 def wordnet_classes():
-    """The same in WordNet's words, as the official AR-GRPO gives them to its judges: "tench, Tinca tinca"."""
+    """ImageNet's in WordNet's words, as the official AR-GRPO gives them to its judges: "tench, Tinca tinca"."""
     from timm.data import ImageNetInfo
 
     return tuple(map(ImageNetInfo("imagenet-1k").index_to_description, range(1000)))
-
-
-def wordnet_ids():
-    """Their ids in WordNet: "n01440764"."""
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo("imagenet-1k").label_names()
-
-
-def class_names(model):
-    """The class names of a c2i model: the toy's 40 or ImageNet's 1,000."""
-    return data.TOY_CLASSES if is_toy(model) else imagenet_classes()
 
 
 def find_class(model, text):
@@ -67,7 +57,11 @@ def find_class(model, text):
     names = [name.lower() for name in class_names(model)]
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    known = wordnet_ids() if re.fullmatch(r"n\d{8}", text) and not is_toy(model) else names
+    known = names
+    if re.fullmatch(r"n\d{8}", text) and not is_toy(model):
+        from timm.data import ImageNetInfo
+
+        known = ImageNetInfo("imagenet-1k").label_names()
     labels = [label for label, name in enumerate(known) if name == text]
     if len(labels) == 1:
         return labels[0]

@@ -1348,11 +1348,11 @@ def test_paths_are_what_their_owner_means(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert zoo.user_path("~/a") == tmp_path / "a" and zoo.user_path("hf:a/b/c") == "hf:a/b/c"
     shutil.copytree(HERE / "weights/toy-t5", tmp_path / "t5")
-    before = zoo.content_hash(tmp_path / "t5")
+    before = zoo.file_hash(tmp_path / "t5")
     (tmp_path / "t5/.cache").mkdir()
     for hidden in (".DS_Store", ".cache/a.metadata"):
         (tmp_path / "t5" / hidden).write_text("now")
-    assert zoo.content_hash(tmp_path / "t5") == before
+    assert zoo.file_hash(tmp_path / "t5") == before
     assert zoo.find_file(tmp_path / "t5") == tmp_path / "t5/model.safetensors"
 
 

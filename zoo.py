@@ -215,25 +215,21 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
 
 
 def file_hash(path):
-    """sha256 of the file at `path`, as 64 hexadecimal digits. Raises OSError."""
+    """
+    sha256 of a file, or of all names and contents in a folder but hidden ones: .cache of the hub's downloads, .DS_Store
+    of macOS. Raises OSError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        listed = [(str(name), file_hash(path / name)) for name in visible]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def content_hash(path):
-    """
-    sha256 of a file, or of all names and contents in a folder but hidden ones: .cache of the hub's downloads, .DS_Store
-    of macOS. Raises OSError.
-    """
-    if path.is_file():
-        return file_hash(path)
-    names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    listed = [(str(name), file_hash(path / name)) for name in visible]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def content_of(model, base, vq_ckpt=None, text_encoder=None):
@@ -242,10 +238,10 @@ def content_of(model, base, vq_ckpt=None, text_encoder=None):
     encoder on the hub is known by its repository and commit. Raises Mistake, OSError.
     """
     row = MODELS[model]
-    content = dict(base=content_hash(find_file(base)), tokenizer=content_hash(find_file(vq_ckpt or row.vq_ckpt)))
+    content = dict(base=file_hash(find_file(base)), tokenizer=file_hash(find_file(vq_ckpt or row.vq_ckpt)))
     if row.config.task == "t2i":
         encoder = text_encoder or row.text_encoder
-        content["text encoder"] = content_hash(Path(encoder)) if Path(encoder).exists() else str(encoder)
+        content["text encoder"] = file_hash(Path(encoder)) if Path(encoder).exists() else str(encoder)
     return content
 
 
@@ -280,7 +276,7 @@ def base_of(name, header, base=None):
     sha256. Raises Mistake.
     """
     path, wanted = find_file(base or MODELS[name].ckpt, "--base"), header["content"].get("base")
-    if wanted and content_hash(path) != wanted:
+    if wanted and file_hash(path) != wanted:
         raise Mistake(f"the policy did not begin from {path}: give its own base with --base (sha256 {wanted})")
     return path
 
@@ -288,7 +284,7 @@ def base_of(name, header, base=None):
 def check_tokenizer(name, header, vq_ckpt=None):
     """Raises Mistake unless the tokenizer in use has the content of the one that the policy was trained with."""
     wanted, place = header["content"].get("tokenizer"), vq_ckpt or MODELS[name].vq_ckpt
-    if wanted and content_hash(find_file(place)) != wanted:
+    if wanted and file_hash(find_file(place)) != wanted:
         raise Mistake(f"the policy was trained with another tokenizer than {place}: give that one with --vq-ckpt")
 
 
@@ -531,7 +527,7 @@ def sentence_of(error):
     """What to say of an error that the user can mend; None for a bug, ours or of a reader who changed the code."""
     if advice := misfit():
         return f"{advice} ({' '.join(str(error).split())[:200]})"
-    if parallel.is_alone(error):
+    if parallel.world() > 1 and isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)):
         return "another process of this run has ended; --resume continues from the last save"
     if not isinstance(error, (Mistake, OSError)):
         return None
