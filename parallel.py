@@ -8,11 +8,9 @@ Several processes as one: one per GPU, on one machine or several.
 The lone -- is needed, because torchrun would take --num for a flag of its own. srun and mpirun can start them as well.
 
 Plain `python` is a world of one, in which every function here returns its argument. Otherwise each process samples,
-judges and learns from its own prompts, whole groups of them. Scores are gathered, so every process compares all N
-images and logs what one process would have logged. Gradients are averaged once per update. Random numbers belong to
-images, not to processes. So any number of processes draws the same images, and can resume each other's runs.
-
-Only the first process writes files and prints.
+judges and learns from its own prompts, whole groups of them. Scores are gathered, gradients averaged. Random numbers
+belong to images, so any number of processes draws the same images, and can resume each other's runs. Only the first
+process writes files and prints.
 """
 
 import os
@@ -80,10 +78,7 @@ def say(text):
 
 
 def own_device(device):
-    """
-    This process's device: `device`, or for cuda a GPU of its own. Puts what srun and mpirun say of the processes under
-    the names that torch reads.
-    """
+    """This process's device: of several for cuda, a GPU of its own. Tells torch what srun or mpirun say."""
     env = os.environ
     for own_rank, size, local_rank in LAUNCHERS:
         if "WORLD_SIZE" not in env and int(env.get(size, 1)) > 1:
@@ -93,16 +88,13 @@ def own_device(device):
 
 
 def start(device):
-    """
-    Joins the other processes if WORLD_SIZE says that there are any, whoever started them. device: this process's own.
-    Raises ConnectionError if they cannot be reached, or never come.
-    """
+    """Joins the other processes, if WORLD_SIZE says that there are any. Raises ConnectionError."""
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     env.setdefault("MASTER_ADDR", "127.0.0.1")  # of several machines each has to be told where the first one is
     env.setdefault("MASTER_PORT", "29500")
-    place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    place = f"MASTER_ADDR:MASTER_PORT {env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if not dist.is_torchelastic_launched():  # it may be a scheduler's variables that nobody meant
         say(f"waiting for all of {env['WORLD_SIZE']} processes at {place}; to run as one, unset WORLD_SIZE")
     if device.startswith("cuda"):
@@ -110,18 +102,17 @@ def start(device):
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     except (RuntimeError, ValueError) as error:
-        taken = "; another job has this port: set MASTER_PORT to a free one" if "EADDRINUSE" in str(error) else ""
+        advice = "; another job has this port: set MASTER_PORT to a free one" if "EADDRINUSE" in str(error) else ""
         reason = str(error).splitlines()[0][:300]
-        raise ConnectionError(f"the processes cannot join at {place}, as MASTER_ADDR and MASTER_PORT say ({reason})"
-                              f"{taken}") from None  # fmt: skip
+        raise ConnectionError(f"the processes cannot join at {place} ({reason}){advice}") from None
     if rank() > 0:  # the libraries' lines, too
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed by the end of the process
 
 
 def share(n):
     """
-    This process's indices in range(n). All processes get the same number, because sharded models only work together.
-    Where n does not divide, the last processes repeat some of the first indices.
+    This process's indices in range(n). Sharded models only work together, so all processes get the same number: where
+    n does not divide, the last ones repeat some of the first indices.
     """
     size = -(-n // world())
     return [k % n for k in range(rank() * size, (rank() + 1) * size)]
@@ -137,47 +128,34 @@ def gather(x, n=None):
 
 
 def average(metrics):
-    """{name: number}, the same on all processes. Floats are averaged; integers are the same already."""
-    if world() == 1:
-        return metrics
+    """{name: number} of each process -> the same on all. Floats are averaged; integers are the same already."""
     names = [name for name, value in metrics.items() if isinstance(value, float)]
     values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
-    dist.all_reduce(values)
+    if world() > 1:
+        dist.all_reduce(values)
     return metrics | dict(zip(names, (values / world()).tolist(), strict=True))
 
 
 def largest(number):
-    """The largest of the processes' numbers (integers)."""
-    if world() == 1:
-        return number
+    """The largest of the processes' integers."""
     number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
+    if world() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
 def average_and_clip(model, most):
     """
     Averages the gradients over the processes, scales them to a norm of at most `most`, and returns the norm before.
-
-    By hand, because DistributedDataParallel averages only what went through its own forward. Our loss calls `hidden`
-    and `head`, so each process would silently train for itself. Sharded gradients are averaged already.
+    By hand, because DistributedDataParallel averages only what went through its own forward, and our loss calls
+    `hidden` and `head`. Sharded gradients are averaged already.
     """
     for p in model.parameters():
-        if world() > 1 and p.grad is not None and not is_sharded(p.grad):
+        if world() > 1 and p.grad is not None and not hasattr(p.grad, "full_tensor"):  # a DTensor has it
             dist.all_reduce(p.grad)
             p.grad /= world()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    return norm.full_tensor() if is_sharded(norm) else norm
-
-
-def is_sharded(tensor):
-    """Whether a tensor is a DTensor, without the second that importing this class takes."""
-    return hasattr(tensor, "full_tensor")
-
-
-def is_alone(error):
-    """Whether an error is what gloo or NCCL make of a process that has ended."""
-    return world() > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 
 import data
 from parallel import say
-from zoo import MODELS, Mistake, folder_or_repo, is_toy, reading, user_path
+from zoo import MODELS, Mistake, hub_place, is_toy, reading, user_path
 
 # Each colour and each shape at least once, so that the first grid shows the whole toy world.
 DEFAULT_CLASSES = ("red circle", "green square", "blue triangle", "yellow cross", "cyan ring", "magenta cross",
@@ -32,52 +32,44 @@ DEFAULT_CLASSES = ("red circle", "green square", "blue triangle", "yellow cross"
 # Classes
 
 
-def imagenet_classes():
-    """The 1,000 names of ImageNet's classes in label order, as open_clip carries them: "tench"."""
+def class_names(model):
+    """The class names of a c2i model: the toy's 40 or ImageNet's 1,000, as open_clip carries them: "tench"."""
+    if is_toy(model):
+        return data.TOY_CLASSES
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
-    return tuple(IMAGENET_CLASSNAMES)
+    return IMAGENET_CLASSNAMES
 
 
 def wordnet_classes():
-    """The same in WordNet's words, as the official AR-GRPO gives them to its judges: "tench, Tinca tinca"."""
+    """ImageNet's in WordNet's words, as the official AR-GRPO gives them to its judges: "tench, Tinca tinca"."""
     from timm.data import ImageNetInfo
 
-    info = ImageNetInfo("imagenet-1k")
-    return tuple(info.index_to_description(label) for label in range(info.num_classes()))
-
-
-def wordnet_ids():
-    """WordNet's ids of ImageNet's classes in label order: "n01440764"."""
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
-
-
-def class_names(model):
-    """The class names of a c2i model: the toy's 40 or ImageNet's 1,000."""
-    return data.TOY_CLASSES if is_toy(model) else imagenet_classes()
+    return tuple(map(ImageNetInfo("imagenet-1k").index_to_description, range(1000)))
 
 
 def find_class(model, text):
     """
     The label of a class of a c2i model, by number ("1"), name ("goldfish") or ImageNet's WordNet id ("n01443537").
-    Raises Mistake, with the nearest names or all labels of an ambiguous one.
+    Raises Mistake for an unknown or ambiguous one.
     """
-    text, names = str(text).strip().lower(), [name.lower() for name in class_names(model)]
-    if re.fullmatch(r"-?\d+", text):
-        if 0 <= int(text) < len(names):
-            return int(text)
-        raise Mistake(f"class {text} does not exist: labels run from 0 to {len(names) - 1}")
-    known = wordnet_ids() if re.fullmatch(r"n\d{8}", text) and not is_toy(model) else names
+    text = str(text).strip().lower()
+    names = [name.lower() for name in class_names(model)]
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    known = names
+    if re.fullmatch(r"n\d{8}", text) and not is_toy(model):
+        from timm.data import ImageNetInfo
+
+        known = ImageNetInfo("imagenet-1k").label_names()
     labels = [label for label, name in enumerate(known) if name == text]
     if len(labels) == 1:
         return labels[0]
     if labels:
         raise Mistake(f"{text!r} names the classes {' and '.join(map(str, labels))}: give the number of one of them")
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the first names are {', '.join(names[:5])}"
-    raise Mistake(f"no class is called {text!r}; {hint}")
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0)
+    numbers = f"numbers run from 0 to {len(names) - 1}"
+    raise Mistake(f"no class is called {text!r}; did you mean {' or '.join(map(repr, near))}? ({numbers})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,7 +106,8 @@ def read_prompts(model, classes=None, prompts=None):
         raise Mistake(f"{model} needs --prompts: captions, or files of them")
     texts = []
     for prompt in prompts or data.balanced_captions(6):
-        texts += read_prompt_file(user_path(prompt)) if is_prompt_file(prompt) else [prompt]
+        is_file = Path(prompt).suffix.lower() in READERS or os.path.exists(os.path.expanduser(prompt))
+        texts += read_prompt_file(user_path(prompt)) if is_file else [prompt]
     captions = [known_caption(model, text) for text in texts]
     if "" in captions:
         first = texts[captions.index("")]
@@ -139,25 +132,14 @@ def known_caption(model, text):
         raise Mistake(str(error)) from None
 
 
-def is_prompt_file(prompt):
-    """Whether an entry of --prompts is a file or folder: it is there, or its name ends like one. Else, a caption."""
-    return Path(prompt).suffix.lower() in READERS or os.path.exists(os.path.expanduser(prompt))
-
-
 def read_prompt_file(path):
     """
     The prompts of a file in UTF-8, or UTF-16 with its mark: .txt, one per line; .csv and .tsv, the column called
     prompt, caption or text; .json and .jsonl, strings, or objects with the text under one of these names, or the
     release's {"conversations": [{"value": text}]}, in a list, in COCO's "annotations" or one per line.
-    Lines without text are left out. Raises Mistake, FileNotFoundError.
+    Lines without text are left out. Raises Mistake.
     """
-    if path.is_dir():
-        raise Mistake(f"{path} is a folder, not a file of prompts: give the files in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file")
-    if path.suffix.lower() not in READERS:
-        raise Mistake(f"{path} is a file; a file of prompts ends in {', '.join(READERS)}")
-    with reading(path, "it must hold prompts in UTF-8, in the form that its name says"):
+    with reading(path, f"prompts are read from files in UTF-8 that end in {', '.join(READERS)}"):
         content = path.read_bytes()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         prompts = [prompt.strip() for prompt in READERS[path.suffix.lower()](text)]
@@ -167,42 +149,33 @@ def read_prompt_file(path):
     return prompts
 
 
-KEYS = ("prompt", "prompts", "caption", "captions", "text", "value")
-
-
 def table_prompts(text, delimiter):
     """The prompts of a table whose first line names its columns."""
     table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    names = {str(name).strip().lower(): name for name in table.fieldnames or ()}
-    for key in KEYS:
-        if key in names:
-            return [row[names[key]] or "" for row in table]  # None: a line that is too short
-    raise ValueError(f"none of its columns ({', '.join(names)}) is called prompt, caption or text")
+    table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]
+    return [prompt_of(row) or "" for row in table]  # None: a line that is too short
 
 
 def json_prompts(text):
     """The prompts of a JSON list, of COCO's annotations, or of one JSON value per line."""
-    entries, text, start = [], text.strip(), 0
-    while start < len(text):  # a value, and the space behind it
-        entry, end = json.JSONDecoder().raw_decode(text, start)
-        entries.append(entry)
-        start = re.compile(r"\s*").match(text, end).end()
-    if len(entries) == 1:  # which may be the list of them, or COCO's object around it
-        found = entries[0].get("annotations") if isinstance(entries[0], dict) else entries[0]
-        entries = found if isinstance(found, list) else entries
-    return [prompt_of(entry) for entry in entries]
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(found, dict):
+        found = found.get("annotations", [found])
+    entries = found if isinstance(found, list) else [found]
+    return [entry if isinstance(entry, str) else prompt_of(entry) for entry in entries]
 
 
 def prompt_of(entry):
-    """The text of a JSON entry: a string, or an object that holds it. Raises ValueError."""
-    found = entry
-    if isinstance(found, dict):
-        turns = found.get("conversations")
-        found = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else found
-        found = next((found[key] for key in KEYS if key in found), None)
-    if not isinstance(found, str):
-        raise ValueError(f"{str(entry)[:60]} is neither a string nor an object with a prompt, caption or text")
-    return found
+    """The text in an object of a JSON file, or in a row of a table. Raises ValueError."""
+    if "conversations" in entry:
+        entry = entry["conversations"][0]
+    for key in ("prompt", "prompts", "caption", "captions", "text", "value"):
+        if key in entry:
+            return entry[key]
+    raise ValueError(f"{str(entry)[:60]} has nothing called prompt, caption or text")
 
 
 READERS = {  # the text of a file -> its prompts
@@ -220,9 +193,9 @@ READERS = {  # the text of a file -> its prompts
 
 def load_encoder(name, path=None, device="cpu", captions=()):
     """
-    The function encode(prompts, pad="left") of the model `name`: from B labels or B captions to its conditioning
-    (cond, cond_mask), which is labels (B,) and ones (B, 1), or text features (B, P, caption_dim) and (B, P). Says how
-    many of the run's `captions` are too long. Raises Mistake.
+    The function encode(prompts, pad="left") of the model `name`: from B labels or captions to (cond, cond_mask), which
+    are labels (B,) and ones (B, 1), or text features (B, P, caption_dim) and (B, P). Says how many of the run's
+    `captions` are too long. Raises Mistake.
     """
     row = MODELS[name]
     if row.config.task == "c2i":
@@ -244,9 +217,8 @@ class TextEncoder:
 
     pad="left": LlamaGen's form. The text stands next to the image, because token 0 is predicted from position P - 1,
     and padding features are zero. pad="right": the form of the released AR-GRPO, for weights that were trained with it.
-    Padding stands next to the image and keeps T5's output there, so token 0 is predicted from that.
-
-    path is a folder in transformers' form, or OWNER/REPO or OWNER/REPO@REVISION on the hub. Raises Mistake.
+    Token 0 is predicted from what T5 puts out at a padding position.
+    path: a folder in transformers' form, or OWNER/REPO[@REVISION] on the hub. Raises Mistake.
     """
 
     def __init__(self, path, config, device="cpu", dtype=torch.float32):
@@ -255,10 +227,11 @@ class TextEncoder:
 
         logging.disable_progress_bar()  # one per file, amid our own lines
         self.cond_len, self.device = config.cond_len, device
-        place, revision = folder_or_repo(path)
+        place, revision = (path, None) if Path(path).exists() else hub_place(path)[:2]
+        options = dict(revision=revision or "main")
         with reading(f"--text-encoder {path}", "give a folder that holds a T5 encoder, or connect to the internet"):
-            self.words = AutoTokenizer.from_pretrained(place, **revision)
-            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **revision)
+            self.words = AutoTokenizer.from_pretrained(place, **options)
+            self.t5, info = T5EncoderModel.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
         for name in [*info["missing_keys"], *info["mismatched_keys"]]:  # transformers only warns, and fills in noise
             raise Mistake(f"--text-encoder {path}: {name} is missing or has another shape; fetch the files again")
         if (width := self.t5.config.d_model) != config.caption_dim:
@@ -293,10 +266,9 @@ def left_pad(features, mask):
 
 
 # What is removed from a caption before T5 reads it, in this order. LlamaGen inherited the cleaning from DeepFloyd IF.
-# Captions from the web need it. It also changes case, quotes, hyphens and spacing of plain ones, and so their features.
-# Left out are only its rules for a shop's slogans ("free shipping").
-FILE = r"\S+\.(png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
-NOISE = [(re.compile(pattern), instead) for pattern, instead in (
+# It also changes case, quotes, hyphens and spacing of plain captions, and so their features. Left out are only its
+# rules for a shop's slogans ("free shipping").
+NOISE = (
     # web addresses, but for what follows a "?"
     (r"\b((https?|www):(/{1,3}|[a-z\d%])|[a-z\d.\-]+\.(com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@))", ""),
     (r"@\w+\b", ""),  # handles
@@ -308,13 +280,13 @@ NOISE = [(re.compile(pattern), instead) for pattern, instead in (
     (r"\d{1,3}(\.\d{1,3}){3}", " "),  # IP addresses
     (r"\d:\d\d\s+$|#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # a time at the end, "bus #12", numbers of articles
     (r"\\n", " "),  # a newline that somebody escaped
-    (FILE, ""),  # file names
+    (r"\S+\.(png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),  # file names
     ("[\"']{2,}", '"'),  # doubled punctuation
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
     (r"\s+\.\s+", " "),
-)]  # fmt: skip
-LOOSE_ENDS = [(re.compile(pattern), instead) for pattern, instead in (
+)  # fmt: skip
+LOOSE_ENDS = (
     (r"\b[a-z]{1,3}\d{3,15}\b", ""),  # codes of articles, but also "a ford f150"
     (r"\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b[a-z]+\d+[a-z]+\d+[a-z\d]*\b", ""),  # and "r2d2", "a 4x4 truck"
     (r"\bpage\s+\d+\b", ""),
@@ -323,7 +295,7 @@ LOOSE_ENDS = [(re.compile(pattern), instead) for pattern, instead in (
     (r"\s+", " "),
     (r"^\s*[\"'](.+)[\"']\s*$", r"\1"),  # quotes around it all
     (r"^\s*['_,\-:;]|['_,\-:+]\s*$|^\s*\.\S+\s*$", ""),
-)]  # fmt: skip
+)  # fmt: skip
 
 
 def clean_caption(caption):
@@ -334,11 +306,11 @@ def clean_caption(caption):
         caption = urllib.parse.unquote_plus(caption).strip().lower().replace("<person>", "person")
         caption = html.unescape(re.sub("<[^<>]*>", "", caption))  # tags, then entities
         for pattern, instead in NOISE:
-            caption = pattern.sub(instead, caption)
+            caption = re.sub(pattern, instead, caption)
         if len(re.findall("[-_]", caption)) > 3:  # this-is-my-holiday-picture
             caption = re.sub("[-_]", " ", caption)
         caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
         for pattern, instead in LOOSE_ENDS:
-            caption = pattern.sub(instead, caption)
+            caption = re.sub(pattern, instead, caption)
         caption = caption.strip()
     return caption

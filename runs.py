@@ -43,8 +43,8 @@ OUTPUTS = (  # of training alone: a new run in a folder without state.pt removes
 
 class Run:
     """
-    The folder args.out, from the first step to the last. A context manager: leaving it puts back what a run changes in
-    a process that may be a notebook's, the signal handlers and the folder's lock. Raises Mistake, OSError.
+    The folder args.out, from the first step to the last. A context manager, because the process may be a notebook's:
+    it puts back the signal handlers and the folder's lock. Raises Mistake, OSError.
     """
 
     def __init__(self, args):
@@ -75,22 +75,22 @@ class Run:
 
     def begin(self, policy, optimizer):
         """Starts the run or resumes it."""
+        args = self.args
         self.policy, self.optimizer = policy, optimizer
-        self.settings, self.content = settings_of(self.args), content_of(self.args)
-        if self.args.resume:
+        values = vars(args) | dict(qwen_model=args.judge_options["qwen_model"])  # the server's own name of its model
+        names = [*SETTINGS, "steps"] if args.lr_schedule == "linear" else SETTINGS  # each step's rate depends on them
+        self.settings = {name: values[name] for name in names}
+        self.content = zoo.content_of(args.model, args.base, args.vq_ckpt, args.text_encoder)
+        self.content["prompts"] = hashlib.sha256(json.dumps(args.pool).encode()).hexdigest()
+        if args.resume:
             self.resume()
         elif parallel.rank() == 0:
             for path in [path for pattern in OUTPUTS for path in self.folder.glob(pattern)]:
                 path.unlink()
-        text = json.dumps(self.settings | dict(steps=self.args.steps), indent=1)
+        text = json.dumps(self.settings | dict(steps=args.steps), indent=1)
         zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(text))
-        if self.first_step < self.args.steps and threading.current_thread() is threading.main_thread():
+        if self.first_step < args.steps and threading.current_thread() is threading.main_thread():
             self.catch_signals()  # Python lets only the main thread handle them
-        self.start_clock()
-
-    # time
-
-    def start_clock(self):
         self.seconds, self.since = {}, time.perf_counter()
 
     def lap(self, part):
@@ -99,8 +99,6 @@ class Run:
         now = time.perf_counter()
         self.seconds[part] = now - self.since
         self.since = now
-
-    # signals
 
     def catch_signals(self):
         """The first signal to stop lets the step end in a save. USR1 is Slurm's warning before the end of a job."""
@@ -124,10 +122,8 @@ class Run:
             self.release_signals()
             signal.raise_signal(number)
 
-    # the end of a step
-
     def end_step(self, step, metrics):
-        """Logs a step and saves where it is time. Ends the run if a signal came, or if nothing is learned any more."""
+        """Logs a step and saves where it is time. Ends the run if a signal came, or nothing is learned any more."""
         self.history.append(metrics)
         if parallel.rank() == 0:
             self.log(metrics)
@@ -141,12 +137,11 @@ class Run:
         if last:
             self.release_signals()  # only pages follow, which --resume makes again
         self.check_that_it_learns()
-        self.start_clock()  # grids and saves are not charged to a step
+        self.seconds, self.since = {}, time.perf_counter()  # grids and saves are not charged to a step
 
     def log(self, metrics):
         metrics = metrics | {f"seconds_{part}": value for part, value in self.seconds.items()}
-        peak = zoo.peak_memory_gb(self.args.device)
-        if peak is not None:
+        if peak := zoo.peak_memory_gb(self.args.device):
             metrics["peak_memory_gb"] = peak
         metrics = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in metrics.items()}
         path = self.folder / "metrics.jsonl"
@@ -160,7 +155,7 @@ class Run:
                 self.said.add(what)
 
     def show_in_tensorboard(self, metrics):
-        """TensorBoard is a guest: what fails in it, or in a tensorflow beside it, costs the events and a line."""
+        """What fails in TensorBoard, or in a tensorflow beside it, costs the events and a line."""
         try:
             if self.events is None:
                 from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
@@ -183,20 +178,15 @@ class Run:
         if failed and len(last) == PATIENCE:
             raise Mistake(f"{failed[0]} was not finite {PATIENCE} steps in a row; the last save is in {self.folder}")
 
-    # saving and resuming
-
     def save(self, steps_done):
         """
-        policy.safetensors, for the other scripts, then state.pt, for --resume. A run killed between the two resumes
-        from the state before, and comes to the same policy again.
+        policy.safetensors, for the other scripts, then state.pt. A run killed between the two resumes from the state
+        before, and comes to the same policy again.
         """
-        args = self.args
         weights, optimizer = parallel.full_state(self.policy, self.optimizer)
         plain = {name: value.detach().contiguous() for name, value in merged(weights).items()}
-        header = dict(  # which model this is, what it began from, how it was sampled from
-            model=args.model, step=steps_done, content=self.content,
-            text_pad=args.text_pad, cfg_scale=args.cfg_scale, temperature=args.temperature,
-        )  # fmt: skip
+        names = "model", "text_pad", "cfg_scale", "temperature"
+        header = {name: self.settings[name] for name in names} | dict(step=steps_done, content=self.content)
         zoo.write_whole(self.folder / "policy.safetensors", lambda path: zoo.save_weights(plain, path, header))
         state = dict(step=steps_done, settings=self.settings, content=self.content, policy=weights, optimizer=optimizer)
         zoo.write_whole(self.state_file, lambda path: torch.save(state, path))
@@ -207,7 +197,15 @@ class Run:
         with zoo.reading(self.state_file, remedy):
             state = zoo.load_tensors(self.state_file)  # on the CPU, where AdamW wants its step counters
             self.first_step = int(state["step"])
-            self.check_same_run(state["settings"], state["content"], remedy)
+            for name, value in self.settings.items():
+                if (was := state["settings"].get(name)) != value:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise Mistake(f"{flag} is {value}, but {self.folder} began with {was}: give that, or {remedy}")
+            for name, value in self.content.items():
+                if state["content"].get(name) != value:
+                    raise Mistake(f"the run in {self.folder} began with another {name}: its content differs; {remedy}")
+            if self.first_step > self.args.steps:
+                raise Mistake(f"{self.folder} has done {self.first_step} steps already; --steps counts them all")
             parallel.load_full_state(self.policy, self.optimizer, state["policy"], state["optimizer"])
         path = self.folder / "metrics.jsonl"
         # A killed run may have logged more than it saved, and its last line in part. A user may have deleted the file.
@@ -217,24 +215,9 @@ class Run:
         text = "".join(json.dumps(row) + "\n" for row in self.history)
         zoo.write_whole(path, lambda new: new.write_text(text))
 
-    def check_same_run(self, settings, content, remedy):
-        """Raises Mistake unless the run that is resumed would draw the same curve."""
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
-                flag, was = f"--{name.replace('_', '-')}", settings.get(name)
-                raise Mistake(f"{flag} is {value}, but {self.folder} began with {was}: give that, or {remedy}")
-        for name in sorted({*content, *self.content}):
-            if content.get(name) != self.content.get(name):
-                raise Mistake(f"the run in {self.folder} began with another {name}: its content differs; {remedy}")
-        if self.first_step > self.args.steps:
-            raise Mistake(f"{self.folder} has done {self.first_step} steps already; --steps counts them all")
-
 
 def warnings(history, settings):
-    """
-    {what: sentence} about the last step of a run that ails; {} for a healthy one. history: the metrics of its steps so
-    far; settings: those of flags.json.
-    """
+    """{what: sentence} about the last step of a run that ails. history: metrics of its steps; settings: flags.json."""
     now, ten = history[-1], history[-10:]
     found = {}
     if now["grad_norm"] == 0 and now["equal_groups"] < 1:
@@ -260,8 +243,8 @@ def warnings(history, settings):
 
 def rises(history, name):
     """
-    By how many standard errors a metric's mean over the newest half of the last steps is above that of the other half:
-    of all steps, 20 to 40. 0 before that; NaN if a step lacks the metric.
+    By how many standard errors a metric's mean over the newer half of the last 20 to 40 steps is above that of the
+    older half. 0 before step 20; NaN if a step lacks the metric.
     """
     n = min(20, len(history) // 2)
     if n < 10:
@@ -269,19 +252,6 @@ def rises(history, name):
     before, after = ([row.get(name, math.nan) for row in rows] for rows in (history[-2 * n : -n], history[-n:]))
     error = math.sqrt((statistics.variance(before) + statistics.variance(after)) / n)
     return (statistics.fmean(after) - statistics.fmean(before)) / (error + 1e-9)
-
-
-def settings_of(args):
-    """{name: value} of SETTINGS, and of --steps where each step's learning rate depends on it."""
-    values = vars(args) | dict(qwen_model=args.judge_options["qwen_model"])  # the model that the server answers with
-    names = [*SETTINGS, "steps"] if args.lr_schedule == "linear" else SETTINGS
-    return {name: values[name] for name in names}
-
-
-def content_of(args):
-    """{name: sha256} of what the run reads: base, tokenizer, text encoder, prompts."""
-    prompts = hashlib.sha256(json.dumps(args.pool).encode()).hexdigest()
-    return zoo.content_of(args.model, args.base, args.vq_ckpt, args.text_encoder) | dict(prompts=prompts)
 
 
 def hold(folder):

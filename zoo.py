@@ -14,13 +14,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +47,8 @@ SIZES = {  # layers, heads, C              parameters at the grid and vocabulary
     "GPT-XXL": (48, 24, 1536),  # 1.4B
     "GPT-3B": (24, 32, 3200),  # 3.1B
 }
-# @REVISION is the commit of the hub's repository that is downloaded, so nobody can replace a file. We know no commit of
-# LlamaGen's two repositories, so their newest is taken; of OpenAI's CLIP, what open_clip takes.
+# @REVISION is the commit of the hub's repository that is downloaded, so nobody can replace a file. We know none of
+# LlamaGen's two repositories, so their newest is taken.
 FLAN_T5_XL = "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001"
 VQ_16 = VQConfig(ch_mult=(1, 1, 2, 2, 4))  # 72M, 256 px -> 256 tokens
 VQ_TOY = VQConfig(ch_mult=(1, 2), z_channels=64, codebook_size=512, ch=32, patch=4)  # 1.0M, 64 px -> 64 tokens
@@ -113,8 +111,8 @@ def is_toy(name):
 
 def user_path(text):
     """
-    A path as the user wrote it, with ~ for the home folder, which a shell leaves alone behind --out=. Every path of
-    the command line goes through here. hf:OWNER/REPO/FILE, a place on the hub, comes back as it is.
+    Every path of the command line goes through here: ~ is the home folder, which a shell leaves alone behind --out=.
+    hf:OWNER/REPO/FILE, a place on the hub, comes back as it is.
     """
     if not text:
         raise argparse.ArgumentTypeError("a path is needed, not an empty text")
@@ -124,9 +122,8 @@ def user_path(text):
 @contextmanager
 def reading(what, remedy):
     """
-    Turns whatever a library raises inside (each has its own errors for a missing or cut file) into a Mistake that
-    quotes it. The remedy is for files that are missing or hold something else. Where the system or a package refuses
-    (no permission, a full disk, no such module), it would be a guess, and the quotation stands alone.
+    Turns whatever a library raises inside into a Mistake that quotes it. The remedy is for files that are missing or
+    hold something else. Where the system or a package refuses (no permission, no such module), it would be a guess.
     """
     try:
         yield
@@ -142,9 +139,6 @@ def reading(what, remedy):
         raise Mistake(f"{what} cannot be read ({reason}){advice}") from None
 
 
-DISK_FULL = r"unexpected pos|failed writing|requested and \d+ written"  # in the words of torch and numpy
-
-
 @contextmanager
 def writing(path):
     """Turns what libraries raise while they write, rarely with the file's name, into an OSError that names `path`."""
@@ -152,8 +146,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        question = "; is the disk full?" if re.search(DISK_FULL, reason) else ""
-        raise OSError(f"{path} could not be written ({reason}){question}") from None
+        full = re.search(r"unexpected pos|failed writing|requested and \d+ written", reason)  # torch and numpy say
+        raise OSError(f"{path} could not be written ({reason}){'; is the disk full?' if full else ''}") from None
 
 
 def make_folder(folder):
@@ -183,12 +177,11 @@ def write_whole(path, write):
 
 def save_weights(weights, path, header):
     """A safetensors file with a header {name: value}, byte for byte the same for the same weights."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode
     # one entry, because the library writes several in random order
     save_file(weights, path, metadata={"ar-grpo": json.dumps(header, sort_keys=True)})
-    umask = os.umask(0)
-    os.umask(umask)
-    with suppress(OSError):  # the library makes files that only their owner may read; some file systems have no modes
-        os.chmod(path, 0o666 & ~umask)
+    os.chmod(path, mode)  # the library's files can be read by their owner alone
 
 
 def hub_place(where):
@@ -199,34 +192,19 @@ def hub_place(where):
     return form[1], form[2], form[3] or ""
 
 
-def folder_or_repo(where):
-    """What from_pretrained takes for a folder, OWNER/REPO or OWNER/REPO@REVISION: (where, {"revision": ...})."""
-    if Path(where).exists():
-        return where, {}
-    repo, revision, _ = hub_place(where)
-    return repo, dict(revision=revision or "main")
-
-
 def find_file(where, flag="--ckpt or --vq-ckpt"):
     """
     The path of a weights file: `where` itself, or for "hf:OWNER/REPO/FILE" the copy in the Hugging Face hub's cache,
     downloaded on first use (HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids downloads). A folder stands for the
-    policy or model inside it. Raises Mistake, which names the `flag` that takes another file, and FileNotFoundError.
+    policy or model inside it. Raises Mistake, which names the `flag` that takes another file.
     """
     if not str(where).startswith("hf:"):
         path = Path(where)
-        for name in ("policy.safetensors", "model.safetensors"):  # a run's folder; a model's as the hub has it
-            if (path / name).is_file():
-                return path / name
-        if path.is_dir():
-            names = sorted(
-                file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin")
-            )
-            raise Mistake(f"{path} is a folder without policy.safetensors: give the file in it that holds all weights "
-                          f"with {flag} ({', '.join(names[:5]) or 'none'}; shards must first be joined)")  # fmt: skip
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such weights file")
-        return path
+        for file in (path, path / "policy.safetensors", path / "model.safetensors"):  # of a run; of a model of the hub
+            if file.is_file():
+                return file
+        raise Mistake(f"{path} is no weights file, nor a folder with policy.safetensors or model.safetensors (shards "
+                      f"must first be joined): give one with {flag}")  # fmt: skip
     from huggingface_hub import hf_hub_download
 
     repo, revision, file = hub_place(where)
@@ -236,14 +214,17 @@ def find_file(where, flag="--ckpt or --vq-ckpt"):
         return Path(hf_hub_download(repo, file, revision=revision))
 
 
-def visible_files(folder):
-    """All files in a folder and below it but hidden ones: .cache of the hub's downloads, ._x and .DS_Store of macOS."""
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    return [folder / file for file in sorted(files) if not any(part.startswith(".") for part in file.parts)]
-
-
 def file_hash(path):
-    """sha256 of the file at `path`, as 64 hexadecimal digits. Raises OSError."""
+    """
+    sha256 of a file, or of all names and contents in a folder but hidden ones: .cache of the hub's downloads, .DS_Store
+    of macOS. Raises OSError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        listed = [(str(name), file_hash(path / name)) for name in visible]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -251,43 +232,31 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-def content_hash(path):
-    """sha256 of a file, or of the names and contents of all visible files in a folder. Raises OSError."""
-    if path.is_file():
-        return file_hash(path)
-    listed = [(str(file.relative_to(path)), file_hash(file)) for file in visible_files(path)]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
 def content_of(model, base, vq_ckpt=None, text_encoder=None):
     """
-    {name: sha256} of the files that a policy is trained with: wherever they lie, and whatever their names, this is how
-    they are known again. A text encoder on the hub is known by its repository and commit. Raises Mistake, OSError.
+    {name: sha256} of the files that a policy is trained with, by which they are known again wherever they lie. A text
+    encoder on the hub is known by its repository and commit. Raises Mistake, OSError.
     """
     row = MODELS[model]
-    content = dict(base=content_hash(find_file(base)), tokenizer=content_hash(find_file(vq_ckpt or row.vq_ckpt)))
+    content = dict(base=file_hash(find_file(base)), tokenizer=file_hash(find_file(vq_ckpt or row.vq_ckpt)))
     if row.config.task == "t2i":
         encoder = text_encoder or row.text_encoder
-        content["text encoder"] = content_hash(Path(encoder)) if Path(encoder).exists() else str(encoder)
+        content["text encoder"] = file_hash(Path(encoder)) if Path(encoder).exists() else str(encoder)
     return content
 
 
 def find_policy(ckpt=None, model=None, task=None):
     """
     (name of MODELS, path of the weights, header) from --ckpt, --model and --task. Our own files say in their header
-    which model they are. `path` is the row's own where no --ckpt is given.
-
-    header: step (0: not a file of ours); text_pad, cfg_scale and temperature that the policy was trained with, or the
-    row's own; content, of the files that it was trained with ({}: unknown), and where its base was. Raises Mistake if
-    the three disagree, FileNotFoundError.
+    which model they are. header: step (0: not a file of ours); text_pad, cfg_scale and temperature that the policy was
+    trained with, or the row's own; content, of the files that it was trained with ({}: unknown). Raises Mistake.
     """
     path, found = None, {}
     if ckpt is not None:
         path = find_file(ckpt)
         if path.suffix == ".safetensors":
             with reading(path, "it is damaged or cut: fetch it again"), safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = dict(json.loads(metadata.get("ar-grpo", "{}")))
+                found = dict(json.loads((file.metadata() or {}).get("ar-grpo", "{}")))
     written_by = found.get("model")
     name = model or written_by or f"toy-{task or 'c2i'}"
     if name not in MODELS:
@@ -296,8 +265,7 @@ def find_policy(ckpt=None, model=None, task=None):
         raise Mistake(f"{path} holds a {written_by} model, not {name}; all weights must be of one model")
     row = MODELS[name]
     if task not in (None, row.config.task):
-        where = f"{path} holds" if written_by else "the model is"
-        raise Mistake(f"{where} {name}, which is {row.config.task}: leave out --task {task}")
+        raise Mistake(f"the model is {name}, which is {row.config.task}: leave out --task {task}")
     plain = dict(step=0, text_pad="left", cfg_scale=row.cfg_scale, temperature=1.0, content={})
     return name, path or row.ckpt, plain | found
 
@@ -305,10 +273,10 @@ def find_policy(ckpt=None, model=None, task=None):
 def base_of(name, header, base=None):
     """
     The weights that a policy with this header began from: `base`, or the row's own. A file of ours knows them by their
-    sha256. Raises Mistake, FileNotFoundError.
+    sha256. Raises Mistake.
     """
     path, wanted = find_file(base or MODELS[name].ckpt, "--base"), header["content"].get("base")
-    if wanted and content_hash(path) != wanted:
+    if wanted and file_hash(path) != wanted:
         raise Mistake(f"the policy did not begin from {path}: give its own base with --base (sha256 {wanted})")
     return path
 
@@ -316,7 +284,7 @@ def base_of(name, header, base=None):
 def check_tokenizer(name, header, vq_ckpt=None):
     """Raises Mistake unless the tokenizer in use has the content of the one that the policy was trained with."""
     wanted, place = header["content"].get("tokenizer"), vq_ckpt or MODELS[name].vq_ckpt
-    if wanted and content_hash(find_file(place)) != wanted:
+    if wanted and file_hash(find_file(place)) != wanted:
         raise Mistake(f"the policy was trained with another tokenizer than {place}: give that one with --vq-ckpt")
 
 
@@ -326,16 +294,14 @@ def part_of(names, prefix):
     ref_model.*, which is the base again); of those, only the weights under `prefix`.
     """
     several = ("gpt_model.", "vq_model.", "ref_model.")
-    if not prefix or not any(name.startswith(several) for name in names):
-        return {name: name for name in names}
-    others = tuple(set(several) - {prefix})
-    return {name: name.removeprefix(prefix) for name in names if not name.startswith(others)}
+    wanted = [name for name in names if name.startswith(prefix) or not name.startswith(several)]
+    return {name: name.removeprefix(prefix) for name in wanted}
 
 
 def load_tensors(path):
     """
-    torch.load of tensors and plain values, on the CPU. The tensors stay in the file until they are used, so sizes are
-    known before memory is taken. LlamaGen's training checkpoints also hold an argparse.Namespace, which is harmless.
+    torch.load of tensors and plain values, on the CPU, where they stay in the file until they are used. LlamaGen's
+    training checkpoints also hold an argparse.Namespace, which is harmless.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -360,18 +326,14 @@ def read_weights(path, prefix=""):
         if stranger := re.search(r"GLOBAL (\S+)", str(error)):
             raise Mistake(f"{path}: it also holds a {stranger[1]}, which is not loaded; save its weights alone with "
                           "torch.save(model.state_dict(), ...)") from None  # fmt: skip
-        with open(path, "rb") as file:
-            start = file.read(24)
-        raise Mistake(f"{path}: it is cut, or no checkpoint but a git-lfs pointer or a web page (it begins with "
-                      f"{str(start)[1:]}); fetch it again") from None  # fmt: skip
+        raise Mistake(f"{path}: it is cut, or a git-lfs pointer or a web page in its place; fetch it again") from None
     for key in ("ema", "model", "module", "state_dict"):  # official wrappers; moving averages first where present
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not named or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise Mistake(f"{path}: holds no named tensors; of a folder that train.py wrote, give policy.safetensors")
     # what DistributedDataParallel and torch.compile put before every name
-    found = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in found.items()}
+    found = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in found.items()}
     return {ours: found[name] for name, ours in part_of(found, prefix).items()}
 
 
@@ -402,7 +364,7 @@ def load_strict(module, weights, source, ignore=()):
 def load_model(name, path=None, device="cpu", compile_steps=False):
     """
     The transformer `name` of MODELS with the weights at `path` (its own base weights if None), float32, in eval mode.
-    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises Mistake, FileNotFoundError.
+    Takes LlamaGen's files, AR-GRPO's (`gpt_model.*` of them) and ours. Raises Mistake.
     """
     path = find_file(path or MODELS[name].ckpt)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
@@ -422,10 +384,7 @@ def load_tokenizer(name, path=None, device="cpu"):
 
 
 def autocast(device, dtype):
-    """
-    The precision of sampling and scoring, a context manager. Weights stay float32. With dtype bfloat16 the layers'
-    matrix products are taken in it. Logits, softmax, loss and the tokenizer are always float32.
-    """
+    """A context manager: matrix products of the layers in `dtype`. Weights, logits and loss are always float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -461,21 +420,19 @@ def add_model_flags(add):
 def setup_device(args):
     """
     Takes this process's own GPU for --device cuda, and joins the other processes if there are any. Raises Mistake
-    unless torch can put a tensor on the device and choose its precision there, OSError if the others cannot be reached.
+    unless torch can work on the device, OSError if the others cannot be reached.
     """
     args.device = parallel.own_device(args.device)
     with reading(f"--device {args.device}", "leave it out to take what there is"):
         torch.empty(0, device=args.device)
         torch.autocast(torch.device(args.device).type)  # which refuses "meta"
     parallel.start(args.device)
-    if getattr(args, "compile", False) and not shutil.which(os.environ.get("CXX", "g++")):
-        raise Mistake("--compile needs a C++ compiler: install g++, or set CXX to yours, or leave it out")
 
 
 def quick_dtype(name, device):
     """
-    The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor, with instructions
-    for it; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32. The toy's
+    The default of --dtype for the model `name`: bfloat16 on a GPU, and for LlamaGen on a processor, that has it in
+    hardware; else float32. On 2 cores with avx512_bf16 a step of GPT-B took 0.87 of its time in float32; the toy's
     products are too small to gain.
     """
     if device.startswith("cuda"):
@@ -494,13 +451,12 @@ def synchronize(device):
 
 
 def peak_memory_gb(device):
-    """GB at the worst moment so far: of the GPU, or of the process on a CPU. None where that cannot be asked."""
-    if torch.device(device).type != "cpu":
-        allocated = getattr(torch.accelerator, "max_memory_allocated", lambda device: 0)  # since torch 2.9
-        return allocated(device) / 1e9 or None  # 0 where the device does not count
+    """GB at the worst moment so far: of an NVIDIA GPU, else of the process. None where that cannot be asked."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
-    except ImportError:
+    except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -536,10 +492,9 @@ def tensors_only():
 @contextmanager
 def guest():
     """
-    What a script sets for its whole process. All of it is put back in the end, with what the script changed on its
-    way, because the process may be a notebook's or another program's. Importing our files changes nothing.
+    What a script sets for its whole process. All of it is put back in the end, because the process may be a notebook's
+    or another program's. (A `runs.Run` puts back its signal handlers.) Importing our files changes nothing.
     """
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     streams, dtype, tf32 = (sys.stdout, sys.stderr), torch.get_default_dtype(), torch.backends.cudnn.allow_tf32
     quiet = os.environ.get("HF_HUB_VERBOSITY", "error")  # without a network, a dozen lines of retries hide our sentence
     with tensors_only(), environment(HF_HUB_VERBOSITY=quiet), torch.enable_grad():
@@ -552,16 +507,11 @@ def guest():
             sys.stdout, sys.stderr = streams
             torch.set_default_dtype(dtype)
             torch.backends.cudnn.allow_tf32 = tf32
-            for number, handler in handlers.items():
-                if signal.getsignal(number) != handler:
-                    signal.signal(number, handler)
 
 
 MISFITS = {  # what an error and its way say where packages do not fit each other: what helps
     r"torchvision::|torchvision.*(CUDA|undefined symbol|partially initialized)": "torchvision is not the one for this "
     "torch: pip install --upgrade torch torchvision brings a pair",
-    r"-packages[/\\]tensorflow[/\\]|module 'tensorflow'": "TensorBoard stumbles over a tensorflow that does not work: "
-    "pip uninstall tensorflow, which nothing here needs",
     r"lib(cu|nv|nccl|hip|amd|roc|rccl|MIOpen)\S*\.so\S*: cannot open": "a library of CUDA or ROCm is missing: install "
     "the torch and torchvision that https://pytorch.org lists for this machine",
 }  # fmt: skip
@@ -577,7 +527,7 @@ def sentence_of(error):
     """What to say of an error that the user can mend; None for a bug, ours or of a reader who changed the code."""
     if advice := misfit():
         return f"{advice} ({' '.join(str(error).split())[:200]})"
-    if parallel.is_alone(error):
+    if parallel.world() > 1 and isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)):
         return "another process of this run has ended; --resume continues from the last save"
     if not isinstance(error, (Mistake, OSError)):
         return None
@@ -586,10 +536,7 @@ def sentence_of(error):
 
 
 def run_script(parse_args, run, argv=None):
-    """
-    run(parse_args(argv)). What the user can mend ends in one sentence and exit code 1, a bug in its traceback.
-    Nothing of the process is left changed.
-    """
+    """run(parse_args(argv)). What the user can mend ends in one sentence and exit code 1, a bug in its traceback."""
     script = Path(sys.modules[run.__module__].__file__).name
     with guest():
         try:
