@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -426,6 +427,8 @@ def setup_device(args):
     with reading(f"--device {args.device}", "leave it out to take what there is"):
         torch.empty(0, device=args.device)
         torch.autocast(torch.device(args.device).type)  # which refuses "meta"
+    if getattr(args, "compile", False) and not shutil.which(os.environ.get("CXX", "g++")):
+        raise Mistake("--compile needs a C++ compiler: install g++, or set CXX to yours, or leave it out")
     parallel.start(args.device)
 
 
