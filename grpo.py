@@ -76,8 +76,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
     Returns (scalar loss, dict of detached scalars).
     Beyond the paper: kl (N, T) nats, of exact_kl, replaces k3; advantages are (N, T) with token_weights.
 
-    The value of the first term says little: at rho = 1 it is -mean(A), which is 0 for whole groups. Its gradient is
-    what counts: there it is REINFORCE's, with the group's mean as baseline, in units of the group's std.
+    The value of the first term says little: at rho = 1 it is -mean(A), which is 0 for whole groups. Its gradient
+    counts: at rho = 1 it is REINFORCE's, with the group's mean as baseline, in units of the group's std.
     """
     A = advantages.view(len(logprobs), -1)  # (N, 1): one for all tokens of an image; (N, T) with token weights
     ratio = (logprobs - old_logprobs.detach()).exp()
@@ -105,11 +105,12 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps=0.2, kl
 
 def log_policy(model, batch, cfg_scale=1.0, temperature=1.0):
     """
-    log pi (n, T, V), nats: the distribution that each of the tokens (n, T) of a batch (a Rollout or Batch) is drawn
-    from. One teacher-forced pass, with guidance over a doubled batch, whose halves are mixed before the head.
+    log pi (n, T, V), nats: the distribution over the codes at every position of batch.tokens (n, T), with this guidance
+    and temperature. batch: a Rollout or a Batch. One teacher-forced pass; with guidance over a doubled batch, whose
+    halves are mixed before the head.
 
-    It is the largest tensor of training: 0.3 GB for 8 images of 384 px. With gradient some five of it are alive at
-    once, with --kl exact eight; --micro-batch says how many images.
+    The largest tensor of training: 0.3 GB for 8 images of 384 px. At the peak five of this size are alive, six with
+    --kl exact. --micro-batch sets n.
     """
     if cfg_scale <= 1:
         states = model.hidden(batch.cond, batch.tokens, batch.cond_mask)  # (n, T, C)
@@ -155,8 +156,8 @@ def take(rollout, rows):
 
 def sampler_gap(logprobs, sampled_logprobs):
     """
-    mean |pi(token) / pi_sampler(token) - 1| of (N, T) nats each: is what is learned what was sampled? The mean of the
-    ratio itself cannot tell, because it is 1 in expectation whatever the two distributions are.
+    mean |pi(token) / pi_sampler(token) - 1|, from the log-probabilities (N, T) of both. Near 0 if the distribution that
+    is learned is the one that was sampled. The mean of the ratio cannot tell: its expectation is 1 for any two.
     """
     return ((logprobs.detach() - sampled_logprobs).exp() - 1).abs().mean()
 

@@ -3,9 +3,9 @@ AR-GRPO (arXiv 2508.06924) in a hundred lines that run: the first file to read.
 
     python minimal.py     # trains the toy of 40 classes, such as "red ring", for 60 steps
 
-A transformer writes a picture as T = 64 tokens, words of a codebook of V = 512. Two judges score the pictures. Each
-class gets a group of G pictures. If a picture scores above its group's mean, all its tokens become likelier; if below,
-less likely. That is group relative policy optimisation (GRPO, arXiv 2402.03300).
+A transformer writes a picture as T = 64 tokens, each one of V = 512 codes. Two judges score the pictures. Each class
+gets a group of G pictures. If a picture scores above its group's mean, all its tokens become likelier; if below, less
+likely. That is group relative policy optimisation (GRPO, arXiv 2402.03300).
 
 Writes out/minimal/before-after.png, and out/minimal/step.png: the tensors of the first step. train.py is the same with
 flags, resuming, several processes, captions and the official models; a test checks that both end with the same weights.
@@ -36,7 +36,7 @@ OUT = Path("out/minimal")
 
 
 def log_policy(model, labels, tokens, cfg):
-    """log pi (N, T, V): what the model expects at each place of finished pictures, from one pass over all tokens."""
+    """log pi (N, T, V), nats: the distribution over the codes at each token; one pass, with guidance two."""
     logits = model(labels, tokens)  # (N, T, V): logits[:, t] predicts tokens[:, t] from the class and the tokens before
     if cfg > 1:  # guidance: away from what the model would write without a class
         without = model(model.cls_embedding.null(labels), tokens)  # (N, T, V)
@@ -70,7 +70,8 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
         advantages = advantages.view(B * G, 1)  # (N, 1): one number for all tokens of a picture
 
         # 4. learn
-        warm_up, decay = min(1, (step + 1) / (0.1 * steps)), 1 - step / steps
+        warm_up = min(1, (step + 1) / (0.1 * steps))
+        decay = 1 - step / steps
         optimizer.param_groups[0]["lr"] = LR * warm_up * decay
         with torch.no_grad():
             ref_logp = log_policy(ref_model, labels, tokens, cfg)  # (N, T, V)
@@ -91,16 +92,16 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
             optimizer.step()
 
-        # 5. report on the pictures of before the update; the verifier, which knows what is right, has no say in it
+        # 5. report: these pictures are from before the update. The verifier knows what is right; training never sees it
         right = np.mean([data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)])
         print(f"step {step:3d}  reward {rewards.mean():.3f}  right {right:4.0%}  kl {kl.mean():.4f}", flush=True)
         if step == 0:
             with torch.no_grad():
                 after = log_policy(policy, labels, tokens, cfg).gather(-1, tokens[..., None])[..., 0]  # (N, T)
-            first = slice(0, G)  # the first group
-            report.draw_step(
-                OUT / "step.png", captions[0], images[first], tokens[first], {k: v[first] for k, v in scores.items()},
-                rewards[first], advantages[first, 0], (after - old_logprobs)[first], REWARD_WEIGHTS, n=B * G,
+            report.draw_step(  # of the first group
+                OUT / "step.png", captions[0], images[:G], tokens[:G],
+                {name: values[:G] for name, values in scores.items()},
+                rewards[:G], advantages[:G, 0], (after - old_logprobs)[:G], REWARD_WEIGHTS, n=B * G,
             )  # fmt: skip
     return policy
 

@@ -6,14 +6,15 @@ The transformer: LlamaGen (arXiv 2406.06525), a Llama that writes an image as T 
 The output at the last conditioning position predicts token 0; there is no BOS, no EOS and no padding of image
 tokens. c2i conditions on a class (P = 1, a row of an embedding table), t2i on T5 features (P = 120, through a
 two-layer projection). Both know "no condition" as well, which classifier-free guidance needs: the last row of the
-table, or learned features.
+table, or stored features (in LlamaGen random and never trained).
 
 The policy is `guide`, then the head, then `policy_logprobs`: guidance before temperature. The sampler (`generate`) and
 grpo.log_policy share these functions, so what is trained is what was sampled. Filtering by top-k or top-p is only for
 drawing pictures.
 
 Module attributes bear LlamaGen's own parameter names, so that official files load without conversion.
-Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, C width, H heads, D = C/H, V codes.
+Shapes: B sequences, P conditioning positions, T image tokens, L = P + T, S positions
+of one pass, C width, H heads, D = C/H, V codes.
 """
 
 import copy
@@ -76,7 +77,7 @@ def rope_2d(config, base=10000):
     first half of the angles comes from a token's row, the second from its column.
 
     At the conditioning positions cos and sin are both 0, so queries and keys are zero vectors there. All positions of
-    the text therefore get the same attention score, 0, from every image token. Word order, and which word matters, must
+    the text therefore get the same attention logit, 0, from every image token. Word order, and which word matters, must
     already be in the text features.
     """
     half = config.dim // config.n_head // 2
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
     def forward(self, cond, tokens, cond_mask=None):
         """
         Teacher forcing: logits (B, T, V), float32, where logits[:, i] predicts tokens[:, i] from cond and the tokens
-        before it. For LlamaGen they are large: 8 images of 384 px take 0.3 GB, and as much for their gradient.
+        before it.
         """
         return self.head(self.hidden(cond, tokens, cond_mask))
 
@@ -261,7 +262,7 @@ class Transformer(nn.Module):
         top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
         noise         (N, T) numbers in [0, 1), one per token, from `image_noise`; None draws fresh ones
 
-        Memory: the cache takes 2 * layers * N * L * C floats, twice that with guidance.
+        Memory: the cache holds 2 * layers * N * L * C numbers of `cache_dtype`, with guidance twice that.
         """
         config, N, device = self.config, len(cond), self.rope.device
         P, T = config.cond_len, config.num_tokens
@@ -309,7 +310,8 @@ class Transformer(nn.Module):
 def image_noise(images, num_tokens, *seed):
     """
     Uniform numbers in [0, 1), (n, T) float32, on the CPU. Row k depends on (*seed, images[k]) alone. So an image stays
-    the same whatever the batch size, the device and the number of processes.
+    the same whatever the batch size, the device and the number of processes. (numpy reads the seed (s, t, 0) as (s, t):
+    image 0 of a step shares its numbers with the choice of the step's prompts.)
     """
     rows = [np.random.default_rng([*seed, int(k)]).random(num_tokens, dtype=np.float32) for k in images]
     return torch.from_numpy(np.stack(rows))
@@ -373,16 +375,18 @@ class CompiledStep:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         causal = torch.ones(1, 1, total, total, dtype=torch.bool, device=cache.device).tril()
         self.layers = [rounded(layer, dtype) for layer in model.layers]
-        self.rope, self.mask, self.cache = model.rope, causal if mask is None else mask, cache
+        self.rope = model.rope
+        self.cache = cache
+        self.mask = causal if mask is None else mask
         # A graph reads its inputs from where they were when it was recorded.
         self.x = torch.empty(cache.shape[2], 1, model.config.dim, device=cache.device)
         self.place = torch.zeros(1, dtype=torch.long, device=cache.device)
         self.graphs = {}  # number of cache positions that are read: (graph, its output)
 
     def __call__(self, x, place, filled):
-        # Each length is compiled separately. So there are only four; the mask hides what is not filled yet.
-        total = len(self.rope)
-        length = next(end for end in (-(-total * quarter // 4) for quarter in (1, 2, 3, 4)) if end >= filled)
+        # Every length is compiled once, so there are only four. The mask hides positions that are not filled yet.
+        quarters = [math.ceil(len(self.rope) * quarter / 4) for quarter in (1, 2, 3, 4)]
+        length = min(end for end in quarters if end >= filled)
         if len(place) > 1:  # a caption's positions come once, so compiling them would not pay
             return self.blocks(Block.forward, x, place, length)
         if length in self.graphs:
@@ -393,9 +397,10 @@ class CompiledStep:
             return output
         output = self.blocks(compiled_block(), x, place, length)  # compiles
         if x.device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # recording computes nothing
-                recorded = self.blocks(compiled_block(), self.x, self.place, length)
+            with torch.cuda.device(x.device):  # recording takes the current GPU's stream; --device may name another
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # which computes nothing
+                    recorded = self.blocks(compiled_block(), self.x, self.place, length)
             self.graphs[length] = graph, recorded
         return output
 
@@ -424,7 +429,9 @@ def cache_dtype(kind):
 
 
 def rounded(layer, dtype):
-    """A copy of a block with its matrices in `dtype`, as autocast would cast them at every use."""
+    """A block with its matrices in `dtype`, as autocast would cast them at every use: a copy, if that changes them."""
+    if dtype == torch.float32:
+        return layer
     layer = copy.deepcopy(layer)
     for module in layer.modules():
         if isinstance(module, Linear):

@@ -172,6 +172,7 @@ def shard(model):
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
+    # `head` needs no entry: it follows `hidden`, after which the root's weights stay gathered
     for method in ("with_null", "hidden", "generate"):  # called from outside, and they read weights
         register_fsdp_forward_method(model, method)
     model.generate = partial(generate_gathered, model, model.generate)

@@ -41,7 +41,6 @@ import argparse
 import copy
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,13 +97,13 @@ def train(args, run):
     draw_grid = partial(sample.draw_grid, args, policy, tokenizer, encode, judges)
     before = draw_grid("before.png", "before: the base model") if run.first_step == 0 else None
     G, T = args.group_size, policy.config.num_tokens
-    rows = parallel.share(args.prompts_per_step * G)  # which of the images of all processes are this one's
+    rows = parallel.share(args.prompts_per_step * G)  # this process's N rows of the step's images
     autocast = zoo.autocast(args.device, args.dtype)
     for step in range(run.first_step, args.steps):
         # 1. sample G images for each prompt from the current policy
         prompts, captions = pick_prompts(args, step)
         noise = image_noise(rows, T, args.seed, step)  # (N, T): the same on resume and for any number of processes
-        with autocast:
+        with autocast:  # a block of its own: the casts that it remembers carry no gradient
             cond, cond_mask = encode(prompts)  # (B, ...), (B, P)
             rollout = sample_groups(policy, cond, cond_mask, G, noise, args.cfg_scale, args.temperature)
         run.lap("sample")
@@ -112,13 +111,13 @@ def train(args, run):
         # 2. judge
         images = decode(tokenizer, rollout.tokens, args.micro_batch)  # (N, 3, H, W) in [0, 1]
         run.lap("decode")
-        gathered, metrics = judge(judges, images, captions, G)  # {judge: scores of the images of all processes}
+        scores, metrics = judge(judges, images, captions, G)  # {judge: scores of the images of all processes}
 
         # 3. compare inside each group
-        verdict, found = compare(args, gathered)  # rewards and advantages (N,) of this process's images
-        metrics |= found
-        kept = extremes(verdict.advantages, G, args.learn_from)  # (B*K,) of range(N); all, or beyond the paper fewer
-        advantages = verdict.advantages[kept]  # (B*K,)
+        rewards, advantages, compared = compare(args, scores, rows)  # (N,), (N,)
+        metrics |= compared
+        kept = extremes(advantages, G, args.learn_from)  # (B*K,): the rows to learn from; all N without --learn-from
+        advantages = advantages[kept]  # (B*K,)
         rollout = take(rollout, kept)
         run.lap("judge")
 
@@ -137,7 +136,8 @@ def train(args, run):
                     logp = log_policy(policy, part, args.learn_cfg, args.temperature)  # (n, T, V), requires grad
                 logprobs = at_tokens(logp, part.tokens)  # (n, T)
                 if update == 0:  # kept for the updates that follow
-                    # pi_old is made anew, because sampled_logprobs may be of other guidance, or rounded otherwise
+                    # pi_old from this pass, not sampled_logprobs: those may have other guidance, and in bfloat16 one
+                    # full pass rounds differently from token-by-token decoding
                     part = part._replace(
                         old_logprobs=logprobs.detach(),
                         ref_logprobs=at_tokens(ref_logp, part.tokens),
@@ -159,7 +159,7 @@ def train(args, run):
                 scaled_loss = loss * fraction
                 scaled_loss.backward()
                 stats["entropy"] = entropy_of(logp.detach()).mean()
-                if update == 0:  # later the gap would say how far the policy has moved
+                if update == 0:  # after an update the gap would also measure how far the policy has moved
                     stats["sampler_gap"] = sampler_gap(logprobs, part.sampled_logprobs)
                 history.append((fraction, stats))
             grad_norm = parallel.average_and_clip(policy, MAX_GRAD_NORM)
@@ -172,7 +172,8 @@ def train(args, run):
         metrics |= learning_metrics(history, grad_norms)
         metrics |= verify(args, images, captions)
         run.lap("report")
-        draw_group(args, step, policy, parts, images, captions, verdict, kept)
+        group = {name: values[rows] for name, values in scores.items()}
+        draw_group(args, step, policy, parts, images, captions, group, rewards, kept)
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         run.end_step(step, parallel.average({"step": step} | metrics))
@@ -186,13 +187,16 @@ def train(args, run):
 def pick_prompts(args, step):
     """
     This process's B prompts (labels or captions) of a step, and the N captions that the judges read, one per image.
-    The step's prompts are drawn from (seed, step), without repeats if the pool is large enough.
+    The step's prompts are drawn from (seed, step): from a pool without repeats if it is large enough, else from the
+    toy's captions, every category equally often.
     """
-    rng, count = np.random.default_rng([args.seed, step]), args.prompts_per_step
-    if args.pool is None:  # the toy's captions: every category equally often, so a caption may repeat
+    rng = np.random.default_rng([args.seed, step])
+    count = args.prompts_per_step
+    if args.pool is None:
         picked = data.sample_captions(count, rng)
     else:
-        picked = [args.pool[k] for k in rng.choice(len(args.pool), count, replace=len(args.pool) < count)]
+        repeats = len(args.pool) < count
+        picked = [args.pool[k] for k in rng.choice(len(args.pool), count, replace=repeats)]
     prompts = [picked[k] for k in parallel.share(count)]
     captions = captions_of(args.model, prompts, args.class_names)
     return prompts, [caption for caption in captions for _ in range(args.group_size)]
@@ -216,25 +220,17 @@ def judge(judges, images, captions, group_size):
         finite = values[values.isfinite()]
         if len(finite):
             metrics[f"{name}_mean"] = finite.mean().item()
-            metrics[f"{name}_std"] = finite.std(correction=0).item()
+            metrics[f"{name}_std"] = finite.std(correction=0).item()  # of a single score 0, not NaN
         metrics[f"{name}_not_finite"] = len(values) - len(finite)
         metrics[f"{name}_seconds"] = seconds[name]
         scores[name] = fill_missing(values, group_size)
     return scores, metrics
 
 
-class Verdict(NamedTuple):
-    """What was found about this process's N images."""
-
-    scores: dict  # {judge: (N,)}
-    rewards: torch.Tensor  # (N,)
-    advantages: torch.Tensor  # (N,)
-
-
-def compare(args, scores):
+def compare(args, scores, rows):
     """
-    From the scores of the images of all processes: the Verdict on this process's, and what the log says, {name:
-    number}. All are needed here, because GDPO normalises over the batch.
+    Rewards and advantages (N,) of the images `rows`, and {name: number} for the log. scores: {judge: scores of the
+    images of all processes}. All are needed, because GDPO normalises over the batch.
     """
     G = args.group_size
     rewards = weighted_sum(scores, args.rewards)
@@ -247,9 +243,7 @@ def compare(args, scores):
         "advantage_max": advantages.abs().max().item(),
         "equal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
     }
-    own = parallel.share(len(rewards))
-    own_scores = {name: values[own] for name, values in scores.items()}
-    return Verdict(own_scores, rewards[own], advantages[own]), metrics
+    return rewards[rows], advantages[rows], metrics
 
 
 @torch.no_grad()
@@ -282,12 +276,12 @@ def verify(args, images, captions):
 
 
 @torch.no_grad()
-def draw_group(args, step, policy, parts, images, captions, verdict, kept):
+def draw_group(args, step, policy, parts, images, captions, scores, rewards, kept):
     """Of the first, the middle and the last step, draws one group: what the update did to the tokens of its images."""
     if step not in (0, args.steps // 2, args.steps - 1):
         return
     K = args.learn_from
-    rows = kept[:K]  # the first group's
+    first = kept[:K]  # the rows of the first group
     group = Batch(*[torch.cat(values)[:K] for values in zip(*parts, strict=True)])
     with zoo.autocast(args.device, args.dtype):
         after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
@@ -296,10 +290,10 @@ def draw_group(args, step, policy, parts, images, captions, verdict, kept):
         report.draw_step(
             path,
             captions[0],
-            images[rows],
+            images[first],
             group.tokens,
-            {name: values[rows] for name, values in verdict.scores.items()},
-            verdict.rewards[rows],
+            {name: values[first] for name, values in scores.items()},
+            rewards[first],
             group.advantages,
             after - group.old_logprobs,
             args.rewards,
@@ -356,9 +350,10 @@ def announce(args, policy, steps):
     """Prints what the run will do."""
     B, G, K, T = args.prompts_per_step, args.group_size, args.learn_from, policy.config.num_tokens
     few = f"learning from the {K // 2} worst and {K - K // 2} best of each {G}, " if K < G else ""
+    here = min(B * K // parallel.world(), args.micro_batch)  # images of this process
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     say(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
-    say(f"{B * G} images/step = {B} prompts x {G} samples, {few}in micro-batches of {min(B * K, args.micro_batch)}; "
+    say(f"{B * G} images/step = {B} prompts x {G} samples, {few}in micro-batches of {here}; "
         f"{args.updates_per_batch} update(s) per batch, {steps} steps")  # fmt: skip
     say(f"rewards {rewards_text(args.rewards)}; sampled at cfg {args.cfg_scale:g}, learned at cfg {args.learn_cfg:g}; "
         f"lr {args.lr:g}, KL {args.kl_coef:g} ({args.kl}); writing to {args.out}/")  # fmt: skip
@@ -419,7 +414,7 @@ def add_flags(parser):
     """A flag that changes what is learned also belongs to runs.SETTINGS, which --resume compares."""
     add = parser.add_argument_group("what is trained").add_argument
     add("--preset", choices=PRESETS, help="paper-: the official release's settings; best-: one step beyond it. "
-        "Flags beside it win")  # fmt: skip
+        "Explicit flags override it")  # fmt: skip
     zoo.add_model_flags(add)
     add("--ckpt", type=zoo.user_path, metavar="PATH", help="start from these weights, also the KL's reference "
         "(default: the model's base)")  # fmt: skip
@@ -450,7 +445,8 @@ def add_flags(parser):
     add("--updates-per-batch", type=int, default=1, help="AdamW steps per batch; above 1 the clip acts (default "
         "%(default)s, the release's)")  # fmt: skip
     add("--lora-rank", type=int, default=0, metavar="R", help="learn a change of rank R beside each matrix of the "
-        "blocks, which policy and reference share; wants 10 times the --lr (default %(default)s: all)")  # fmt: skip
+        "blocks, which policy and reference share; wants 10 times the --lr (default %(default)s: train "
+        "all weights)")  # fmt: skip
     add = parser.add_argument_group("one step beyond the paper").add_argument
     add("--kl", choices=("k3", "exact"), default="k3", help="k3: estimate the KL from the tokens drawn, as in GRPO; "
         "exact: sum over the vocabulary, without noise (default %(default)s)")  # fmt: skip
@@ -458,7 +454,7 @@ def add_flags(parser):
         "gives, so that it needs none (default %(default)s; None: as in learning)")  # fmt: skip
     add("--weigh-tokens", action=argparse.BooleanOptionalAction, default=False, help="with --ref-cfg: give each token "
         "a share of its image's advantage in proportion to what guidance changes about it")  # fmt: skip
-    add("--learn-from", type=int, metavar="K", help="learn only from K of the --group-size pictures, half with the "
+    add("--learn-from", type=int, metavar="K", help="learn only from K of the --group-size images, half with the "
         "lowest advantages and half with the highest (default %(default)s; None: all)")  # fmt: skip
     add = parser.add_argument_group("memory and processes").add_argument
     add("--micro-batch", type=int, help="images per backward pass; affects memory only (default %(default)s)")
@@ -480,15 +476,15 @@ def parse_args(argv=None):
     add_flags(parser)
     chosen, _ = parser.parse_known_args(argv)
     preset = RECIPES.get(chosen.preset, {})
-    task = chosen.task or (chosen.preset[-3:] if preset else None)
-    model, base, header = zoo.find_policy(chosen.ckpt, chosen.model or preset.get("model"), task)
-    own = f"{'toy' if zoo.is_toy(model) else 'llamagen'}-{zoo.MODELS[model].config.task}"
+    model, base, header = zoo.find_policy(chosen.ckpt, chosen.model or preset.get("model"), chosen.task)
+    task = zoo.MODELS[model].config.task
+    if preset and (zoo.MODELS[preset["model"]].config.task, zoo.is_toy(preset["model"])) != (task, zoo.is_toy(model)):
+        raise Mistake(f"--preset {chosen.preset} is not for {model}")
+    own = f"{'toy' if zoo.is_toy(model) else 'llamagen'}-{task}"
     parser.set_defaults(**(preset or RECIPES[own]))
     parser.add_argument("-h", "--help", action="help", help="show this, with the values of the --preset beside it")
     args = parser.parse_args(argv)
-    if args.preset and zoo.is_toy(model) != zoo.is_toy(preset["model"]):
-        raise Mistake(f"--preset {args.preset} is not for {model}")
-    args.model, args.base, args.task = model, base, zoo.MODELS[model].config.task
+    args.model, args.base, args.task = model, base, task
     args.text_pad = args.text_pad or header["text_pad"]
     return resolve(args)
 
@@ -520,14 +516,16 @@ def resolve(args):
     elif args.task == "c2i":
         args.pool = list(range(zoo.MODELS[args.model].config.num_classes))
     if args.out is None:
-        official = f"{args.preset}-{args.model}" if args.preset else args.model
-        args.out = Path("out", args.preset or args.task if zoo.is_toy(args.model) else official)
+        name = args.preset or args.task
+        if not zoo.is_toy(args.model):
+            name = f"{args.preset}-{args.model}" if args.preset else args.model
+        args.out = Path("out", name)
     return args
 
 
 def run(args):
-    with Run(args) as run:
-        train(args, run)
+    with Run(args) as folder:
+        train(args, folder)
 
 
 def main(argv=None):
