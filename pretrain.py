@@ -415,7 +415,6 @@ def measure(args):
     realism = partial(realism_values, network=network)
     clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
     tokenizer = toy_tokenizer(args)
-    add_figures(args, "toy-clip", right_above_wrong(clip, tokenizer, args.eval_images // 4))
     for name in ("toy-c2i", "toy-c2i-small", "toy-t2i"):
         model = zoo.load_model(name, args.out / f"{name}.safetensors")
         encode, prompts = load_encoder(name, args.out / "toy-t5"), fixed_prompts(name, args.eval_images)
@@ -433,19 +432,6 @@ def measure(args):
         for judge, values in judge_images({"toy-clip": clip, "toy-realism": realism}, images, captions)[0].items():
             above = mannwhitneyu(values[right], values[~right]).statistic / (right.sum() * (~right).sum())
             add_figures(args, judge, {f"AUC, right above wrong samples of {name}": round(float(above), 3)})
-
-
-@torch.no_grad()
-def right_above_wrong(clip, tokenizer, n, seed=1004):
-    """By category, the share of n round trips whose caption `clip` puts above one that is wrong in one attribute."""
-    rng, figures = np.random.default_rng(seed), {}
-    for category in data.CATEGORIES:
-        captions = data.sample_captions(n, rng, [category])
-        wrong = [data.wrong_caption(caption, rng) for caption in captions]
-        images = to_unit(tokenizer.decode(tokenizer.encode(renders(captions, rng))))
-        gap = clip(images, captions) - clip(images, wrong)
-        figures[f"right caption above wrong, {category}"] = round(float((gap > 0).float().mean()), 3)
-    return figures
 
 
 def add_figures(args, name, figures):

@@ -115,12 +115,11 @@ def judge_images(judges, images, prompts):
     for judge_name, judge in judges.items():
         start = time.perf_counter()
         found = judge(images.clone(), list(prompts))  # copies, which a judge may edit
+        what = f"the {type(found).__name__} that the judge {judge_name!r} returned"
         found = found if isinstance(found, dict) else {judge_name: found}
-        if judge_name not in found:
-            raise Mistake(f"the dict that the judge {judge_name!r} returned has no {judge_name!r} in it")
-        for name, values in found.items():
-            what = f"the {type(values).__name__} that the judge {name!r} returned"
-            with zoo.reading(what, "a judge returns one number per picture"):
+        with zoo.reading(what, "a judge returns one number per picture"):
+            assert judge_name in found, f"no {judge_name}"
+            for name, values in found.items():
                 values = torch.as_tensor(values).detach()
                 assert not values.is_complex(), "complex numbers"
                 scores[name] = values.float().to(images.device).reshape(len(images))
@@ -149,9 +148,8 @@ def add_judge_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability: the mean over the "
-        "answer tokens' probabilities, one forward pass; json: generated text that is parsed, as in the paper (default "
-        "%(default)s)")  # fmt: skip
+    add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability (default): the mean "
+        "over the answers' probabilities, one forward pass; json: a parsed text, as in the paper")  # fmt: skip
     add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process); "
         "OPENAI_API_KEY holds its key if it wants one")  # fmt: skip
     add("--qwen-model", metavar="NAME", help="the server's model to ask (default: the only one it lists)")
@@ -212,8 +210,8 @@ def step_of(cosines):
 
 def clip_scores(images, prompts, model, words, names, said):
     """
-    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`
-    is a list, empty until a line has said that captions are cut.
+    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`:
+    empty until a line has said that captions are cut.
     """
     distinct = list(dict.fromkeys(prompts))  # the samples of a group share a prompt
     tokens = words(distinct)  # (distinct, 77): no more of a caption is read
@@ -236,8 +234,8 @@ def clip_judge(device, options):
 
 def hps_judge(device, options):
     """HPSv2.1 (arXiv 2306.09341) is a CLIP whose weights replace all of open_clip's ViT-H-14: 986M, in float32."""
-    model, words = load_clip("ViT-H-14", str(zoo.find_file(HPS, HUB_CACHE)), device)
-    return partial(clip_scores, model=model, words=words, names=options["names"], said=[])
+    weights = str(zoo.find_file(HPS, HUB_CACHE))
+    return clip_judge(device, options | dict(clip_model="ViT-H-14", clip_pretrained=weights))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -281,7 +279,7 @@ def pyiqa_values(images, prompts, metric):
 
 
 def pyiqa_judge(device, options):
-    """Any no-reference metric of pyiqa, but those that run code that they download. Raises Mistake."""
+    """A no-reference metric of pyiqa that does not run code that it downloads. Raises Mistake."""
     import pyiqa
 
     name = options["names"][0].removeprefix("pyiqa:")
@@ -319,9 +317,9 @@ def even_crops(images, rows, columns):
 
 def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
     """
-    MANIQA's score of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, the mean over 20 crops of 224 px as
-    in the official code. The crops are ours: pyiqa's never reach the last 8 rows of 256, and the official ones are
-    random, so two equal pictures of a group get different scores.
+    MANIQA's scores (N,), about 0 to 1, of square images (N, 3, H, H) in [0, 1]: the mean over 20 crops, as in the
+    official code. Its crops are random, so two equal pictures of a group get different scores, and pyiqa's never reach
+    the last 8 rows of 256.
     """
     scores = []
     for part in images.split(batch):
