@@ -19,8 +19,8 @@ import torch
 class Figure(NamedTuple):
     """
     A figure with its influence function (K,): how much each of K units, mostly pictures, moves it, times K, to first
-    order. Its spread gives the standard error. For two policies with the same random numbers, the spread of the
-    difference of their influences gives the standard error of the difference. A bootstrap agrees, at a higher cost.
+    order. Its spread gives the standard error; the spread of the difference of two policies' influences, the standard
+    error of their difference. A bootstrap agrees, at a higher cost.
     """
 
     value: float
@@ -34,10 +34,7 @@ class Figure(NamedTuple):
 
 
 def mean_of(values, groups=None):
-    """
-    The mean of the finite values among values (K,). With groups (K,), the mean over groups of their own means: all
-    groups with the same weight.
-    """
+    """Mean of the finite values among values (K,). With groups (K,), the mean of the groups' own means."""
     groups = np.zeros(len(values)) if groups is None else groups
     means, influence, names = [], np.zeros(len(values)), np.unique(groups)
     for name in names:
@@ -49,9 +46,9 @@ def mean_of(values, groups=None):
 
 def compare(runs, base=None, paired=True):
     """
-    {metric: (mean over runs, standard error or None)} of runs, a list of {metric: Figure or reason}, minus that of
-    `base` where it is given, for the metrics that all of them have. The error of several runs includes their spread.
-    Paired: unit k of all had the same prompt and the same random numbers, so what they share cancels.
+    {metric: (mean over runs, standard error or None)} of runs, a list of {metric: Figure or reason}, minus `base` where
+    it is given, for the metrics that all have. The error of several runs includes their spread. Paired: unit k of all
+    had the same prompt and random numbers, so what they share cancels.
     """
     found = {}
     for metric in runs[0]:
@@ -81,8 +78,8 @@ def gaussian(features):
 def frechet_distance(features, mu, cov):
     """
     |m - mu|^2 + tr(C + cov - 2 (cov^1/2 C cov^1/2)^1/2): the distance from the Gaussian fitted to features (n, E) to
-    the one of mean mu (E,) and covariance cov (E, E), in float64 (arXiv 1706.08500). n and the pictures behind cov must
-    be more than E. It is biased upwards by what few pictures there are, which the standard error does not hold.
+    the one of mean mu (E,) and covariance cov (E, E), in float64 (arXiv 1706.08500). Few pictures bias it upwards, and
+    the standard error does not show that.
     """
     mean = features.mean(0, dtype=np.float64)
     centred = features - mean  # (n, E) float64, the largest thing here: 0.8 GB for 50,000 x 2,048
@@ -100,31 +97,22 @@ def frechet_distance(features, mu, cov):
     return Figure(float(distance), influence - influence.mean())
 
 
-def squared_distances(a, b):
-    """|a_i - b_j|^2 of a (n, E) and b (m, E) -> (n, m), in their own precision."""
-    a2 = torch.einsum("ne,ne->n", a, a)
-    b2 = torch.einsum("ne,ne->n", b, b)
-    return torch.addmm(b2[None], a, b.T, alpha=-2).add_(a2[:, None])
-
-
 def precision_recall(samples, references, k=3, rows=512):
     """
     Improved precision and recall (arXiv 1904.06991, eq. 1-2) of features samples (n, E) and references (m, E).
 
     Around each reference lies a ball that reaches to its k-th nearest other reference. Precision is the share of
-    samples that lie in at least one of these balls. Recall is the same with the roles exchanged: the share of
-    references that lie in a ball around a sample. Its units, for the standard error, are the references.
-
-    Blocks of `rows` rows bound the memory. The time is that of n^2 + m^2 + nm products of E.
+    samples in at least one of these balls. Recall exchanges the roles: the share of references in a ball around a
+    sample; its units, for the standard error, are the references. Blocks of `rows` rows bound the memory.
     """
     samples, references = torch.as_tensor(samples), torch.as_tensor(references)
     reach, reach_of_references = (
-        torch.cat([squared_distances(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(rows)])
+        torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(rows)])
         for x in (samples, references)  # k + 1: the nearest is itself
     )
     precise, recalled = [], torch.zeros(len(references), dtype=torch.bool)
     for part, radius in zip(samples.split(rows), reach.split(rows), strict=True):
-        across = squared_distances(part, references)  # (rows, m)
+        across = torch.cdist(part, references)  # (rows, m)
         precise.append((across <= reach_of_references[None]).any(1))
         recalled |= (across <= radius[:, None]).any(0)
     return mean_of(torch.cat(precise).double().numpy()), mean_of(recalled.double().numpy())
@@ -132,8 +120,8 @@ def precision_recall(samples, references, k=3, rows=512):
 
 def inception_score(logits, chunk=5000):
     """
-    exp of the mean over pictures of KL(p(class | picture) to its mean over pictures), of logits (n, classes), then the
-    mean over chunks of pictures in their order (arXiv 1606.03498). ADM: 1,008 logits without bias, chunks of 5,000.
+    exp of the mean over pictures of KL(p(class | picture) to its mean), of logits (n, classes), then the mean over
+    chunks of pictures in their order (arXiv 1606.03498). ADM: 1,008 logits without bias, chunks of 5,000.
     """
     scores, influence = [], []
     for part in torch.as_tensor(logits).split(chunk):
@@ -146,18 +134,13 @@ def inception_score(logits, chunk=5000):
 
 def class_distance(features, prompts):
     """
-    Mean distance between the features (n, E) of two pictures of one class or prompt, then over the classes of which
-    there are two pictures or more: how much variety is left. prompts: n labels or captions. None if there is no such
-    class. Its units, for the standard error, are the classes.
+    Mean distance between the features (n, E) of two pictures of one class or prompt, then over the classes of two
+    pictures or more: how much variety is left. prompts: n labels or captions. None if there is no such class. Its
+    units, for the standard error, are the classes.
     """
     labels = np.unique(np.asarray(prompts), return_inverse=True)[1]
-    order = np.argsort(labels, kind="stable")
-    classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    means = []
-    for members in classes:
-        if len(members) > 1:
-            distances = torch.pdist(torch.as_tensor(features[members]))
-            means.append(distances.double().mean().item())
+    classes = [features[labels == k] for k in np.flatnonzero(np.bincount(labels) > 1)]
+    means = [torch.pdist(torch.as_tensor(own)).double().mean().item() for own in classes]
     return mean_of(np.array(means)) if means else None
 
 
@@ -169,7 +152,7 @@ FEWEST = 48  # pictures, below which precision and recall mean nothing
 
 class Reference(NamedTuple):
     features: np.ndarray  # (m, E)
-    gaussian: tuple  # mean (E,) and covariance (E, E), or None where there are too few pictures for it
+    gaussian: tuple  # mean (E,) and covariance (E, E); None: too few pictures
 
 
 def reference_of(features, known=None):

@@ -1,10 +1,9 @@
 """
 The judges, and how their scores become one reward.
 
-A judge is a function  fn(images (N, 3, H, W) in [0, 1], prompts: N strings) -> scores (N,), higher is better.  A
-factory imports its library, loads its weights and returns it. To add a judge, write a factory and a line in JUDGES.
-Prompts repeat inside a batch (the samples of a group share one), so a judge reads each distinct prompt once. A model
-that gives several scores returns {name: scores (N,)}.
+A judge is a function  fn(images (N, 3, H, W) in [0, 1], prompts: N strings) -> scores (N,), higher is better; a model
+that gives several scores returns {name: scores (N,)}. A factory imports its library, loads its weights and returns the
+judge. To add one, write a factory and a line in JUDGES, at the end.
 
     clip         cosine of image and caption features of an open_clip model: does it show the caption?
     realism      toy only: probability that the picture is a clean render, not spoilt or sampled: does it look right?
@@ -14,17 +13,17 @@ that gives several scores returns {name: scores (N,)}.
     qwen-match, qwen-real, qwen-odd   three questions to Qwen2.5-VL: match, 0 to 5; is it real, is nothing odd, 0 to 1
     pyiqa:NAME   any no-reference quality metric of pyiqa, negated where lower is better (piqe needs no download)
 
-`--rewards clip=1,realism=0.25` is their weighted sum. Each judge keeps its own scale; the paper's multipliers (5 for
-the cosines, 2 for MANIQA, 1/4 for each question) are weights. A judge of weight 0 is held out: it is logged and has no
-say, which shows whether the policy got better or only learned to please the others.
+The reward is their weighted sum, `--rewards clip=1,realism=0.25`. Each judge keeps its own scale; the paper's
+multipliers (5 for the cosines, 2 for MANIQA, 1/4 for each question) are weights. A judge of weight 0 is held out: it is
+logged and has no say, which shows whether the policy got better or only learned to please the others.
 
-A score that is not finite is missing. It counts as the mean of its group, and the log counts it. Every judge loads
-strictly: one that was half initialised at random would still return plausible numbers. Weights come from the Hugging
-Face hub: HF_HOME moves its cache, and HF_HUB_OFFLINE=1 forbids downloads.
+A score that is not finite is missing and counts as the mean of its group. Every judge loads strictly: one that is half
+random would still return plausible numbers. Weights come from the Hugging Face hub: HF_HOME moves its cache, and
+HF_HUB_OFFLINE=1 forbids downloads.
 
-Where the official code differs: it rounds pictures down to 8 bits before CLIP, HPS and MANIQA. It runs HPS in half
-precision. MANIQA sees random crops. Its prompt for Qwen puts the text before the image and asks for a description, five
-criteria and a score, in up to 256 tokens; it tries three times, and an unreadable answer then counts as the worst one.
+The official code rounds pictures down to 8 bits before CLIP, HPS and MANIQA, runs HPS in half precision, and shows
+MANIQA random crops. Its prompt for Qwen asks for a description, five criteria and a score, in up to 256 tokens; after
+three tries, an unreadable answer counts as the worst one.
 """
 
 import asyncio
@@ -49,7 +48,7 @@ from tokenizer import ResBlock
 from zoo import Mistake
 
 TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configuration, weights and words in a folder
-# Where the paper's judges lie on the hub, each at a commit, so nobody can replace a file. CLIP is what open_clip takes.
+# The paper's judges on the hub, each at a commit, so nobody can replace a file. CLIP is what open_clip takes.
 HPS = "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt"
 MANIQA = "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt"
 QWEN, QWEN_COMMIT = "Qwen/Qwen2.5-VL-3B-Instruct", "66285546d2b821cf421d4f5eb2576359d3770cd3"
@@ -69,12 +68,11 @@ def parse_rewards(text):
             raise Mistake(f"--rewards: {name} is named twice")
         try:
             weights[name] = float(weight or 1)
-        except ValueError:
-            raise Mistake(f"--rewards: {weight!r} in {part!r} is not a number") from None
+            assert math.isfinite(weights[name])
+        except (ValueError, AssertionError):
+            raise Mistake(f"--rewards: {weight!r} in {part!r} is not a finite number") from None
         if name not in JUDGES and not name.startswith("pyiqa:"):
             raise Mistake(f"--rewards: no judge is called {name!r}; there are {', '.join(JUDGES)} and pyiqa:NAME")
-        if not math.isfinite(weights[name]):
-            raise Mistake(f"--rewards: the weight of {name} is not finite")
     if not any(weights.values()):
         raise Mistake("--rewards: all weights are 0, so nothing would be learned")
     return weights
@@ -92,9 +90,9 @@ def held_out(weights):
 
 def load_judges(names, device="cpu", options=None):
     """
-    {name: judge} for the names of a --rewards. Names of one factory share a model and a forward pass: they are one
-    judge, under the first of them. `options`: any of judge_options; load_judges adds the others, and the model that a
-    server answers with. Raises Mistake, FileNotFoundError.
+    {name: judge}. Names of one factory share a model and a forward pass: they are one judge, under the first of them.
+    `options`: any of judge_options; the others are added to it, and the model of a server. Raises Mistake,
+    FileNotFoundError.
     """
     options = {} if options is None else options
     options |= judge_options() | options
@@ -110,19 +108,18 @@ def load_judges(names, device="cpu", options=None):
 @torch.no_grad()
 def judge_images(judges, images, prompts):
     """
-    The judges' scores of images (N, 3, H, W) in [0, 1]: {name: (N,) float32, may hold NaN} and {name: seconds}. Names
-    that share a forward pass share its seconds. Raises Mistake if a judge returns something else.
+    Scores of images (N, 3, H, W) in [0, 1]: {name: (N,) float32, may hold NaN}, and {name: seconds}; names of one
+    forward pass share its seconds. Raises Mistake if a judge returns something else.
     """
     scores, seconds = {}, {}
     for judge_name, judge in judges.items():
         start = time.perf_counter()
-        found = judge(images.clone(), list(prompts))  # copies: a judge that edits them edits nobody else's
+        found = judge(images.clone(), list(prompts))  # copies, which a judge may edit
+        what = f"the {type(found).__name__} that the judge {judge_name!r} returned"
         found = found if isinstance(found, dict) else {judge_name: found}
-        if judge_name not in found:
-            raise Mistake(f"the dict that the judge {judge_name!r} returned has no {judge_name!r} in it")
-        for name, values in found.items():
-            what = f"the {type(values).__name__} that the judge {name!r} returned"
-            with zoo.reading(what, "a judge returns one number per picture"):
+        with zoo.reading(what, "a judge returns one number per picture"):
+            assert judge_name in found, f"no {judge_name}"
+            for name, values in found.items():
                 values = torch.as_tensor(values).detach()
                 assert not values.is_complex(), "complex numbers"
                 scores[name] = values.float().to(images.device).reshape(len(images))
@@ -133,8 +130,8 @@ def judge_images(judges, images, prompts):
 
 def fill_missing(values, group_size):
     """
-    A judge's scores (N,) with those that are not finite set to the mean of their group's finite ones (0 if it has
-    none), where they neither help nor hurt. A plain 0 would be the best score of a metric that is never positive.
+    Scores (N,) with those that are not finite set to the mean of their group's finite ones (0 if it has none), where
+    they neither help nor hurt. A plain 0 would be the best score of a metric that is never positive.
     """
     groups = values.view(-1, group_size)
     finite = groups.isfinite()
@@ -151,9 +148,8 @@ def add_judge_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability: the mean over the "
-        "answer tokens' probabilities, one forward pass; json: generated text that is parsed, as in the paper (default "
-        "%(default)s)")  # fmt: skip
+    add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability (default): the mean "
+        "over the answers' probabilities, one forward pass; json: a parsed text, as in the paper")  # fmt: skip
     add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process); "
         "OPENAI_API_KEY holds its key if it wants one")  # fmt: skip
     add("--qwen-model", metavar="NAME", help="the server's model to ask (default: the only one it lists)")
@@ -167,13 +163,11 @@ def judge_options(args=None, model="toy-c2i"):
     parser = zoo.script_parser()
     add_judge_flags(parser.add_argument)
     defaults = parser.parse_args([])
-    args = args or defaults
-    zoo.check_range(args, judge_batch=1, judge_timeout=0)
-    options = {name: getattr(args, name) for name in vars(defaults)}
+    zoo.check_range(args or defaults, judge_batch=1, judge_timeout=0)
+    options = {name: getattr(args or defaults, name) for name in vars(defaults)}
     # The toy's CLIP knows only the toy's pictures; open_clip's models know none of them.
-    if zoo.is_toy(model) and not options["clip_model"] and not options["clip_pretrained"]:
-        options["clip_model"] = TOY_CLIP
-    options["clip_model"] = options["clip_model"] or "ViT-B-32-quickgelu"
+    own = zoo.is_toy(model) and not options["clip_pretrained"]
+    options["clip_model"] = options["clip_model"] or (TOY_CLIP if own else "ViT-B-32-quickgelu")
     if not options["clip_model"].startswith("local-dir:"):  # whose folder holds the weights
         options["clip_pretrained"] = options["clip_pretrained"] or "openai"
     return options
@@ -185,14 +179,13 @@ def judge_options(args=None, model="toy-c2i"):
 
 def load_clip(name=TOY_CLIP, pretrained=None, device="cpu"):
     """
-    (model, words) of open_clip: the network, frozen, in eval mode, float32, and its text tokenizer. `name` is one of
-    open_clip's list, or local-dir:FOLDER, or hf-hub:REPO; `pretrained` is a tag of that list, or a file. open_clip
-    loads strictly. Raises Mistake.
+    (model, words) of open_clip, which loads strictly: the frozen network, float32, and its text tokenizer. `name` is
+    one of its list, local-dir:FOLDER or hf-hub:REPO; `pretrained` is a tag of that list, or a file. Raises Mistake.
     """
     import open_clip
 
-    # OpenAI trained with x sigmoid(1.702 x). With the exact GELU of plain "ViT-B-32", open_clip only warns and every
-    # cosine is a little off. So the tag decides. {} if it is not in open_clip's list.
+    # OpenAI trained with x sigmoid(1.702 x). With the exact GELU of plain "ViT-B-32", open_clip only warns, and every
+    # cosine is a little off. So the tag decides.
     gelu = open_clip.get_pretrained_cfg(name, pretrained or "").get("quick_gelu", False)
     options = dict(device=device, force_quick_gelu=gelu, require_pretrained=True)
     wanted = f"CLIP {name} {pretrained or ''}".strip()
@@ -202,14 +195,8 @@ def load_clip(name=TOY_CLIP, pretrained=None, device="cpu"):
 
 
 def clip_image_features(model, images):
-    """
-    Unit image features (N, E) of square images (N, 3, H, H) in [0, 1], resized and normalised as the model was trained.
-    Bicubic resizing with antialiasing is open_clip's own preprocessing, up to rounding.
-    """
-    side = model.visual.image_size
-    side = side[0] if isinstance(side, tuple) else side
-    if images.shape[-1] != side:
-        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    """Unit features (N, E) of square images (N, 3, H, H) in [0, 1], preprocessed as open_clip does, up to rounding."""
+    images = F.interpolate(images, model.visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(v)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std))
     return model.encode_image((images - mean) / std, normalize=True)
 
@@ -223,10 +210,10 @@ def step_of(cosines):
 
 def clip_scores(images, prompts, model, words, names, said):
     """
-    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`
-    is a list, empty until a line has said that captions are cut.
+    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`:
+    empty until a line has said that captions are cut.
     """
-    distinct = list(dict.fromkeys(prompts))
+    distinct = list(dict.fromkeys(prompts))  # the samples of a group share a prompt
     tokens = words(distinct)  # (distinct, 77): no more of a caption is read
     whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # goes on where a caption is cut
     if not said and (cut := (whole != tokens).any(1).sum().item()):
@@ -247,8 +234,8 @@ def clip_judge(device, options):
 
 def hps_judge(device, options):
     """HPSv2.1 (arXiv 2306.09341) is a CLIP whose weights replace all of open_clip's ViT-H-14: 986M, in float32."""
-    model, words = load_clip("ViT-H-14", str(zoo.find_file(HPS, HUB_CACHE)), device)
-    return partial(clip_scores, model=model, words=words, names=options["names"], said=[])
+    weights = str(zoo.find_file(HPS, HUB_CACHE))
+    return clip_judge(device, options | dict(clip_model="ViT-H-14", clip_pretrained=weights))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,25 +279,25 @@ def pyiqa_values(images, prompts, metric):
 
 
 def pyiqa_judge(device, options):
-    """Any no-reference metric of pyiqa. Raises Mistake if it has none of that name or cannot fetch its weights."""
+    """A no-reference metric of pyiqa that does not run code that it downloads. Raises Mistake."""
     import pyiqa
 
     name = options["names"][0].removeprefix("pyiqa:")
-    if name not in (known := pyiqa.list_models("NR")):
-        raise Mistake(f"pyiqa has no no-reference metric {name!r}; it has {', '.join(known)}")
-    if name.startswith(("qalign", "compare2score")):  # trust_remote_code=True
-        raise Mistake(f"pyiqa:{name} would run code that it downloads; choose another metric")
+    foreign = ("qalign", "compare2score")  # trust_remote_code=True
+    known = [metric for metric in pyiqa.list_models("NR") if not metric.startswith(foreign)]
+    if name not in known:
+        raise Mistake(f"pyiqa:{name} is none of the metrics that can judge here: {', '.join(known)}")
     where = f"pyiqa keeps what it downloads in {torch.hub.get_dir()}/pyiqa"
     with zoo.tensors_only(), zoo.reading(f"pyiqa:{name}", where):
         return partial(pyiqa_values, metric=pyiqa.create_metric(name, device=device))
 
 
 def maniqa_network():
-    """pyiqa's MANIQA as its metric `maniqa` has it, 136M parameters, with random weights and without a download."""
+    """pyiqa's MANIQA, 136M parameters, with random weights and without a download."""
     import timm
     from pyiqa.archs.maniqa_arch import MANIQA
 
-    # pyiqa fetches the ImageNet weights of the backbone in any case, and the checkpoint then replaces them.
+    # pyiqa fetches the backbone's ImageNet weights in any case, which the checkpoint replaces
     create = timm.create_model
     with mock.patch("timm.create_model", lambda name, pretrained: create(name, pretrained=False)):
         return MANIQA(train_dataset="koniq", scale=0.8, pretrained=False, test_sample=1)  # it gets single crops
@@ -318,8 +305,8 @@ def maniqa_network():
 
 def even_crops(images, rows, columns):
     """
-    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, evenly spaced from edge to edge:
-    4 rows of 5 leave no pixel out up to 896 px. Images of 224 px or less are one crop, enlarged if need be.
+    Square images (N, 3, H, H) -> crops (N * rows * columns, 3, 224, 224), image-major, evenly spaced from edge to edge.
+    Images of 224 px or less are one crop, enlarged if need be.
     """
     side = max(images.shape[-1], 224)
     images = F.interpolate(images, (side, side), mode="bilinear")  # leaves images of that size as they are
@@ -330,15 +317,14 @@ def even_crops(images, rows, columns):
 
 def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
     """
-    MANIQA's score of each square image (N, 3, H, H) in [0, 1]: (N,), about 0 to 1, higher is better: the mean over its
-    20 crops of 224 px, as in the official code. The crops are ours. pyiqa's never reach the last 8 rows of 256, or the
-    last 40 of 384. The official ones are random: two equal pictures of a group then get different scores, and a resumed
-    run leaves the curve of the unbroken one.
+    MANIQA's scores (N,), about 0 to 1, of square images (N, 3, H, H) in [0, 1]: the mean over 20 crops, as in the
+    official code. Its crops are random, so two equal pictures of a group get different scores, and pyiqa's never reach
+    the last 8 rows of 256.
     """
     scores = []
     for part in images.split(batch):
-        # Peak memory: batch x 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
-        # pyiqa resizes 224 px to 225 before it crops, which blurs. Of 225 px it takes the first 224 as they are.
+        # Peak memory: 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
+        # pyiqa enlarges 224 px to 225, which blurs. Of 225 px it takes the first 224 as they are.
         crops = F.pad(even_crops(part, rows, columns), (0, 1, 0, 1))
         scores.append(network(crops).view(len(part), -1).mean(1))
     return torch.cat(scores)
@@ -388,8 +374,8 @@ def read_rating(text, highest):
 
 def expected_worth(logprobs, worth):
     """
-    Mean worth under the probabilities of the answers in `logprobs` {token: nats}, renormalised: other first tokens (an
-    opening quote, a "The") are ignored. NaN if it holds no answer at all.
+    Mean worth of the answers in `logprobs` {token: nats}, whose probabilities are renormalised: other first tokens (an
+    opening quote, a "The") are ignored. NaN if there is no answer.
     """
     mass = {token: math.exp(logprobs[token]) for token in worth if token in logprobs}
     total = sum(mass.values())
@@ -398,10 +384,10 @@ def expected_worth(logprobs, worth):
 
 def qwen_scores(images, prompts, names, answer, ask):
     """
-    {name: (N,)} for the questions `names` about images (N, 3, H, W) in [0, 1]. `ask` gives the replies to questions
-    (picture, text): {token: nats} where `answer` is "probability", texts where it is "json", None for one that is late.
+    {name: (N,)} for the questions `names` about images (N, 3, H, W) in [0, 1]. `ask` maps questions (picture, text) to
+    replies: {token: nats} where `answer` is "probability", texts where it is "json", None for one that is late.
     """
-    pixels = (images * 255).round().to(torch.uint8).cpu()  # 8 bits, as in the files that it was trained on; never JPEG
+    pixels = (images * 255).round().to(torch.uint8).cpu()  # 8 bits, as in the files that it was trained on
     scores = {}
     for name in names:
         worth, pairs = QUESTIONS[name][1], zip(pixels, prompts, strict=True)
@@ -416,8 +402,8 @@ def qwen_scores(images, prompts, names, answer, ask):
 
 def ask_model(questions, model, processor, answer, batch):
     """
-    The replies to questions (picture (3, H, W) uint8, text), `batch` at once. probability: one forward pass, of which
-    ANSWERS at the first position of the reply. json: up to 64 tokens, the likeliest ones.
+    The replies to questions (picture (3, H, W) uint8, text), `batch` at once. probability: ANSWERS at the first
+    position of the reply, from one forward pass. json: up to 64 tokens, the likeliest ones.
     """
     replies = []
     for k in range(0, len(questions), batch):
@@ -440,9 +426,7 @@ def ask_model(questions, model, processor, answer, batch):
 def load_qwen(device):
     """(model, processor) of Qwen2.5-VL-3B-Instruct; bfloat16 on a GPU. Raises Mistake."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one per file, amid our own lines
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     with zoo.reading(QWEN, f"it is looked for in {HUB_CACHE}, and --qwen-server URL needs none"):
         processor = AutoProcessor.from_pretrained(QWEN, revision=QWEN_COMMIT)
@@ -455,25 +439,20 @@ def load_qwen(device):
     return model.eval().requires_grad_(False).to(device), processor
 
 
-def ask_server(questions, loop, **server):
-    """Like ask_model, of a server, while this thread waits for the event loop of another one. Raises Mistake."""
-    return asyncio.run_coroutine_threadsafe(ask_together(questions, **server), loop).result()
-
-
-async def ask_together(questions, url, model, answer, timeout):
+def ask_server(questions, loop, **how):
     """
-    The replies of an OpenAI-compatible server, which gets all requests at once and batches them. All are there after
-    `timeout` seconds. One that is late, is refused with 429 or 5xx, or is no JSON is None. Raises Mistake.
+    Like ask_model, of a server, which gets all questions at once and batches them. While this thread waits, another one
+    runs the event loop. Raises Mistake.
     """
-    import openai
-
-    # the client repeats what was lost, and what was refused with 429 or 5xx, when Retry-After says so
-    async with openai.AsyncOpenAI(**server_options(url), timeout=timeout, max_retries=10**6) as client:
-        return await asyncio.gather(*[ask_once(*question, client, model, answer, timeout) for question in questions])
+    replies = [asyncio.run_coroutine_threadsafe(ask_once(*question, **how), loop) for question in questions]
+    return [reply.result() for reply in replies]
 
 
 async def ask_once(picture, text, client, model, answer, timeout):
-    """The reply to one question. Its picture (3, H, W) travels as PNG and so arrives unchanged. Raises Mistake."""
+    """
+    The reply to one question; None if it is not there after `timeout` seconds, or refused with 429 or 5xx, or no JSON.
+    Raises Mistake. The picture (3, H, W) travels as PNG and so arrives unchanged.
+    """
     import openai
     from PIL import Image
 
@@ -497,47 +476,43 @@ async def ask_once(picture, text, client, model, answer, timeout):
         return {entry.token: entry.logprob for entry in likeliest}
 
 
-def server_options(url):
-    """Address and key for the openai client. Local servers need no key, but the client wants one."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    return dict(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none")
+def server_asker(options):
+    """ask_server for the server and the model of `options`. Raises Mistake if it is down or lists several models."""
+    import openai
 
-
-def server_model(url, name):
-    """The model to ask: `name`, or the only one that the server lists. Raises Mistake."""
+    url, name = options["qwen_server"], options["qwen_model"]
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # local servers need none, but the client wants one
+    server = dict(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=key or "none")
     with zoo.reading(f"--qwen-server {url}: its list of models", "it must run at this address"):
-        import openai
-
-        try:
-            listed = [model.id for model in openai.OpenAI(**server_options(url), timeout=60).models.list().data]
-        except openai.APIStatusError:  # it runs, and has no list
-            listed = []
+        listed = [model.id for model in openai.OpenAI(**server, timeout=60).models.list().data]
     if not name and len(listed) != 1:
         raise Mistake(f"--qwen-server {url} lists {', '.join(listed) or 'no models'}: name one with --qwen-model")
-    return name or listed[0]
+    options["qwen_model"] = name or listed[0]  # the run remembers it
+    # the client repeats what was lost, and what was refused with 429 or 5xx, when Retry-After says so
+    client = openai.AsyncOpenAI(**server, max_retries=10**6)
+    # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    how = dict(model=options["qwen_model"], answer=options["qwen_answer"])
+    how["timeout"] = options["judge_timeout"] / len(options["names"])  # s, for one question about all pictures
+    return partial(ask_server, loop=loop, client=client, **how)
 
 
 def qwen_judge(device, options):
     """One judge for all of the questions in options["names"]. Raises Mistake."""
-    names, answer, url = options["names"], options["qwen_answer"], options["qwen_server"]
-    if not url:
+    names, answer = options["names"], options["qwen_answer"]
+    if options["qwen_server"]:
+        ask = server_asker(options)
+    else:
         model, processor = load_qwen(device)
         ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=options["judge_batch"])
-        return partial(qwen_scores, names=names, answer=answer, ask=ask)
-    options["qwen_model"] = server_model(url, options["qwen_model"])  # the run remembers it
-    timeout = options["judge_timeout"] / len(names)  # s, for one question about all pictures
-    # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    ask = partial(ask_server, loop=loop, url=url, model=options["qwen_model"], answer=answer, timeout=timeout)
     judge = partial(qwen_scores, names=names, answer=answer, ask=ask)
-    first = judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
-    if all(scores.isnan().all() for scores in first.values()):
-        parallel.say(f"--qwen-server {url} gave no readable answer to a first question: late, or in another form")
+    if options["qwen_server"]:
+        judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
     return judge
 
 
-# name -> factory(device, options). Names of one factory share its model, which is loaded and asked once: it finds in
-# options["names"] which of them are wanted, and its judge returns {name: scores} if there are several.
+# name -> factory(device, options). Names of one factory share its model: it finds in options["names"] which of them are
+# wanted, and its judge returns {name: scores} if there are several.
 JUDGES = {"clip": clip_judge, "realism": realism_judge, "hps": hps_judge, "maniqa": maniqa_judge}
 JUDGES |= {"clip-step": clip_judge, "hps-step": hps_judge, **dict.fromkeys(QUESTIONS, qwen_judge)}

@@ -4,19 +4,20 @@ The image tokenizer: LlamaGen's VQGAN (arXiv 2406.06525, section 2.1; VQGAN: arX
     image (3, H, W) -> encoder -> (z, h, w) -> quant_conv -> (D, h, w) -> nearest code of V -> tokens (h*w,)
     tokens (h*w,) -> code vectors (D, h, w) -> post_quant_conv -> decoder -> image (3, H, W)
 
-The transformer never sees a pixel, and the tokenizer never sees a class. They share only `encode` and `decode`. Code
-vectors and encoder output are l2-normalised before they are compared, so "nearest" means "highest cosine". With D = 8
-this keeps nearly all of the codebook in use.
+The transformer never sees a pixel, and the tokenizer never sees a class. Code vectors and encoder output are
+l2-normalised before they are compared, so "nearest" means "highest cosine". With D = 8 this keeps nearly all of the
+codebook in use.
 
 Module attributes have LlamaGen's own names, so official files load without conversion. We add `patch` (1 in every
 official model): the toy folds 4x4 pixels into channels before the first convolution, because on a CPU convolutions over
-many pixels and few channels run at a tenth of the speed of those over few pixels and many channels.
+many pixels and few channels run at a tenth of the speed.
 
 Shapes: B images, H x W px, h x w = T tokens, D = codebook_dim, V = codebook_size.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -42,13 +43,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):  # (B, c_in, h, w) -> (B, c_out, h, w)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -76,7 +76,7 @@ class Resample(nn.Module):
 
     def forward(self, x):
         if self.up:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return self.conv(F.interpolate(x, scale_factor=2.0))
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only: the official padding
 
 
@@ -86,16 +86,14 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, n_blocks, attention, resample):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out) for j in range(n_blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(n_blocks if attention else 0))
+        self.attn = nn.ModuleList(AttnBlock(c_out) if attention else nn.Identity() for _ in range(n_blocks))
         if resample:
             setattr(self, resample, Resample(c_out, up=resample == "upsample"))
         self.resample = resample
 
     def forward(self, x):
-        for j, block in enumerate(self.res):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
+        for res, attn in zip(self.res, self.attn, strict=True):
+            x = attn(res(x))
         return getattr(self, self.resample)(x) if self.resample else x
 
 
@@ -107,7 +105,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             Level(c_in, c, 2, attention=i == last, resample="downsample" if i < last else None)
-            for i, (c_in, c) in enumerate(zip([config.ch, *widths], widths, strict=False))
+            for i, (c_in, c) in enumerate(pairwise([config.ch, *widths]))
         )
         top = widths[-1]
         self.mid = nn.ModuleList([ResBlock(top, top), AttnBlock(top), ResBlock(top, top)])
@@ -129,7 +127,7 @@ class Decoder(nn.Module):
         self.mid = nn.ModuleList([ResBlock(top, top), AttnBlock(top), ResBlock(top, top)])
         self.conv_blocks = nn.ModuleList(
             Level(c_in, c, 3, attention=i == 0, resample="upsample" if i < last else None)
-            for i, (c_in, c) in enumerate(zip([top, *widths], widths, strict=False))
+            for i, (c_in, c) in enumerate(pairwise([top, *widths]))
         )
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
