@@ -22,14 +22,13 @@ nothing else. The last column is renders that went through the tokenizer and bac
 reach. With --reference they are taken in Inception's features as ADM does (arXiv 2105.05233), with sFID and Inception
 score: FID and sFID against the file's statistics, the rest against its pictures.
 
-Every figure has its standard error. Base and tuned draw from the same random numbers, so their difference is computed
-per picture and has its own standard error. A figure for which there are too few pictures is left out, and the table
-says why.
+Base and tuned draw from the same random numbers, so their difference is computed per picture and has its own standard
+error.
 
 Everything that is scored is a column: a folder of shards, npz files of 256 pictures with their prompts, or one npz of
 somebody else's, which is streamed. A column's folder is named after what decides its pictures, and a shard that exists
-is done. So an interrupted evaluation continues when the same command is given again, and ends in the same table. Under
-torchrun all processes draw and score. The first one writes a Markdown table, which is printed too, and JSON.
+is done, so an interrupted evaluation continues when the same command is given again. Under torchrun all processes draw
+and score; the first one writes a Markdown table, which is printed too, and JSON.
 
 Shapes: n pictures, T image tokens.
 """
@@ -77,7 +76,7 @@ from rewards import (
     rewards_text,
     weighted_sum,
 )
-from sample import draw_best, write_npz
+from sample import add_sampling_flags, check_sampling, draw_best
 from tokenizer import to_uint8
 from zoo import Mistake
 
@@ -128,10 +127,8 @@ def inception_features(pixels, prompts, network):
     """
     seen = []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: seen.append(output[:, :7]))
-    try:
-        pool, logits = network(shrunk(pixels).to(network.fc.weight.device))
-    finally:
-        hook.remove()
+    pool, logits = network(shrunk(pixels).to(network.fc.weight.device))
+    hook.remove()
     spatial = seen[0].permute(0, 2, 3, 1).flatten(1)
     return dict(pool=pool.cpu(), logits=logits.cpu(), spatial=spatial.cpu())
 
@@ -245,7 +242,7 @@ def draw_column(args, column, judges, model, tokenizer, encode):
         shard = dict(arr_0=as_pixels(images * 2 - 1), prompts=np.array(prompts), tokens=tokens.numpy())
         shard["entropy"] = entropies(model, encode, prompts, tokens, args.dtype)
         shard["metadata"] = np.array([item.metadata for item in items])
-        zoo.write_whole(path, partial(write_npz, arrays=shard))
+        zoo.write_whole(path, partial(np.savez, **shard))
     parallel.largest(0)  # waits for the first process, which writes
 
 
@@ -318,7 +315,7 @@ def read_npz(path, prompts=None):
 def labels_of(path, args):
     """
     The labels or prompts (n,) beside the pictures of an npz; without any, n numbers, because no two pictures are known
-    to be of one class. Raises Mistake, also where judges are to be asked about them and they are not the model's.
+    to be of one class. Raises Mistake, also where judges are asked and they are not the model's.
     """
     with zoo.reading(path, NPZ), np.load(path) as npz:
         n = open_pictures(npz)[1][0]
@@ -331,12 +328,11 @@ def labels_of(path, args):
         raise Mistake(f"{path}: its labels are {labels.shape}; {n} pictures need {n} labels, of shape ({n},)")
     config = zoo.MODELS[args.model].config
     if config.task == "t2i":
-        wanted, fit = "prompts", labels.dtype.kind == "U"
+        fit = labels.dtype.kind == "U"
     else:
-        wanted = f"labels from 0 to {config.num_classes - 1}"
         fit = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < config.num_classes
     if args.rewards and not fit:
-        raise Mistake(f"{path} holds no {wanted}, as {args.model} has: say whose they are with --model")
+        raise Mistake(f"{path}: its labels or prompts are not for {args.model}: say for which --model they are")
     return labels
 
 
@@ -358,13 +354,6 @@ def join(column, path):
         key = "labels" if prompts.dtype.kind == "i" else "prompts"
         with archive.open(f"{key}.npy", "w") as file:
             np.lib.format.write_array(file, prompts)
-
-
-GENEVAL = (
-    "To score: github.com/djghosh13/geneval with its Mask2Former (evaluation/download_models.sh) and a GPU: "
-    "python evaluation/evaluate_images.py {folder} --outfile results.jsonl --model-path MODELS, "
-    "then python evaluation/summary_scores.py results.jsonl"
-)
 
 
 def geneval_items(path, model):
@@ -447,9 +436,7 @@ def adm_references(args, look):
     for name, mean, cov in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         # those of all of ImageNet's pictures, where the file holds 10,000
         with zoo.reading(path, NPZ), np.load(path) as npz:
-            known, width = [npz[key] for key in (mean, cov) if key in npz], found[name].shape[1]
-        if known and [x.shape for x in known] != [(width,), (width, width)]:
-            raise Mistake(f"{path}: {mean} and {cov} are not a mean and covariance of {width}")
+            known = [npz[key] for key in (mean, cov) if key in npz]
         references[name] = reference_of(found[name], known)
     return references
 
@@ -506,8 +493,7 @@ def tables_of(columns, figures, paired):
         for name, _, several in [*runs, *shown]:
             values[name] = compare(several)
             changes[name] = compare(several, figures[base.name], paired)
-        rows = dict.fromkeys(figures[base.name], "")  # of every metric, those too that are blank everywhere
-        cells = {base.name: rows | as_cells(values[base.name])}
+        cells = {base.name: as_cells(values[base.name])}
         for name, _, _ in shown:
             cells[name] = as_cells(values[name])
         for name, role, _ in shown:
@@ -518,7 +504,7 @@ def tables_of(columns, figures, paired):
 
 
 def write_results(args, columns, figures):
-    """Writes NAME.md, settings, tables and why a cell is blank, and NAME.json. Returns the text."""
+    """Writes NAME.md: settings, tables and why a figure is missing, and NAME.json. Returns the text."""
     values, changes, tables = tables_of(columns, figures, paired=not args.samples)
     facts = {flag: getattr(args, flag) for flag in args.flags}
     facts["tuned"] = [path for path, policy in args.policies[1:]]
@@ -530,19 +516,15 @@ def write_results(args, columns, figures):
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
         parts.append(f"Behind ± stand standard errors; differences are {paired}.")
-    blank = {}  # {why: figures}
-    for name, found in figures.items():
-        for metric, figure in found.items():
-            if isinstance(figure, str):
-                blank.setdefault(figure, []).append(f"{metric} of {name}")
-    parts += [f"Blank: {'; '.join(cells)}: {why}." for why, cells in blank.items()]
+    missing = {metric: why for found in figures.values() for metric, why in found.items() if isinstance(why, str)}
+    parts += [f"No {metric}: {why}." for metric, why in missing.items()]
     if args.geneval:
-        parts.append(GENEVAL.format(folder=f"{args.out}-pictures/COLUMN"))
+        parts.append(f"For github.com/djghosh13/geneval: evaluation/evaluate_images.py {args.out}-pictures/COLUMN")
     facts["time"] = time.time()
     facts["records"] = {column.name: column.record for column in columns}
     facts["columns"] = {name: {m: value for m, (value, _) in found.items()} for name, found in values.items()}
     facts["standard_errors"] = {name: {m: error for m, (_, error) in found.items()} for name, found in values.items()}
-    facts |= dict(differences=changes, blank=blank)
+    facts["differences"] = changes
     text, facts = "\n\n".join(parts), json.dumps(facts, indent=1, default=str)
     for suffix, content in ((".json", facts), (".md", text)):
         path = args.out.with_name(args.out.name + suffix)
@@ -572,14 +554,8 @@ def parse_args(argv=None):
     add("--num", type=int, help="pictures for each column (default 1024: standard error 1.5 points; --samples: all)")
     add("--cfg-scale", type=float, nargs="+", help="guidance to sample with (default: 1 and what the first --ckpt was "
         "trained with, or 2 if that is 1)")  # fmt: skip
-    add("--temperature", type=float, help="divides the logits (default: what the first --ckpt was trained with, "
-        "else 1)")  # fmt: skip
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0, all, as LlamaGen's evaluation)")
-    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
-    add("--best-of", type=int, default=1, metavar="N", help="evaluate the best of N candidates per picture, by the "
-        "weighted sum of --rewards (default 1)")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
-    add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add_sampling_flags(add)
     add("--out", type=zoo.user_path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the "
         "first --ckpt, else in out)")  # fmt: skip
     add("--npz", type=zoo.user_path, metavar="FOLDER", help="folder that gets each column's pictures as an npz in "
@@ -600,9 +576,7 @@ def resolve(args):
     """Checks the flags and fills in what depends on others. Raises Mistake, OSError."""
     args.flags = [flag for flag in vars(args) if flag not in ("out", "ckpt", "prompts")]  # for the table
     zoo.setup_device(args)
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
-    if not 0 < args.top_p <= 1:  # also refuses NaN
-        raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    check_sampling(args)
     if args.samples and (args.ckpt or args.best_of > 1):
         raise Mistake("--samples are drawn already, so --ckpt and --best-of have no say: leave them out")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
@@ -662,10 +636,8 @@ def policies_of(args, header):
 
 def items_of(args):
     """An Item per picture. Raises Mistake, OSError."""
-    if args.geneval and args.num:
-        raise Mistake("--num: GenEval has four pictures for each of its prompts; leave it out")
     if args.geneval:
-        return geneval_items(args.geneval, args.model)
+        return geneval_items(args.geneval, args.model)[: args.num]
     num = args.num or 1024
     pool = fixed_prompts(args.model, num)
     if args.classes or args.prompts or (args.task == "t2i" and not args.toy):
