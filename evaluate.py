@@ -73,7 +73,6 @@ from rewards import (
     load_clip,
     load_judges,
     parse_rewards,
-    rewards_text,
     weighted_sum,
 )
 from sample import add_sampling_flags, check_sampling, draw_best
@@ -239,9 +238,13 @@ def draw_column(args, column, judges, model, tokenizer, encode):
         prompts = [item.prompt for item in items]
         best = args.best_of, judges, args.rewards, captions_of(args.model, prompts)
         images, tokens = draw_best(*best, model, tokenizer, encode, prompts, args.seed, first=start, **options)
-        shard = dict(arr_0=as_pixels(images * 2 - 1), prompts=np.array(prompts), tokens=tokens.numpy())
-        shard["entropy"] = entropies(model, encode, prompts, tokens, args.dtype)
-        shard["metadata"] = np.array([item.metadata for item in items])
+        shard = dict(
+            arr_0=as_pixels(images * 2 - 1),
+            prompts=np.array(prompts),
+            tokens=tokens.numpy(),
+            entropy=entropies(model, encode, prompts, tokens, args.dtype),
+            metadata=np.array([item.metadata for item in items]),
+        )
         zoo.write_whole(path, partial(np.savez, **shard))
     parallel.largest(0)  # waits for the first process, which writes
 
@@ -296,7 +299,7 @@ def open_pictures(npz):
     stream = npz.zip.open("arr_0.npy")
     np.lib.format.read_magic(stream)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # version 2 is for headers beyond 64 kB
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
+    if dtype != np.uint8 or fortran or shape[1:] != (shape[1], shape[1], 3) or 0 in shape:
         raise Mistake(f"{npz.zip.filename}: arr_0 is {dtype} {shape}; {NPZ}")
     return stream, shape
 
@@ -320,19 +323,16 @@ def labels_of(path, args):
     with zoo.reading(path, NPZ), np.load(path) as npz:
         n = open_pictures(npz)[1][0]
         labels = next((npz[key] for key in ("labels", "prompts", "arr_1") if key in npz), None)  # ours, ours, ADM's
-    if labels is None and not args.rewards:
-        return np.arange(n)
+    config = zoo.MODELS[args.model].config
+    fit = labels is not None and labels.dtype.kind in ("U" if config.task == "t2i" else "iu")
+    if fit and config.task == "c2i":
+        fit = labels.min() >= 0 and labels.max() < config.num_classes
+    if args.rewards and not fit:
+        raise Mistake(f"{path} holds no labels or prompts of {args.model}: say whose with --model, or omit --rewards")
     if labels is None:
-        raise Mistake(f"{path} holds neither labels nor prompts, so no judge can be asked: leave out --rewards")
+        return np.arange(n)
     if labels.shape != (n,):
         raise Mistake(f"{path}: its labels are {labels.shape}; {n} pictures need {n} labels, of shape ({n},)")
-    config = zoo.MODELS[args.model].config
-    if config.task == "t2i":
-        fit = labels.dtype.kind == "U"
-    else:
-        fit = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < config.num_classes
-    if args.rewards and not fit:
-        raise Mistake(f"{path}: its labels or prompts are not for {args.model}: say for which --model they are")
     return labels
 
 
@@ -442,7 +442,7 @@ def adm_references(args, look):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Figures. A text in the place of a figure says why there is none.
+# Figures, and the table of them. A text in the place of a figure says why there is none.
 
 
 def right_figures(right, captions, task):
@@ -469,10 +469,6 @@ def figures_of(found, references, model):
             figures |= {} if missing.all() else {name: mean_of(values)}
             figures |= {name.replace("reward", "missing"): mean_of(missing.astype(float))} if missing.any() else {}
     return figures | ({"entropy": mean_of(found["entropy"])} if "entropy" in found else {})
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The table
 
 
 def tables_of(columns, figures, paired):
@@ -510,21 +506,22 @@ def write_results(args, columns, figures):
     facts["tuned"] = [path for path, policy in args.policies[1:]]
     numbers = {column.record["num"] for column in columns}
     facts["num"] = numbers.pop() if len(numbers) == 1 else sorted(numbers)  # of pictures that were scored
-    said, defaults = facts | dict(rewards=rewards_text(args.rewards)), judge_options()
-    said = [f"{flag} {value}" for flag, value in said.items() if value not in (None, "", [], defaults.get(flag))]
+    said = [f"{flag} {value}" for flag, value in facts.items() if value not in (None, [])]
     parts = [textwrap.fill(", ".join(said), 120, break_long_words=False, break_on_hyphens=False), *tables]
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
         parts.append(f"Behind ± stand standard errors; differences are {paired}.")
-    missing = {metric: why for found in figures.values() for metric, why in found.items() if isinstance(why, str)}
-    parts += [f"No {metric}: {why}." for metric, why in missing.items()]
+    for found in figures.values():
+        missing = [f"No {metric}: {why}." for metric, why in found.items() if isinstance(why, str)]
+        parts += [line for line in missing if line not in parts]
     if args.geneval:
         parts.append(f"For github.com/djghosh13/geneval: evaluation/evaluate_images.py {args.out}-pictures/COLUMN")
     facts["time"] = time.time()
     facts["records"] = {column.name: column.record for column in columns}
-    facts["columns"] = {name: {m: value for m, (value, _) in found.items()} for name, found in values.items()}
-    facts["standard_errors"] = {name: {m: error for m, (_, error) in found.items()} for name, found in values.items()}
-    facts["differences"] = changes
+    facts |= dict(columns={}, standard_errors={}, differences=changes)
+    for name, found in values.items():
+        facts["columns"][name] = {metric: value for metric, (value, _) in found.items()}
+        facts["standard_errors"][name] = {metric: error for metric, (_, error) in found.items()}
     text, facts = "\n\n".join(parts), json.dumps(facts, indent=1, default=str)
     for suffix, content in ((".json", facts), (".md", text)):
         path = args.out.with_name(args.out.name + suffix)
@@ -541,7 +538,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is evaluated").add_argument
     zoo.add_model_flags(add)
     add("--ckpt", nargs="+", type=zoo.user_path, metavar="PATH", default=[], help="weights, or folders that train.py "
-        "wrote, all of one model (default: only the base)")  # fmt: skip
+        "wrote, from one base (default: only the base)")  # fmt: skip
     add("--base", type=zoo.user_path, metavar="PATH", help="weights of the base (default: those that the first --ckpt "
         "began from)")  # fmt: skip
     only = parser.add_mutually_exclusive_group().add_argument
@@ -549,8 +546,8 @@ def parse_args(argv=None):
     only("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
     only("--geneval", type=zoo.user_path, metavar="FILE", help="t2i: GenEval's evaluation_metadata.jsonl; draws four "
          "pictures per line into the folders that its scorer reads")  # fmt: skip
-    only("--samples", nargs="+", type=zoo.user_path, default=[], metavar="FILE", help="npz files whose pictures, arr_0 "
-         "uint8 (n, H, H, 3), are scored in a model's place")  # fmt: skip
+    only("--samples", nargs="+", type=zoo.user_path, default=[], metavar="FILE", help="npz files whose pictures are "
+         "scored in a model's place")  # fmt: skip
     add("--num", type=int, help="pictures for each column (default 1024: standard error 1.5 points; --samples: all)")
     add("--cfg-scale", type=float, nargs="+", help="guidance to sample with (default: 1 and what the first --ckpt was "
         "trained with, or 2 if that is 1)")  # fmt: skip
@@ -558,16 +555,14 @@ def parse_args(argv=None):
     add_sampling_flags(add)
     add("--out", type=zoo.user_path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the "
         "first --ckpt, else in out)")  # fmt: skip
-    add("--npz", type=zoo.user_path, metavar="FOLDER", help="folder that gets each column's pictures as an npz in "
-        "ADM's form, larger ones resized to 256 px (default: none)")  # fmt: skip
+    add("--npz", type=zoo.user_path, metavar="FOLDER", help="gets each column's pictures as an npz in ADM's form")
     add = parser.add_argument_group("judging").add_argument
     add("--reference", type=zoo.user_path, metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with "
         "mu, sigma, mu_s and sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be "
         "checked")  # fmt: skip
-    add("--inception", type=zoo.user_path, metavar="PATH", help="torch-fidelity's Inception weights, likewise "
-        "(default: its own download)")  # fmt: skip
-    add("--rewards", help="judges to report, and their weights in the sum that --best-of goes by (default: "
-        "clip=1,realism=0.25 for the toys, else clip; --samples: none)")  # fmt: skip
+    add("--inception", type=zoo.user_path, metavar="PATH", help="torch-fidelity's weights (default: its own download)")
+    add("--rewards", help="judge=weight,... to report, and for --best-of (default: clip=1,realism=0.25 for the toys, "
+        "else clip; --samples: none)")  # fmt: skip
     add_judge_flags(add)
     return resolve(parser.parse_args(argv))
 
@@ -612,8 +607,11 @@ def name_files(args, header):
         args.work = args.out.with_name(f"{args.out.name}.parts")
     else:
         args.work = folder / "evaluation.parts"
-        numbered = (folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
-        args.out = next(out for out in numbered if not out.with_name(f"{out.name}.json").exists())
+        args.out = folder / "evaluation"
+        number = 1
+        while args.out.with_suffix(".json").exists():
+            number += 1
+            args.out = folder / f"evaluation-{number}"
     zoo.make_folder(args.out.parent)
 
 

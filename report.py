@@ -118,7 +118,8 @@ def save_grid(path, images, labels, columns, title=""):
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
     top = 20 if title else 0
-    sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * cell_w, top + rows * cell_h), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((4, 3), plain(title), fill="black", font=font)
     for k, (pixels, label) in enumerate(zip(as_pixels(images), labels, strict=True)):
@@ -183,8 +184,8 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     shared_out = advantages.ndim == 2
     # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
     of_image = advantages.mean(1) if shared_out else advantages  # (K,)
-    text = 0.14 * len(scores)  # inches: a line for each judge
-    heights = [UNIT, UNIT + 0.2 + text, 0.5 + text, 0.9, UNIT]
+    said = 0.14 * len(scores)  # inches: a line for each judge
+    heights = [UNIT, UNIT + 0.2 + said, 0.5 + said, 0.9, UNIT]
     if shared_out:
         heights.append(UNIT)
     figure, rows = stack_rows(heights, K)
@@ -214,16 +215,16 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     if shared_out:
         name_row(rows[4], "divide", f"advantages ({n}, {T})", "each token's share\nof the advantage")
         share = advantages / np.where(of_image, of_image, np.inf)[:, None]  # an advantage of 0 has none
-        most = share.max() or 1
-        draw_squares(rows[4], share, side, cmap="Greys", vmin=0, vmax=most)
+        draw_squares(rows[4], share, side, cmap="Greys", vmin=0, vmax=share.max())
     name_row(rows[-1], "learn", f"change ({n}, {T})", "of log pi: what the\nupdate did to each token")
     most = np.nanpercentile(abs(change), 98) or 1
     draw_squares(rows[-1], change, side, cmap="RdBu", vmin=-most, vmax=most)
     for k in range(K):
         pushed = np.mean(np.sign(change[k]) == np.sign(of_image[k]))
-        text = f"{pushed:.0%} moved\nas pushed"
-        rows[-1].text(k + 0.5, -0.06, text, ha="center", va="top", **SMALL)
-    scale = rows[-1].inset_axes([0.4, -0.72, 2.8, 0.08], transform=rows[-1].transData)
+        moved = f"{pushed:.0%} moved\nas pushed"
+        rows[-1].text(k + 0.5, -0.06, moved, ha="center", va="top", **SMALL)
+    place = [0.4, -0.72, 2.8, 0.08]
+    scale = rows[-1].inset_axes(place, transform=rows[-1].transData)
     figure.colorbar(rows[-1].images[-1], cax=scale, orientation="horizontal", extend="both")
     scale.tick_params(labelsize=6)
     scale.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
@@ -259,7 +260,8 @@ def draw_squares(row, values, side, **colours):
     """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T)."""
     for k, square in enumerate(values):
         square = square if square.ndim == 3 else square.reshape(side, side)
-        row.imshow(square, extent=(k + 0.03, k + 0.97, 0, 0.94), aspect="auto", **colours)
+        place = k + 0.03, k + 0.97, 0, 0.94
+        row.imshow(square, extent=place, aspect="auto", **colours)
 
 
 def draw_bars(row, values, form):
@@ -267,7 +269,8 @@ def draw_bars(row, values, form):
     low, high = min(0, values.min()), max(1e-9, values.max())
     row.set_ylim(1.4 * low, 1.4 * high)  # room for the numbers
     row.axhline(0, color="black", linewidth=0.6, clip_on=False)
-    bars = row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
+    places = np.arange(len(values)) + 0.5
+    bars = row.bar(places, values, color="dimgrey", width=0.5)
     row.bar_label(bars, fmt=form, fontsize=8, padding=1)
 
 
@@ -289,7 +292,7 @@ def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts. Raises FileNotFoundError, Mistake."""
     path = folder / "metrics.jsonl"
     with zoo.reading(path, "give a folder that train.py wrote"):
-        rows = [dict(json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+        rows = [dict(json.loads(line)) for line in path.read_text().splitlines()]
     if not rows:
         raise Mistake(f"{path} is empty: nothing to report yet")
     return rows
@@ -347,7 +350,8 @@ def draw_curves(panels, columns, bands):
     """
     from matplotlib.figure import Figure
 
-    rows, legend = -(-len(panels) // columns), {}
+    legend = {}
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
     for k, (key, lines) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, columns, k)
@@ -385,7 +389,8 @@ def write_curves(folder):
     """curves.png of a run: reward, share right, KL and entropy."""
     panels = panels_of({"this run": [read_metrics(folder)]})
     main = {key: panels[key] for key in METRICS[:4] if key in panels}
-    save_figure(folder / "curves.png", draw_curves, main, len(main), default_bands(read_json(folder / "flags.json")))
+    bands = default_bands(read_json(folder / "flags.json"))
+    save_figure(folder / "curves.png", draw_curves, main, len(main), bands)
 
 
 def compare_runs(folders, path):
@@ -413,7 +418,8 @@ def write_bands(folders, path):
         values = np.stack([around(column(rows, key)) for rows in runs])  # (seeds, steps, window)
         limits = np.nanmin(values, (0, 2)), np.nanmax(values, (0, 2))
         bands[key] = [[float(f"{x:.3g}") for x in limit] for limit in limits]
-    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), bands=bands))
+    flags = read_json(folders[0] / "flags.json")
+    text = json.dumps(dict(flags=flags, bands=bands))
     zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
 
 
@@ -492,10 +498,12 @@ def chart_of(key, lines, bands):
 
 def write_page(folder, path=None):
     """The page of a run at `path` or FOLDER/report.html: assets/page.html, filled. Raises Mistake, OSError."""
-    rows, flags, ailments = read_metrics(folder), read_json(folder / "flags.json"), {}
-    for k in range(len(rows)):
-        for what, sentence in warnings(rows[max(0, k - 40) : k + 1], flags).items():
-            ailments.setdefault(what, (rows[k]["step"], sentence))  # where it was first given
+    rows, flags = read_metrics(folder), read_json(folder / "flags.json")
+    ailments = {}
+    for k, row in enumerate(rows):
+        recent = rows[max(0, k - 40) : k + 1]
+        for what, sentence in warnings(recent, flags).items():
+            ailments.setdefault(what, (row["step"], sentence))  # where it was first given
     bands = default_bands(flags)
     panels = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows))
     tables = [read_json(path) for path in folder.glob("evaluation*.json")]
@@ -513,7 +521,8 @@ def write_page(folder, path=None):
         table=max(tables, key=lambda table: table.get("time", 0), default=None),
         charts={key: chart_of(key, lines, bands) for key, lines in panels.items() if lines},
     )
-    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(plain(text), encoding="utf-8"))
+    text = plain(text)
+    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(text, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -578,8 +587,7 @@ def frontier_figure(tasks):
 
     figure = Figure(figsize=(13, 4.4 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), 3, width_ratios=(4, 4, 2), squeeze=False)
-    for (left, right, names), task in zip(grid, tasks, strict=True):
-        lines = tasks[task]
+    for (left, right, names), (task, lines) in zip(grid, tasks.items(), strict=True):
         draw_frontier(left, lines, RECALL)
         draw_frontier(right, lines, REWARD)
         left.set_ylabel(f"right, {task}")
@@ -606,7 +614,8 @@ def draw_frontier(axes, lines, key):
 
 def seeds_mean(seeds, key):
     """(mean, standard error) of a figure over seeds, [{metric: (value, error)}]. The error includes their spread."""
-    values, errors = np.transpose([figures.get(key, (np.nan, 0)) for figures in seeds])
+    found = [figures.get(key, (np.nan, 0)) for figures in seeds]
+    values, errors = np.transpose(found)
     variance = (errors**2).mean()
     if len(values) > 1:
         variance += values.var(ddof=1)

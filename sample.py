@@ -63,7 +63,8 @@ def draw(
             batch, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
         images += [to_unit(tokenizer.decode(part)).cpu() for part in batch.split(decode_batch)]
         tokens.append(batch.cpu())
-    return parallel.gather(torch.cat(images), len(prompts)), parallel.gather(torch.cat(tokens), len(prompts))
+    n = len(prompts)
+    return parallel.gather(torch.cat(images), n), parallel.gather(torch.cat(tokens), n)
 
 
 CANDIDATE = 2**31  # follows --seed in the random numbers of further candidates; those of training have their step there
@@ -79,9 +80,10 @@ def draw_best(
     """
     if best_of == 1:
         return draw(model, tokenizer, encode, prompts, seed, first, batch_size, **options)
-    images, tokens = [], []
-    for start in range(0, len(prompts), batch_size * parallel.world()):
-        batch = prompts[start : start + batch_size * parallel.world()]
+    images, tokens, size = [], [], batch_size * parallel.world()
+    device = model.output.weight.device
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         rows = parallel.share(len(batch))  # each process judges its share
         row_captions = [captions[start + k] for k in rows]
         candidates, rewards = [], []
@@ -89,7 +91,7 @@ def draw_best(
             own_seed = (seed, CANDIDATE, j) if j else seed
             candidate = draw(model, tokenizer, encode, batch, own_seed, first + start, batch_size, **options)
             candidates.append(candidate)
-            scores, _ = judge_images(judges, candidate[0][rows].to(model.output.weight.device), row_captions)
+            scores, _ = judge_images(judges, candidate[0][rows].to(device), row_captions)
             rewards.append(scores)
         scores = {}
         for name in rewards[0]:
@@ -124,27 +126,21 @@ def shown_prompts(args):
     return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
 
 
-def draw_shown(args, policy, tokenizer, encode):
-    """Pictures (n, 3, H, W) in [0, 1] of the same prompts and seeds each time, and their captions."""
-    prompts, _ = shown_prompts(args)
+def draw_grid(args, policy, tokenizer, encode, judges, name, title):
+    """
+    Draws args.out/NAME, the same prompts and seeds each time: below each picture its caption, for a toy the verifier's
+    mark, and the judges' scores. Returns the pictures (n, 3, H, W).
+    """
+    prompts, columns = shown_prompts(args)
+    captions = captions_of(args.model, prompts, args.class_names)
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
     # one seed whatever --seed is, so that grids of runs compare
     images, _ = draw(policy, tokenizer, encode, prompts, seed=1234, decode_batch=args.micro_batch, **sampling)
-    return images, captions_of(args.model, prompts, args.class_names)
-
-
-def draw_grid(args, policy, tokenizer, encode, judges, name, title):
-    """
-    Draws args.out/NAME: below each picture its caption, for a toy the verifier's mark, and the judges' scores. Returns
-    the pictures (n, 3, H, W).
-    """
-    images, captions = draw_shown(args, policy, tokenizer, encode)
     scores, _ = judge_images(judges, images.to(args.device), captions)
     labels = label_images(args.model, images, captions)
     for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
         verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
         labels[k] += "\n" + "\u00a0 ".join(verdicts)
-    _, columns = shown_prompts(args)
     with report.guest(name):
         report.save_grid(args.out / name, images, labels, columns, title=title)
     return images
@@ -155,10 +151,11 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     After training: after.png, before-after.png, curves.png and the page. policies: {"base": model, "tuned": model};
     before: the pictures of before.png, or None where the run was resumed.
     """
+    means = tokenizer, encode, judges
     if before is None:
-        before, _ = draw_shown(args, policies["base"], tokenizer, encode)
+        before = draw_grid(args, policies["base"], *means, "before.png", "before: the base model")
     title = f"after {args.steps} steps of GRPO"
-    after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
+    after = draw_grid(args, policies["tuned"], *means, "after.png", title)
     prompts, columns = shown_prompts(args)
     captions = captions_of(args.model, prompts, args.class_names)
     labels = [label_images(args.model, before, captions, "before: ")]
@@ -193,7 +190,8 @@ def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
     tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
     logp = log_policy(model, Rollout(cond, cond_mask, tokens, None), cfg_scale, temperature)  # (1, T, V)
     shares, likely = logp[0].exp().topk(LIKELY)  # (T, LIKELY)
-    T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
+    T, device = model.config.num_tokens, tokens.device
+    side = math.isqrt(T)
     M = 1 + (T if T <= 64 else 8)
     moments = torch.linspace(0, T, M, device=device).round().long()[:, None]  # (M, 1)
     frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
@@ -276,6 +274,7 @@ def resolve(args):
     if args.compare is not None and not args.ckpt:
         raise Mistake("--compare sets the model of --ckpt against its base, so it needs --ckpt")
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
+    row = zoo.MODELS[args.model]
     zoo.check_tokenizer(args.model, header, args.vq_ckpt)
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.policies = compared_policies(args, header)
@@ -283,9 +282,9 @@ def resolve(args):
     args.policies.append((prefix, path, args.text_pad or header["text_pad"]))
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     args.temperature = header["temperature"] if args.temperature is None else args.temperature
-    args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
+    args.top_k = row.top_k if args.top_k is None else args.top_k
     check_sampling(args)
-    args.rewards = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by) if args.best_of > 1 else {}
+    args.rewards = parse_rewards(args.rewards or row.best_by) if args.best_of > 1 else {}
     args.judge_options = judge_options(args, args.model)
     prompts = read_prompts(args.model, args.classes, args.prompts)
     args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
@@ -332,14 +331,14 @@ def run(args):
     images, labels, seconds = [], [], 0
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        what = captions, model, tokenizer, partial(encode, pad=pad), args.prompts
+        what = judges, args.rewards, captions, model, tokenizer, partial(encode, pad=pad), args.prompts
         began = time.perf_counter()
-        own_images, tokens = draw_best(args.best_of, judges, args.rewards, *what, **options)
+        own_images, tokens = draw_best(args.best_of, *what, **options)
         seconds += time.perf_counter() - began
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit
-    if args.npz:  # before the grid, which can be too large for its format; of the last policy, --ckpt
+    if args.npz:  # of the last policy, --ckpt
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
         pixels = to_uint8(own_images * 2 - 1).permute(0, 2, 3, 1).numpy()
         arrays = {"arr_0": pixels, "tokens": tokens.numpy(), key: np.array(args.prompts)}

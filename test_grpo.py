@@ -1444,8 +1444,8 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (evaluate, ["--samples", "{}/tall.npz"], "(2, 8, 6, 3); an npz with pictures arr_0, uint8 (n, H, H, 3)"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
-    (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
-    (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "labels or prompts are not for toy-c2i"),
+    (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "holds no labels or prompts of toy-c2i"),
+    (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "holds no labels or prompts of toy-c2i"),
     (evaluate, ["--samples", "{}/onehot.npz"], "2 pictures need 2 labels, of shape (2,)"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz"], "weights-inception-2015-12-05-6726825d.pth"),
 ]
