@@ -82,17 +82,13 @@ from zoo import Mistake
 # ---------------------------------------------------------------------------------------------------------------
 # The Inception network
 
-# Where torch-fidelity keeps its copy of the Inception network of 2015. The name holds the first digits of the sha256.
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's copy
 INCEPTION_HASH = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 256  # px: LlamaGen's table has its pictures of 384 px resized to this
 
 
 def checked_file(where, flag, expected=None):
-    """
-    (path, sha256) of `where`: a path or hf:OWNER/REPO/FILE, which #SHA256 (64 digits) may follow. Raises Mistake if the
-    file's hash is another than that, or than `expected`.
-    """
+    """(path, sha256) of `where`, which #SHA256 may follow. Raises Mistake if it is another than that or `expected`."""
     said = re.fullmatch(r"(.+)#([0-9a-f]{64})", str(where))
     path = zoo.find_file(said[1] if said else where, flag)
     found, wanted = zoo.file_hash(path), said[2] if said else expected
@@ -104,10 +100,7 @@ def checked_file(where, flag, expected=None):
 
 
 def load_inception(where=None, device="cpu"):
-    """
-    torch-fidelity's Inception: TensorFlow's network of 2015 with its own resizing to 299 px. `where` as in
-    checked_file, or None for torch-fidelity's own download. Raises Mistake.
-    """
+    """TensorFlow's Inception of 2015, from `where` or torch-fidelity's own download. Raises Mistake."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = checked_file(where, "--inception", INCEPTION_HASH)[0] if where else None
@@ -318,7 +311,7 @@ def read_npz(path, prompts=None):
 def labels_of(path, args):
     """
     The labels or prompts (n,) beside the pictures of an npz; without any, n numbers, because no two pictures are known
-    to be of one class. Raises Mistake, also where judges are asked and they are not the model's.
+    to be of one class. Raises Mistake.
     """
     with zoo.reading(path, NPZ), np.load(path) as npz:
         n = open_pictures(npz)[1][0]
@@ -386,8 +379,8 @@ def write_geneval(folder, column):
 @torch.no_grad()
 def score(name, shards, looks, args):
     """
-    {quantity: array (n, ...)}: what each of `looks`, functions look(pixels, prompts), says about pictures, batch by
-    batch, and their prompts and entropy. Of several processes each scores its share.
+    {quantity: array (n, ...)}: what each of `looks`, functions look(pixels, prompts), says about pictures, and their
+    prompts and entropy. Of several processes each scores its share.
     """
     found, size = {}, args.batch_size * parallel.world()
     for shard in tqdm(shards, desc=f"{name}: scores", unit="shard", leave=False, disable=parallel.rank() > 0):
@@ -474,25 +467,24 @@ def figures_of(found, references, model):
 def tables_of(columns, figures, paired):
     """
     (values, changes, tables) of {column: {metric: Figure or reason}}. values, and changes from the first column of the
-    same cfg: {column: {metric: (value, standard error)}}. A table in Markdown for each cfg. Several policies also have
-    a mean, which stands for them in their table.
+    same cfg: {column: {metric: (value, standard error)}}. A table in Markdown for each cfg.
     """
     values, changes, tables = {name: compare([found]) for name, found in figures.items()}, {}, []
     last = {column.name: as_cells(values[column.name]) for column in columns if column.record["role"] == "renders"}
     for cfg in dict.fromkeys(column.record["cfg"] for column in columns if column.name not in last):
         base, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
-        runs = [(column.name, column.record["role"], [figures[column.name]]) for column in others]
-        shown = runs
-        if len(others) > 1 and paired:  # policies, not files of others
-            mean = f"mean of {len(others)}"
-            shown = [(f"{mean}, cfg {cfg:g}", mean, [figures[column.name] for column in others])]
-        for name, _, several in [*runs, *shown]:
+        shown = {column.name: column.record["role"] for column in others}
+        for name in shown:
+            changes[name] = compare([figures[name]], figures[base.name], paired)
+        if len(others) > 1 and paired:  # policies, not files of others: their mean stands for them
+            role = f"mean of {len(others)}"
+            name = f"{role}, cfg {cfg:g}"
+            several = [figures[column.name] for column in others]
             values[name] = compare(several)
-            changes[name] = compare(several, figures[base.name], paired)
-        cells = {base.name: as_cells(values[base.name])}
-        for name, _, _ in shown:
-            cells[name] = as_cells(values[name])
-        for name, role, _ in shown:
+            changes[name] = compare(several, figures[base.name])
+            shown = {name: role}
+        cells = {name: as_cells(values[name]) for name in (base.name, *shown)}
+        for name, role in shown.items():
             cells[f"{role} minus {base.record['role']}"] = as_cells(changes[name], "+")
         tables.append(as_table(cells | last))
         last = {}
@@ -595,10 +587,7 @@ def resolve(args):
 
 
 def name_files(args, header):
-    """
-    Sets args.out, and args.work for the shards. In a folder a finished table, which may have taken hours, is never
-    written over: others are evaluation-2, ... Raises Mistake, OSError.
-    """
+    """Sets args.out, and args.work for shards. In a folder no table is written over: others are evaluation-2, ..."""
     folder = args.out or Path("out")
     if not args.out and args.ckpt and header["step"]:  # beside a policy of ours, but not in the hub's cache
         folder = args.policies[1][0].parent

@@ -83,12 +83,8 @@ CELL = 128  # pixels of a small picture in a grid
 
 
 def label_lines(label, width):
-    """
-    The lines of a label, of at most `width` characters: at most four for its first line, a caption of any length; as
-    many as the rest needs.
-    """
+    """The lines of a label, of at most `width` characters: at most four for its first line, the caption."""
     caption, *rest = plain(label).split("\n")
-    # 500: nobody sees more, and it could be a whole book
     lines = textwrap.wrap(caption[:500], width, max_lines=4, placeholder="...", break_on_hyphens=False)
     for text in rest:
         lines += textwrap.wrap(text, width, break_on_hyphens=False)
@@ -409,10 +405,7 @@ def compare_runs(folders, path):
 
 
 def write_bands(folders, path):
-    """
-    Keeps where several seeds of a recipe went: {"flags": settings, "bands": {metric: [lowest, highest]}}, each of
-    (steps,) within a tenth of the run around each step.
-    """
+    """Keeps where several seeds of a recipe went: {"flags": settings, "bands": {metric: [lowest, highest]}}."""
     runs, bands = [read_metrics(folder) for folder in folders], {}
     for key in OF_ITS_TASK + OF_ITS_REWARDS:
         values = np.stack([around(column(rows, key)) for rows in runs])  # (seeds, steps, window)
@@ -533,10 +526,9 @@ RIGHT, RECALL, REWARD = "right: all", "recall, latents", "reward: weighted sum"
 
 def lines_of(paths):
     """
-    {task: {line: {point: {policy: {metric: (value, standard error)}}}}} of tables of evaluate.py.
-
-    The base is a line through its guidance scales, and one through its best of N. Each table of tuned policies is a
-    line through their numbers of steps, from the base. Policies that share a point are seeds. Raises Mistake.
+    {task: {line: {point: {policy: {metric: (value, standard error)}}}}} of tables of evaluate.py. The base is a line
+    through its guidance scales, and one through its best of N. Each table of tuned policies is a line through their
+    numbers of steps, from the base. Policies that share a point are seeds. Raises Mistake.
     """
     tasks, numbers = {}, set()
     for path in paths:
@@ -563,11 +555,9 @@ def lines_of(paths):
 
 
 def place_of(record, path):
-    """
-    Where a column of evaluate.py belongs: ((label of a line, its cfg or None), (number along the line, name)). Only
-    tuned policies have steps.
-    """
-    cfg, best_of, steps = record["cfg"], record["best_of"], record["steps"]
+    """Where a column of evaluate.py belongs: ((label of a line, its cfg or None), (number along the line, name))."""
+    cfg, best_of = record["cfg"], record["best_of"]
+    steps = record["steps"]  # only tuned policies have some
     if not steps and best_of == 1:
         return ("base, guidance", None), (cfg, f"cfg {cfg:g}")
     guided = f", cfg {cfg:g}" if cfg != 1 else ""
@@ -579,9 +569,8 @@ def place_of(record, path):
 
 def frontier_figure(tasks):
     """
-    What accuracy costs: a figure with a row per task, from what lines_of returns. On the left the share right against
-    recall in latents, which no reward sees. On the right against the judges' weighted sum: a policy below the line of
-    best-of-N, which raises the reward without touching a weight, is hacking the judges.
+    What accuracy costs, a row per task: the share right against recall in latents, which no reward sees, and against
+    the judges' weighted sum. There a policy below the line of best-of-N, which touches no weight, hacks the judges.
     """
     from matplotlib.figure import Figure
 

@@ -182,17 +182,14 @@ LIKELY = 5  # codes that are shown for each token
 
 @torch.no_grad()
 def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
-    """
-    How the model writes a picture, for `report.save_writers`, from cond (1, ...) and cond_mask (1, P): a moment after
-    each token for a toy; nine moments else, because a large tokenizer takes a second for each on a CPU.
-    """
+    """How the model writes a picture, for `report.save_writers`, from cond (1, ...) and cond_mask (1, P)."""
     noise = image_noise([0], model.config.num_tokens, 7)
     tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
     logp = log_policy(model, Rollout(cond, cond_mask, tokens, None), cfg_scale, temperature)  # (1, T, V)
     shares, likely = logp[0].exp().topk(LIKELY)  # (T, LIKELY)
     T, device = model.config.num_tokens, tokens.device
     side = math.isqrt(T)
-    M = 1 + (T if T <= 64 else 8)
+    M = 1 + (T if T <= 64 else 8)  # moments: a large tokenizer takes a second for each on a CPU
     moments = torch.linspace(0, T, M, device=device).round().long()[:, None]  # (M, 1)
     frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
     written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
