@@ -65,7 +65,6 @@ from grpo import Rollout, entropy_of, log_policy
 from metrics import as_cells, as_table, compare, feature_figures, mean_of, reference_of
 from prompts import captions_of, fixed_prompts, known_caption, load_encoder, read_prompts
 from rewards import (
-    add_judge_flags,
     clip_image_features,
     held_out,
     judge_images,
@@ -548,14 +547,10 @@ def parse_args(argv=None):
     add("--out", type=zoo.user_path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the "
         "first --ckpt, else in out)")  # fmt: skip
     add("--npz", type=zoo.user_path, metavar="FOLDER", help="gets each column's pictures as an npz in ADM's form")
-    add = parser.add_argument_group("judging").add_argument
-    add("--reference", type=zoo.user_path, metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with "
-        "mu, sigma, mu_s and sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be "
-        "checked")  # fmt: skip
+    add = parser.add_argument_group("ADM's protocol").add_argument
+    add("--reference", type=zoo.user_path, metavar="PATH", help="npz of reference pictures, as ADM's; a path or "
+        "hf:OWNER/REPO/FILE, with #SHA256 to be checked")  # fmt: skip
     add("--inception", type=zoo.user_path, metavar="PATH", help="torch-fidelity's weights (default: its own download)")
-    add("--rewards", help="judge=weight,... to report, and for --best-of (default: clip=1,realism=0.25 for the toys, "
-        "else clip; --samples: none)")  # fmt: skip
-    add_judge_flags(add)
     return resolve(parser.parse_args(argv))
 
 

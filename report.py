@@ -80,6 +80,7 @@ def plain(text):
 MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
 MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
 CELL = 128  # pixels of a small picture in a grid
+WIDEST = 16_383  # pixels that WebP holds side by side; a grid that would be wider gets fewer columns
 
 
 def label_lines(label, width):
@@ -89,13 +90,6 @@ def label_lines(label, width):
     for text in rest:
         lines += textwrap.wrap(text, width, break_on_hyphens=False)
     return lines
-
-
-def columns_that_fit(path, images, columns):
-    """At most `columns` of a grid, as many as the format of the file holds side by side."""
-    cell = max(CELL, images.shape[3]) + 6
-    widest = 16_383 if path.suffix.lower() == ".webp" else 65_500  # pixels
-    return min(columns, widest // cell)
 
 
 def save_grid(path, images, labels, columns, title=""):
@@ -113,6 +107,7 @@ def save_grid(path, images, labels, columns, title=""):
     labels = [label_lines(label, int(width * zoom / font.getlength("m"))) for label in labels]
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
+    columns = min(columns, WIDEST // cell_w)
     top = 20 if title else 0
     rows = -(-n // columns)
     sheet = Image.new("RGB", (columns * cell_w, top + rows * cell_h), "white")
@@ -502,7 +497,7 @@ def write_page(folder, path=None):
     tables = [read_json(path) for path in folder.glob("evaluation*.json")]
     between = sorted((folder / "samples").glob("step_*.png"))
     between = between[:: -(-len(between) // 10) or 1]  # for the size of the page
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True).get_template("page.html")
+    page = jinja2.Template((ASSETS / "page.html").read_text(encoding="utf-8"), autoescape=True)
     text = page.render(
         title=f"AR-GRPO: {folder}",
         rows=rows,

@@ -220,7 +220,7 @@ def decode_beginnings(tokenizer, tokens, lengths, codes):
 
 
 def add_sampling_flags(add):
-    """The flags that sample.py and evaluate.py share: how tokens are drawn."""
+    """The flags that sample.py and evaluate.py share: how tokens are drawn, and which pictures are kept."""
     add("--temperature", type=float, help="divides the logits; 0 always takes the likeliest (default: what our own "
         "--ckpt was trained with, else 1)")  # fmt: skip
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
@@ -228,6 +228,9 @@ def add_sampling_flags(add):
     add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
     add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one with "
         "the highest weighted reward (default 1)")  # fmt: skip
+    add("--rewards", help="judge=weight,... that score, and choose for --best-of (default: the toy's "
+        "clip=1,realism=0.25, else clip)")  # fmt: skip
+    add_judge_flags(add)
 
 
 def check_sampling(args):
@@ -255,9 +258,6 @@ def parse_args(argv=None):
         "LlamaGen c2i 4.0, t2i 7.5)")  # fmt: skip
     add("--top-k", type=int, help="keep the k likeliest tokens; 0: all (default: toys 0, LlamaGen 2000 c2i, 1000 t2i)")
     add_sampling_flags(add)
-    add("--rewards", help="judge=weight,... that choose for --best-of (default: the toy's clip=1,realism=0.25, else "
-        "clip)")  # fmt: skip
-    add_judge_flags(add)
     add = parser.add_argument_group("where it goes").add_argument
     add("--out", type=zoo.user_path, default="out/samples.png", help="file of the grid (default out/samples.png)")
     add("--npz", type=zoo.user_path, metavar="FILE.npz", help="file that gets --ckpt's uint8 images (n, H, W, 3) as "
@@ -343,7 +343,6 @@ def run(args):
         parallel.say(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
     # a row of the grid holds the --num pictures of one prompt, or of several
     columns = min(len(captions), args.num * max(1, 8 // args.num))
-    columns = report.columns_that_fit(args.out, own_images, columns)
     chosen = f", best of {args.best_of}" if args.best_of > 1 else ""
     title = f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}{chosen}"
     report.save_grid(args.out, *report.interleave(images, labels, columns), columns, title)

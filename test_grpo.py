@@ -2354,9 +2354,7 @@ def test_a_grid_says_everything():
 
 def test_a_grid_fits_its_format(tmp_path):
     """Catches: 16,383 pixels are all that WebP holds, and pictures are lost for a row that is wider."""
-    columns = report.columns_that_fit(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), 200)
-    assert columns == 122 and report.columns_that_fit(tmp_path / "a.png", torch.rand(1, 3, 32, 64), 200) == 200
-    report.save_grid(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), ["a"] * 200, columns)
+    report.save_grid(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), ["a"] * 200, 200)
     assert Image.open(tmp_path / "a.webp").width == 122 * 134
 
 
