@@ -22,14 +22,13 @@ nothing else. The last column is renders that went through the tokenizer and bac
 reach. With --reference they are taken in Inception's features as ADM does (arXiv 2105.05233), with sFID and Inception
 score: FID and sFID against the file's statistics, the rest against its pictures.
 
-Every figure has its standard error. Base and tuned draw from the same random numbers, so their difference is computed
-per picture and has its own standard error. A figure for which there are too few pictures is left out, and the table
-says why.
+Base and tuned draw from the same random numbers, so their difference is computed per picture and has its own standard
+error.
 
 Everything that is scored is a column: a folder of shards, npz files of 256 pictures with their prompts, or one npz of
 somebody else's, which is streamed. A column's folder is named after what decides its pictures, and a shard that exists
-is done. So an interrupted evaluation continues when the same command is given again, and ends in the same table. Under
-torchrun all processes draw and score. The first one writes a Markdown table, which is printed too, and JSON.
+is done, so an interrupted evaluation continues when the same command is given again. Under torchrun all processes draw
+and score; the first one writes a Markdown table, which is printed too, and JSON.
 
 Shapes: n pictures, T image tokens.
 """
@@ -66,7 +65,6 @@ from grpo import Rollout, entropy_of, log_policy
 from metrics import as_cells, as_table, compare, feature_figures, mean_of, reference_of
 from prompts import captions_of, fixed_prompts, known_caption, load_encoder, read_prompts
 from rewards import (
-    add_judge_flags,
     clip_image_features,
     held_out,
     judge_images,
@@ -74,27 +72,22 @@ from rewards import (
     load_clip,
     load_judges,
     parse_rewards,
-    rewards_text,
     weighted_sum,
 )
-from sample import draw_best, write_npz
+from sample import add_sampling_flags, check_sampling, draw_best
 from tokenizer import to_uint8
 from zoo import Mistake
 
 # ---------------------------------------------------------------------------------------------------------------
 # The Inception network
 
-# Where torch-fidelity keeps its copy of the Inception network of 2015. The name holds the first digits of the sha256.
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's copy
 INCEPTION_HASH = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 256  # px: LlamaGen's table has its pictures of 384 px resized to this
 
 
 def checked_file(where, flag, expected=None):
-    """
-    (path, sha256) of `where`: a path or hf:OWNER/REPO/FILE, which #SHA256 (64 digits) may follow. Raises Mistake if the
-    file's hash is another than that, or than `expected`.
-    """
+    """(path, sha256) of `where`, which #SHA256 may follow. Raises Mistake if it is another than that or `expected`."""
     said = re.fullmatch(r"(.+)#([0-9a-f]{64})", str(where))
     path = zoo.find_file(said[1] if said else where, flag)
     found, wanted = zoo.file_hash(path), said[2] if said else expected
@@ -106,10 +99,7 @@ def checked_file(where, flag, expected=None):
 
 
 def load_inception(where=None, device="cpu"):
-    """
-    torch-fidelity's Inception: TensorFlow's network of 2015 with its own resizing to 299 px. `where` as in
-    checked_file, or None for torch-fidelity's own download. Raises Mistake.
-    """
+    """TensorFlow's Inception of 2015, from `where` or torch-fidelity's own download. Raises Mistake."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = checked_file(where, "--inception", INCEPTION_HASH)[0] if where else None
@@ -128,10 +118,8 @@ def inception_features(pixels, prompts, network):
     """
     seen = []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: seen.append(output[:, :7]))
-    try:
-        pool, logits = network(shrunk(pixels).to(network.fc.weight.device))
-    finally:
-        hook.remove()
+    pool, logits = network(shrunk(pixels).to(network.fc.weight.device))
+    hook.remove()
     spatial = seen[0].permute(0, 2, 3, 1).flatten(1)
     return dict(pool=pool.cpu(), logits=logits.cpu(), spatial=spatial.cpu())
 
@@ -242,10 +230,14 @@ def draw_column(args, column, judges, model, tokenizer, encode):
         prompts = [item.prompt for item in items]
         best = args.best_of, judges, args.rewards, captions_of(args.model, prompts)
         images, tokens = draw_best(*best, model, tokenizer, encode, prompts, args.seed, first=start, **options)
-        shard = dict(arr_0=as_pixels(images * 2 - 1), prompts=np.array(prompts), tokens=tokens.numpy())
-        shard["entropy"] = entropies(model, encode, prompts, tokens, args.dtype)
-        shard["metadata"] = np.array([item.metadata for item in items])
-        zoo.write_whole(path, partial(write_npz, arrays=shard))
+        shard = dict(
+            arr_0=as_pixels(images * 2 - 1),
+            prompts=np.array(prompts),
+            tokens=tokens.numpy(),
+            entropy=entropies(model, encode, prompts, tokens, args.dtype),
+            metadata=np.array([item.metadata for item in items]),
+        )
+        zoo.write_whole(path, partial(np.savez, **shard))
     parallel.largest(0)  # waits for the first process, which writes
 
 
@@ -299,7 +291,7 @@ def open_pictures(npz):
     stream = npz.zip.open("arr_0.npy")
     np.lib.format.read_magic(stream)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # version 2 is for headers beyond 64 kB
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
+    if dtype != np.uint8 or fortran or shape[1:] != (shape[1], shape[1], 3) or 0 in shape:
         raise Mistake(f"{npz.zip.filename}: arr_0 is {dtype} {shape}; {NPZ}")
     return stream, shape
 
@@ -318,25 +310,21 @@ def read_npz(path, prompts=None):
 def labels_of(path, args):
     """
     The labels or prompts (n,) beside the pictures of an npz; without any, n numbers, because no two pictures are known
-    to be of one class. Raises Mistake, also where judges are to be asked about them and they are not the model's.
+    to be of one class. Raises Mistake.
     """
     with zoo.reading(path, NPZ), np.load(path) as npz:
         n = open_pictures(npz)[1][0]
         labels = next((npz[key] for key in ("labels", "prompts", "arr_1") if key in npz), None)  # ours, ours, ADM's
-    if labels is None and not args.rewards:
-        return np.arange(n)
+    config = zoo.MODELS[args.model].config
+    fit = labels is not None and labels.dtype.kind in ("U" if config.task == "t2i" else "iu")
+    if fit and config.task == "c2i":
+        fit = labels.min() >= 0 and labels.max() < config.num_classes
+    if args.rewards and not fit:
+        raise Mistake(f"{path} holds no labels or prompts of {args.model}: say whose with --model, or omit --rewards")
     if labels is None:
-        raise Mistake(f"{path} holds neither labels nor prompts, so no judge can be asked: leave out --rewards")
+        return np.arange(n)
     if labels.shape != (n,):
         raise Mistake(f"{path}: its labels are {labels.shape}; {n} pictures need {n} labels, of shape ({n},)")
-    config = zoo.MODELS[args.model].config
-    if config.task == "t2i":
-        wanted, fit = "prompts", labels.dtype.kind == "U"
-    else:
-        wanted = f"labels from 0 to {config.num_classes - 1}"
-        fit = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < config.num_classes
-    if args.rewards and not fit:
-        raise Mistake(f"{path} holds no {wanted}, as {args.model} has: say whose they are with --model")
     return labels
 
 
@@ -358,13 +346,6 @@ def join(column, path):
         key = "labels" if prompts.dtype.kind == "i" else "prompts"
         with archive.open(f"{key}.npy", "w") as file:
             np.lib.format.write_array(file, prompts)
-
-
-GENEVAL = (
-    "To score: github.com/djghosh13/geneval with its Mask2Former (evaluation/download_models.sh) and a GPU: "
-    "python evaluation/evaluate_images.py {folder} --outfile results.jsonl --model-path MODELS, "
-    "then python evaluation/summary_scores.py results.jsonl"
-)
 
 
 def geneval_items(path, model):
@@ -397,8 +378,8 @@ def write_geneval(folder, column):
 @torch.no_grad()
 def score(name, shards, looks, args):
     """
-    {quantity: array (n, ...)}: what each of `looks`, functions look(pixels, prompts), says about pictures, batch by
-    batch, and their prompts and entropy. Of several processes each scores its share.
+    {quantity: array (n, ...)}: what each of `looks`, functions look(pixels, prompts), says about pictures, and their
+    prompts and entropy. Of several processes each scores its share.
     """
     found, size = {}, args.batch_size * parallel.world()
     for shard in tqdm(shards, desc=f"{name}: scores", unit="shard", leave=False, disable=parallel.rank() > 0):
@@ -447,15 +428,13 @@ def adm_references(args, look):
     for name, mean, cov in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         # those of all of ImageNet's pictures, where the file holds 10,000
         with zoo.reading(path, NPZ), np.load(path) as npz:
-            known, width = [npz[key] for key in (mean, cov) if key in npz], found[name].shape[1]
-        if known and [x.shape for x in known] != [(width,), (width, width)]:
-            raise Mistake(f"{path}: {mean} and {cov} are not a mean and covariance of {width}")
+            known = [npz[key] for key in (mean, cov) if key in npz]
         references[name] = reference_of(found[name], known)
     return references
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Figures. A text in the place of a figure says why there is none.
+# Figures, and the table of them. A text in the place of a figure says why there is none.
 
 
 def right_figures(right, captions, task):
@@ -484,33 +463,27 @@ def figures_of(found, references, model):
     return figures | ({"entropy": mean_of(found["entropy"])} if "entropy" in found else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The table
-
-
 def tables_of(columns, figures, paired):
     """
     (values, changes, tables) of {column: {metric: Figure or reason}}. values, and changes from the first column of the
-    same cfg: {column: {metric: (value, standard error)}}. A table in Markdown for each cfg. Several policies also have
-    a mean, which stands for them in their table.
+    same cfg: {column: {metric: (value, standard error)}}. A table in Markdown for each cfg.
     """
     values, changes, tables = {name: compare([found]) for name, found in figures.items()}, {}, []
     last = {column.name: as_cells(values[column.name]) for column in columns if column.record["role"] == "renders"}
     for cfg in dict.fromkeys(column.record["cfg"] for column in columns if column.name not in last):
         base, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
-        runs = [(column.name, column.record["role"], [figures[column.name]]) for column in others]
-        shown = runs
-        if len(others) > 1 and paired:  # policies, not files of others
-            mean = f"mean of {len(others)}"
-            shown = [(f"{mean}, cfg {cfg:g}", mean, [figures[column.name] for column in others])]
-        for name, _, several in [*runs, *shown]:
+        shown = {column.name: column.record["role"] for column in others}
+        for name in shown:
+            changes[name] = compare([figures[name]], figures[base.name], paired)
+        if len(others) > 1 and paired:  # policies, not files of others: their mean stands for them
+            role = f"mean of {len(others)}"
+            name = f"{role}, cfg {cfg:g}"
+            several = [figures[column.name] for column in others]
             values[name] = compare(several)
-            changes[name] = compare(several, figures[base.name], paired)
-        rows = dict.fromkeys(figures[base.name], "")  # of every metric, those too that are blank everywhere
-        cells = {base.name: rows | as_cells(values[base.name])}
-        for name, _, _ in shown:
-            cells[name] = as_cells(values[name])
-        for name, role, _ in shown:
+            changes[name] = compare(several, figures[base.name])
+            shown = {name: role}
+        cells = {name: as_cells(values[name]) for name in (base.name, *shown)}
+        for name, role in shown.items():
             cells[f"{role} minus {base.record['role']}"] = as_cells(changes[name], "+")
         tables.append(as_table(cells | last))
         last = {}
@@ -518,31 +491,28 @@ def tables_of(columns, figures, paired):
 
 
 def write_results(args, columns, figures):
-    """Writes NAME.md, settings, tables and why a cell is blank, and NAME.json. Returns the text."""
+    """Writes NAME.md: settings, tables and why a figure is missing, and NAME.json. Returns the text."""
     values, changes, tables = tables_of(columns, figures, paired=not args.samples)
     facts = {flag: getattr(args, flag) for flag in args.flags}
     facts["tuned"] = [path for path, policy in args.policies[1:]]
     numbers = {column.record["num"] for column in columns}
     facts["num"] = numbers.pop() if len(numbers) == 1 else sorted(numbers)  # of pictures that were scored
-    said, defaults = facts | dict(rewards=rewards_text(args.rewards)), judge_options()
-    said = [f"{flag} {value}" for flag, value in said.items() if value not in (None, "", [], defaults.get(flag))]
+    said = [f"{flag} {value}" for flag, value in facts.items() if value not in (None, [])]
     parts = [textwrap.fill(", ".join(said), 120, break_long_words=False, break_on_hyphens=False), *tables]
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
         parts.append(f"Behind ± stand standard errors; differences are {paired}.")
-    blank = {}  # {why: figures}
-    for name, found in figures.items():
-        for metric, figure in found.items():
-            if isinstance(figure, str):
-                blank.setdefault(figure, []).append(f"{metric} of {name}")
-    parts += [f"Blank: {'; '.join(cells)}: {why}." for why, cells in blank.items()]
+    for found in figures.values():
+        missing = [f"No {metric}: {why}." for metric, why in found.items() if isinstance(why, str)]
+        parts += [line for line in missing if line not in parts]
     if args.geneval:
-        parts.append(GENEVAL.format(folder=f"{args.out}-pictures/COLUMN"))
+        parts.append(f"For github.com/djghosh13/geneval: evaluation/evaluate_images.py {args.out}-pictures/COLUMN")
     facts["time"] = time.time()
     facts["records"] = {column.name: column.record for column in columns}
-    facts["columns"] = {name: {m: value for m, (value, _) in found.items()} for name, found in values.items()}
-    facts["standard_errors"] = {name: {m: error for m, (_, error) in found.items()} for name, found in values.items()}
-    facts |= dict(differences=changes, blank=blank)
+    facts |= dict(columns={}, standard_errors={}, differences=changes)
+    for name, found in values.items():
+        facts["columns"][name] = {metric: value for metric, (value, _) in found.items()}
+        facts["standard_errors"][name] = {metric: error for metric, (_, error) in found.items()}
     text, facts = "\n\n".join(parts), json.dumps(facts, indent=1, default=str)
     for suffix, content in ((".json", facts), (".md", text)):
         path = args.out.with_name(args.out.name + suffix)
@@ -559,7 +529,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is evaluated").add_argument
     zoo.add_model_flags(add)
     add("--ckpt", nargs="+", type=zoo.user_path, metavar="PATH", default=[], help="weights, or folders that train.py "
-        "wrote, all of one model (default: only the base)")  # fmt: skip
+        "wrote, from one base (default: only the base)")  # fmt: skip
     add("--base", type=zoo.user_path, metavar="PATH", help="weights of the base (default: those that the first --ckpt "
         "began from)")  # fmt: skip
     only = parser.add_mutually_exclusive_group().add_argument
@@ -567,32 +537,20 @@ def parse_args(argv=None):
     only("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
     only("--geneval", type=zoo.user_path, metavar="FILE", help="t2i: GenEval's evaluation_metadata.jsonl; draws four "
          "pictures per line into the folders that its scorer reads")  # fmt: skip
-    only("--samples", nargs="+", type=zoo.user_path, default=[], metavar="FILE", help="npz files whose pictures, arr_0 "
-         "uint8 (n, H, H, 3), are scored in a model's place")  # fmt: skip
+    only("--samples", nargs="+", type=zoo.user_path, default=[], metavar="FILE", help="npz files whose pictures are "
+         "scored in a model's place")  # fmt: skip
     add("--num", type=int, help="pictures for each column (default 1024: standard error 1.5 points; --samples: all)")
     add("--cfg-scale", type=float, nargs="+", help="guidance to sample with (default: 1 and what the first --ckpt was "
         "trained with, or 2 if that is 1)")  # fmt: skip
-    add("--temperature", type=float, help="divides the logits (default: what the first --ckpt was trained with, "
-        "else 1)")  # fmt: skip
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0, all, as LlamaGen's evaluation)")
-    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
-    add("--best-of", type=int, default=1, metavar="N", help="evaluate the best of N candidates per picture, by the "
-        "weighted sum of --rewards (default 1)")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of sampling; the renders have another (default 0)")
-    add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add_sampling_flags(add)
     add("--out", type=zoo.user_path, help="FOLDER/NAME of the .md and .json (default: evaluation, -2, ... beside the "
         "first --ckpt, else in out)")  # fmt: skip
-    add("--npz", type=zoo.user_path, metavar="FOLDER", help="folder that gets each column's pictures as an npz in "
-        "ADM's form, larger ones resized to 256 px (default: none)")  # fmt: skip
-    add = parser.add_argument_group("judging").add_argument
-    add("--reference", type=zoo.user_path, metavar="PATH", help="ADM's protocol: npz of reference pictures arr_0, with "
-        "mu, sigma, mu_s and sigma_s if they are of more pictures; a path or hf:OWNER/REPO/FILE, with #SHA256 to be "
-        "checked")  # fmt: skip
-    add("--inception", type=zoo.user_path, metavar="PATH", help="torch-fidelity's Inception weights, likewise "
-        "(default: its own download)")  # fmt: skip
-    add("--rewards", help="judges to report, and their weights in the sum that --best-of goes by (default: "
-        "clip=1,realism=0.25 for the toys, else clip; --samples: none)")  # fmt: skip
-    add_judge_flags(add)
+    add("--npz", type=zoo.user_path, metavar="FOLDER", help="gets each column's pictures as an npz in ADM's form")
+    add = parser.add_argument_group("ADM's protocol").add_argument
+    add("--reference", type=zoo.user_path, metavar="PATH", help="npz of reference pictures, as ADM's; a path or "
+        "hf:OWNER/REPO/FILE, with #SHA256 to be checked")  # fmt: skip
+    add("--inception", type=zoo.user_path, metavar="PATH", help="torch-fidelity's weights (default: its own download)")
     return resolve(parser.parse_args(argv))
 
 
@@ -600,9 +558,7 @@ def resolve(args):
     """Checks the flags and fills in what depends on others. Raises Mistake, OSError."""
     args.flags = [flag for flag in vars(args) if flag not in ("out", "ckpt", "prompts")]  # for the table
     zoo.setup_device(args)
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
-    if not 0 < args.top_p <= 1:  # also refuses NaN
-        raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    check_sampling(args)
     if args.samples and (args.ckpt or args.best_of > 1):
         raise Mistake("--samples are drawn already, so --ckpt and --best-of have no say: leave them out")
     args.model, _, header = zoo.find_policy(args.ckpt[0] if args.ckpt else None, args.model, args.task)
@@ -626,10 +582,7 @@ def resolve(args):
 
 
 def name_files(args, header):
-    """
-    Sets args.out, and args.work for the shards. In a folder a finished table, which may have taken hours, is never
-    written over: others are evaluation-2, ... Raises Mistake, OSError.
-    """
+    """Sets args.out, and args.work for shards. In a folder no table is written over: others are evaluation-2, ..."""
     folder = args.out or Path("out")
     if not args.out and args.ckpt and header["step"]:  # beside a policy of ours, but not in the hub's cache
         folder = args.policies[1][0].parent
@@ -638,8 +591,11 @@ def name_files(args, header):
         args.work = args.out.with_name(f"{args.out.name}.parts")
     else:
         args.work = folder / "evaluation.parts"
-        numbered = (folder / f"evaluation{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
-        args.out = next(out for out in numbered if not out.with_name(f"{out.name}.json").exists())
+        args.out = folder / "evaluation"
+        number = 1
+        while args.out.with_suffix(".json").exists():
+            number += 1
+            args.out = folder / f"evaluation-{number}"
     zoo.make_folder(args.out.parent)
 
 
@@ -662,10 +618,8 @@ def policies_of(args, header):
 
 def items_of(args):
     """An Item per picture. Raises Mistake, OSError."""
-    if args.geneval and args.num:
-        raise Mistake("--num: GenEval has four pictures for each of its prompts; leave it out")
     if args.geneval:
-        return geneval_items(args.geneval, args.model)
+        return geneval_items(args.geneval, args.model)[: args.num]
     num = args.num or 1024
     pool = fixed_prompts(args.model, num)
     if args.classes or args.prompts or (args.task == "t2i" and not args.toy):

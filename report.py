@@ -6,10 +6,8 @@ Paints arrays: grids, curves, one step, the frontier, and the page of a run, whi
     python report.py base.json tuned.json --out frontier.png   # tables of evaluate.py: what accuracy costs
     python report.py out/seed0 out/seed1 out/seed2 --out assets/curves_c2i.json   # the band behind runs of this task
 
-A run's page is assets/page.html, filled: its settings and warnings, the same prompts and seeds during training, the
-group of three steps, one picture as base and tuned model write it token by token, a curve for each metric with its
-healthy range, and the newest table of evaluate.py. In the picture of several runs, those whose settings are equal
-except for the seed are one line with a band.
+A run's page is assets/page.html, filled. In the picture of several runs, those whose settings are equal except for the
+seed are one line with a band.
 
 Nothing here runs a model; what does is in sample.py. Shapes: K pictures of a group, n of a step, T image tokens.
 """
@@ -53,14 +51,11 @@ def our_style():
 
 
 def save_figure(path, draw, *arguments):
-    """Writes the matplotlib figure that draw(*arguments) returns. Raises Mistake, OSError."""
-    form = path.suffix.removeprefix(".")
-    if form not in ("png", "svg", "pdf"):
-        raise Mistake(f"--out {path}: the picture's name ends in .png, .svg or .pdf")
+    """Writes the matplotlib figure that draw(*arguments) returns, in the form that the path ends in. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with our_style():
         figure = draw(*arguments)
-        zoo.write_whole(path, lambda place: figure.savefig(place, dpi=100, format=form))
+        zoo.write_whole(path, lambda place: figure.savefig(place, dpi=100))
 
 
 def as_array(values):
@@ -85,34 +80,16 @@ def plain(text):
 MARKS = {True: "\u2713\u00a0", False: "\u2717\u00a0"}  # check mark, ballot cross; spaces that do not break
 MARK_COLOURS = {MARKS[True]: "#15803d", MARKS[False]: "#b91c1c"}
 CELL = 128  # pixels of a small picture in a grid
-WIDEST = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}  # pixels that the format holds
+WIDEST = 16_383  # pixels that WebP holds side by side; a grid that would be wider gets fewer columns
 
 
 def label_lines(label, width):
-    """
-    The lines of a label, of at most `width` characters: at most four for its first line, a caption of any length; as
-    many as the rest needs.
-    """
+    """The lines of a label, of at most `width` characters: at most four for its first line, the caption."""
     caption, *rest = plain(label).split("\n")
-    # 500: nobody sees more, and it could be a whole book
     lines = textwrap.wrap(caption[:500], width, max_lines=4, placeholder="...", break_on_hyphens=False)
     for text in rest:
         lines += textwrap.wrap(text, width, break_on_hyphens=False)
     return lines
-
-
-def label_font():
-    """A font of which all characters are as wide. matplotlib brings it along; it knows the languages of Europe."""
-    import matplotlib
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 9)
-
-
-def columns_that_fit(path, images, columns):
-    """At most `columns` of a grid, as many as the format of the file holds side by side."""
-    cell = max(CELL, images.shape[3]) + 6
-    widest = WIDEST.get(path.suffix.lower(), 65_500)
-    return max(1, min(columns, widest // cell))
 
 
 def save_grid(path, images, labels, columns, title=""):
@@ -120,14 +97,20 @@ def save_grid(path, images, labels, columns, title=""):
     Writes images (n, 3, H, W) in [0, 1] as a grid `columns` wide, each with its label below it: a caption, which may
     begin with a mark, and after a newline the judges' scores. Raises OSError.
     """
-    path, font = Path(path), label_font()
+    from matplotlib import get_data_path
+
+    path = Path(path)
+    # all characters are as wide, and it knows the languages of Europe
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 9)
     n, _, height, width = images.shape
     zoom = max(1, CELL // width)
     labels = [label_lines(label, int(width * zoom / font.getlength("m"))) for label in labels]
     lines = max(len(label) for label in labels)
     cell_w, cell_h = width * zoom + 6, height * zoom + 13 * lines + 6
+    columns = min(columns, WIDEST // cell_w)
     top = 20 if title else 0
-    sheet = Image.new("RGB", (columns * cell_w, top + -(-n // columns) * cell_h), "white")
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * cell_w, top + rows * cell_h), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((4, 3), plain(title), fill="black", font=font)
     for k, (pixels, label) in enumerate(zip(as_pixels(images), labels, strict=True)):
@@ -162,7 +145,8 @@ def interleave(images, labels, columns):
 # One step
 
 UNIT = 1.15  # inches of a picture and its gap
-LEFT, BOTTOM = 2.0, 1.15  # inches beside and below the rows; their names stand on the left
+LEFT, TOP, BOTTOM = 2.0, 0.6, 1.15  # inches around the rows; their names stand on the left
+GAP = 0.2  # inches between rows
 LEAST = 6.6  # inches of the first row, which is as wide for two pictures
 CORNER = 8  # words of a side that are shown: more would be too small to read
 SMALL = dict(color="grey", fontsize=7)
@@ -191,14 +175,12 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     shared_out = advantages.ndim == 2
     # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
     of_image = advantages.mean(1) if shared_out else advantages  # (K,)
-    above = [0.6, 0.4 + 0.14 * len(scores), 0.2, 0.2, 0.2]
-    heights = [UNIT, UNIT, max(0.8, 0.5 + 0.12 * len(weights)), 0.9, UNIT]
+    said = 0.14 * len(scores)  # inches: a line for each judge
+    heights = [UNIT, UNIT + 0.2 + said, 0.5 + said, 0.9, UNIT]
     if shared_out:
-        above.append(0.2)
         heights.append(UNIT)
-    figure, rows = stack_rows(heights, above, K)
-    few = f"{K} of the {n}" if n > K else f"the {K}"
-    title = f"One group: {few} pictures of a step, for “{' '.join(plain(caption).split())[:44]}”"
+    figure, rows = stack_rows(heights, K)
+    title = f"One group: {K} of the {n} pictures of a step, for “{' '.join(plain(caption).split())[:44]}”"
     rows[0].set_title(title, loc="left", fontsize=10)
 
     side = math.isqrt(T)
@@ -216,44 +198,44 @@ def step_figure(caption, images, tokens, rewards, advantages, change, scores, we
     for k in range(K):
         said = "\n".join(f"{judge[-14:]} {values[k]:.2f}" for judge, values in scores.items())
         rows[1].text(k + 0.5, 1.05, said, ha="center", va="bottom", **SMALL)
-    name_row(
-        rows[2], "add up", f"rewards ({n},)", "\n+ ".join(f"{w:g} × {judge[-20:]}" for judge, w in weights.items())
-    )
+    terms = [f"{weight:g} × {judge[-20:]}" for judge, weight in weights.items()]
+    name_row(rows[2], "add up", f"rewards ({n},)", "\n+ ".join(terms))
     draw_bars(rows[2], rewards, "{:.2f}")
     name_row(rows[3], "compare", f"advantages ({n},)", "the reward against\nits group's mean")
     draw_bars(rows[3], of_image, "{:+.2f}")
     if shared_out:
         name_row(rows[4], "divide", f"advantages ({n}, {T})", "each token's share\nof the advantage")
         share = advantages / np.where(of_image, of_image, np.inf)[:, None]  # an advantage of 0 has none
-        most = share.max() or 1
-        draw_squares(rows[4], share, side, cmap="Greys", vmin=0, vmax=most)
+        draw_squares(rows[4], share, side, cmap="Greys", vmin=0, vmax=share.max())
     name_row(rows[-1], "learn", f"change ({n}, {T})", "of log pi: what the\nupdate did to each token")
     most = np.nanpercentile(abs(change), 98) or 1
     draw_squares(rows[-1], change, side, cmap="RdBu", vmin=-most, vmax=most)
     for k in range(K):
         pushed = np.mean(np.sign(change[k]) == np.sign(of_image[k]))
-        text = f"{pushed:.0%} moved\nas pushed"
-        rows[-1].text(k + 0.5, -0.06, text, ha="center", va="top", **SMALL)
-    scale = rows[-1].inset_axes([0.4, -0.72, 2.8, 0.08], transform=rows[-1].transData)
+        moved = f"{pushed:.0%} moved\nas pushed"
+        rows[-1].text(k + 0.5, -0.06, moved, ha="center", va="top", **SMALL)
+    place = [0.4, -0.72, 2.8, 0.08]
+    scale = rows[-1].inset_axes(place, transform=rows[-1].transData)
     figure.colorbar(rows[-1].images[-1], cax=scale, orientation="horizontal", extend="both")
     scale.tick_params(labelsize=6)
     scale.set_title("less likely      change of log-probability, nats      more likely", fontsize=7, pad=2)
     return figure
 
 
-def stack_rows(heights, above, K):
-    """A figure and its rows, one below the other: of each its height and the gap above it, in inches."""
+def stack_rows(heights, K):
+    """A figure and its rows, one below the other, of these heights in inches."""
     from matplotlib.figure import Figure
 
     width = LEFT + max(K * UNIT, LEAST) + 0.2
-    total = sum(above) + sum(heights) + BOTTOM
-    figure, rows, bottom = Figure(figsize=(width, total)), [], total
-    for gap, height in zip(above, heights, strict=True):
-        bottom -= gap + height
-        row = figure.add_axes([LEFT / width, bottom / total, K * UNIT / width, height / total])
+    total = TOP + sum(heights) + GAP * (len(heights) - 1) + BOTTOM
+    right = (LEFT + K * UNIT) / width
+    figure = Figure(figsize=(width, total))
+    figure.subplots_adjust(LEFT / width, BOTTOM / total, right, 1 - TOP / total)
+    figure.subplots_adjust(hspace=GAP / np.mean(heights))
+    rows = figure.subplots(len(heights), height_ratios=heights)
+    for row, height in zip(rows, heights, strict=True):
         row.set(xlim=(0, K), ylim=(0, height / UNIT))
         row.set(xticks=[], yticks=[], frame_on=False)
-        rows.append(row)
     return figure, rows
 
 
@@ -266,14 +248,11 @@ def name_row(row, verb, tensor, note):
 
 
 def draw_squares(row, values, side, **colours):
-    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T), with the tokens' grid."""
+    """A square for each of K pictures (K, H, W, 3), or for the values of their tokens (K, T)."""
     for k, square in enumerate(values):
-        left, right = k + 0.03, k + 0.97
         square = square if square.ndim == 3 else square.reshape(side, side)
-        row.imshow(square, extent=(left, right, 0, 0.94), aspect="auto", **colours)
-        faint = dict(color="white", alpha=0.15, linewidth=0.4)
-        row.hlines(np.linspace(0, 0.94, side + 1), left, right, **faint)
-        row.vlines(np.linspace(left, right, side + 1), 0, 0.94, **faint)
+        place = k + 0.03, k + 0.97, 0, 0.94
+        row.imshow(square, extent=place, aspect="auto", **colours)
 
 
 def draw_bars(row, values, form):
@@ -281,7 +260,8 @@ def draw_bars(row, values, form):
     low, high = min(0, values.min()), max(1e-9, values.max())
     row.set_ylim(1.4 * low, 1.4 * high)  # room for the numbers
     row.axhline(0, color="black", linewidth=0.6, clip_on=False)
-    bars = row.bar(np.arange(len(values)) + 0.5, values, color="dimgrey", width=0.5)
+    places = np.arange(len(values)) + 0.5
+    bars = row.bar(places, values, color="dimgrey", width=0.5)
     row.bar_label(bars, fmt=form, fontsize=8, padding=1)
 
 
@@ -303,14 +283,14 @@ def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts. Raises FileNotFoundError, Mistake."""
     path = folder / "metrics.jsonl"
     with zoo.reading(path, "give a folder that train.py wrote"):
-        rows = [dict(json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+        rows = [dict(json.loads(line)) for line in path.read_text().splitlines()]
     if not rows:
         raise Mistake(f"{path} is empty: nothing to report yet")
     return rows
 
 
 def read_json(path):
-    """What a .json beside a run holds, {} if it is not there. Raises Mistake."""
+    """What a .json of a run holds, {} if it is not there. Raises Mistake."""
     with zoo.reading(path, "delete it: the page can do without"):
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
@@ -326,12 +306,11 @@ def panels_of(runs):
     judges = dict.fromkeys(key for row in all_rows for key in row if key.endswith("_mean"))
     panels = {}
     for key in (*METRICS, *judges, "lr", "peak_memory_gb"):
-        # a run that lacks a metric keeps its place, so that it has one colour in all panels
-        lines = {}
-        for label, seeds in runs.items():
-            lines[label] = [column(rows, key) for rows in seeds]
-        if any(np.isfinite(values).any() for seeds in lines.values() for values in seeds):
-            panels[key] = lines
+        if np.isfinite(column(all_rows, key)).any():
+            # a run that lacks a metric keeps its place, so that it has one colour in all panels
+            panels[key] = lines = {}
+            for label, seeds in runs.items():
+                lines[label] = [column(rows, key) for rows in seeds]
     return panels
 
 
@@ -342,15 +321,17 @@ def seconds_of(rows):
     return {key.replace("seconds_", ""): [column(rows, key)] for key in parts}
 
 
+def around(values):
+    """Values (steps,) within a tenth of the run around each step: (steps, window), NaN beyond its ends."""
+    half = len(values) // 20
+    padded = np.pad(values, half, constant_values=np.nan)
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+
+
 def smooth(values, at):
     """The running mean over a tenth of the run, of the values that are finite, at some of its steps."""
-    half = max(1, len(values) // 10) // 2
-    means = []
-    for k in at:
-        window = values[max(0, k - half) : k + half + 1]
-        finite = window[np.isfinite(window)]
-        means.append(finite.mean() if len(finite) else np.nan)
-    return np.array(means)
+    finite = np.ma.masked_invalid(around(values)[at])  # (points, window)
+    return finite.mean(1).filled(np.nan)
 
 
 def draw_curves(panels, columns, bands):
@@ -360,7 +341,8 @@ def draw_curves(panels, columns, bands):
     """
     from matplotlib.figure import Figure
 
-    rows, legend = -(-len(panels) // columns), {}
+    legend = {}
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
     for k, (key, lines) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, columns, k)
@@ -374,18 +356,17 @@ def draw_curves(panels, columns, bands):
 
 def draw_panel(axes, key, lines, band):
     """A panel of draw_curves. A single curve also shows its values, as dots."""
+    shade = dict(alpha=0.2, linewidth=0)
     if band:
         low, high = band
-        axes.fill_between(
-            range(len(low)), low, high, color="grey", alpha=0.2, linewidth=0, label="the default, three seeds"
-        )
+        axes.fill_between(range(len(low)), low, high, color="grey", label="the default, three seeds", **shade)
     for k, (label, seeds) in enumerate(lines.items()):
         length = min(len(values) for values in seeds)
         at = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
         smoothed = np.stack([smooth(values[:length], at) for values in seeds])  # (seeds, points)
         axes.plot(at, smoothed.mean(0), color=f"C{k}", label=plain(label))
         low, high = smoothed.min(0), smoothed.max(0)
-        axes.fill_between(at, low, high, color=f"C{k}", alpha=0.2, linewidth=0)
+        axes.fill_between(at, low, high, color=f"C{k}", **shade)
         if len(lines) == len(seeds) == 1:
             axes.plot(at, seeds[0][at], ".", color=f"C{k}", alpha=0.4)
     if key in HEALTHY:
@@ -399,7 +380,8 @@ def write_curves(folder):
     """curves.png of a run: reward, share right, KL and entropy."""
     panels = panels_of({"this run": [read_metrics(folder)]})
     main = {key: panels[key] for key in METRICS[:4] if key in panels}
-    save_figure(folder / "curves.png", draw_curves, main, len(main), default_bands(read_json(folder / "flags.json")))
+    bands = default_bands(read_json(folder / "flags.json"))
+    save_figure(folder / "curves.png", draw_curves, main, len(main), bands)
 
 
 def compare_runs(folders, path):
@@ -418,20 +400,14 @@ def compare_runs(folders, path):
 
 
 def write_bands(folders, path):
-    """
-    Keeps where several seeds of a recipe went: {"flags": settings, "bands": {metric: [lowest, highest]}}, each of
-    (steps,) within a tenth of the run around each step.
-    """
-    panels, bands = panels_of({"": [read_metrics(folder) for folder in folders]}), {}
+    """Keeps where several seeds of a recipe went: {"flags": settings, "bands": {metric: [lowest, highest]}}."""
+    runs, bands = [read_metrics(folder) for folder in folders], {}
     for key in OF_ITS_TASK + OF_ITS_REWARDS:
-        curves = np.stack(panels[key][""])  # (seeds, steps)
-        steps = curves.shape[1]
-        half = max(1, steps // 20)
-        windows = [curves[:, max(0, k - half) : k + half + 1] for k in range(steps)]
-        low = [float(f"{window.min():.3g}") for window in windows]
-        high = [float(f"{window.max():.3g}") for window in windows]
-        bands[key] = low, high
-    text = json.dumps(dict(flags=read_json(folders[0] / "flags.json"), bands=bands))
+        values = np.stack([around(column(rows, key)) for rows in runs])  # (seeds, steps, window)
+        limits = np.nanmin(values, (0, 2)), np.nanmax(values, (0, 2))
+        bands[key] = [[float(f"{x:.3g}") for x in limit] for limit in limits]
+    flags = read_json(folders[0] / "flags.json")
+    text = json.dumps(dict(flags=flags, bands=bands))
     zoo.write_whole(path, lambda place: place.write_text(text + "\n"))
 
 
@@ -499,16 +475,6 @@ def save_writers(folder, caption, writers):
     zoo.write_whole(folder / "samples/writers.json", lambda place: place.write_text(text))
 
 
-def ailments(rows, flags):
-    """{what: (step, sentence)}: each warning of a run, where it was first given."""
-    found = {}
-    if isinstance(flags.get("rewards"), dict):  # an older run's settings had other names
-        for k in range(len(rows)):
-            for what, sentence in warnings(rows[: k + 1][-41:], flags).items():
-                found.setdefault(what, (rows[k]["step"], sentence))
-    return found
-
-
 def chart_of(key, lines, bands):
     """A panel as an SVG."""
     text = io.StringIO()
@@ -521,44 +487,43 @@ def chart_of(key, lines, bands):
 def write_page(folder, path=None):
     """The page of a run at `path` or FOLDER/report.html: assets/page.html, filled. Raises Mistake, OSError."""
     rows, flags = read_metrics(folder), read_json(folder / "flags.json")
+    ailments = {}
+    for k, row in enumerate(rows):
+        recent = rows[max(0, k - 40) : k + 1]
+        for what, sentence in warnings(recent, flags).items():
+            ailments.setdefault(what, (row["step"], sentence))  # where it was first given
     bands = default_bands(flags)
     panels = panels_of({"this run": [rows]}) | dict(seconds=seconds_of(rows))
     tables = [read_json(path) for path in folder.glob("evaluation*.json")]
     between = sorted((folder / "samples").glob("step_*.png"))
     between = between[:: -(-len(between) // 10) or 1]  # for the size of the page
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True).get_template("page.html")
+    page = jinja2.Template((ASSETS / "page.html").read_text(encoding="utf-8"), autoescape=True)
     text = page.render(
         title=f"AR-GRPO: {folder}",
         rows=rows,
         flags=flags,
-        ailments=ailments(rows, flags),
+        ailments=ailments,
         slides=pictures_of([folder / "before.png", *between, folder / "after.png"]),
         groups=pictures_of(sorted((folder / "samples").glob("group_*.png"))),
         writers=read_json(folder / "samples/writers.json"),
         table=max(tables, key=lambda table: table.get("time", 0), default=None),
         charts={key: chart_of(key, lines, bands) for key, lines in panels.items() if lines},
     )
-    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(plain(text), encoding="utf-8"))
+    text = plain(text)
+    zoo.write_whole(path or folder / "report.html", lambda place: place.write_text(text, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The frontier
 
 RIGHT, RECALL, REWARD = "right: all", "recall, latents", "reward: weighted sum"
-CORNERS = [  # in points: where the names of a line stand beside its points
-    (5, 5, "left"),
-    (5, -12, "left"),
-    (-5, 5, "right"),
-    (-5, -12, "right"),
-]
 
 
 def lines_of(paths):
     """
-    {task: {line: {point: {policy: {metric: (value, standard error)}}}}} of tables of evaluate.py.
-
-    The base is a line through its guidance scales, and one through its best of N. Each table of tuned policies is a
-    line through their numbers of steps, from the base. Policies that share a point are seeds. Raises Mistake.
+    {task: {line: {point: {policy: {metric: (value, standard error)}}}}} of tables of evaluate.py. The base is a line
+    through its guidance scales, and one through its best of N. Each table of tuned policies is a line through their
+    numbers of steps, from the base. Policies that share a point are seeds. Raises Mistake.
     """
     tasks, numbers = {}, set()
     for path in paths:
@@ -566,17 +531,14 @@ def lines_of(paths):
             table = json.loads(path.read_text())
             lines = tasks.setdefault(table["task"], {})
             for name, record in table["records"].items():
-                figures = table["columns"].get(name, {})
-                errors = table["standard_errors"].get(name, {})
+                figures, errors = table["columns"][name], table["standard_errors"][name]
                 if record["cfg"] and {RIGHT, RECALL} <= set(figures):  # renders have no cfg
                     numbers.add(record["num"])
                     line, point = place_of(record, path)
-                    seeds = lines.setdefault(line, {}).setdefault(point, {})
-                    found = {key: (value, errors.get(key) or 0) for key, value in figures.items()}
-                    seeds[record["policy"]] = found
-    tasks = {task: lines for task, lines in tasks.items() if lines}
-    if not tasks:
-        raise Mistake("none of these tables says how many pictures are right: only the toys' do")
+                    found = {key: (value, errors[key] or 0) for key, value in figures.items()}
+                    lines.setdefault(line, {}).setdefault(point, {})[record["policy"]] = found
+    if not all(tasks.values()):
+        raise Mistake("a table has no share right or no recall, which those of the toys have from 48 pictures on")
     if len(numbers) > 1:
         raise Mistake(f"the tables are of {sorted(numbers)} pictures, on which recall depends: give all the same --num")
     for lines in tasks.values():
@@ -588,35 +550,28 @@ def lines_of(paths):
 
 
 def place_of(record, path):
-    """
-    Where a column of evaluate.py belongs: ((label of a line, its cfg or None), (number along the line, name)). Only
-    tuned policies have steps.
-    """
-    cfg, best_of, temperature, steps = (record[key] for key in ("cfg", "best_of", "temperature", "steps"))
-    label = "base"
-    if steps:
-        label = path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
-    label += f", temperature {temperature:g}" if temperature != 1 else ""
+    """Where a column of evaluate.py belongs: ((label of a line, its cfg or None), (number along the line, name))."""
+    cfg, best_of = record["cfg"], record["best_of"]
+    steps = record["steps"]  # only tuned policies have some
     if not steps and best_of == 1:
-        return (f"{label}, guidance", None), (cfg, f"cfg {cfg:g}")
-    label += f", cfg {cfg:g}" if cfg != 1 else ""
-    if steps:
-        return (label, cfg), (steps, f"{steps} steps")
-    return (f"{label}, best of N", cfg), (best_of, f"best of {best_of}")
+        return ("base, guidance", None), (cfg, f"cfg {cfg:g}")
+    guided = f", cfg {cfg:g}" if cfg != 1 else ""
+    if not steps:
+        return (f"base, best of N{guided}", cfg), (best_of, f"best of {best_of}")
+    label = path.parent.resolve().name if path.stem.startswith("evaluation") else path.stem
+    return (f"{label}{guided}", cfg), (steps, f"{steps} steps")
 
 
 def frontier_figure(tasks):
     """
-    What accuracy costs: a figure with a row per task, from what lines_of returns. On the left the share right against
-    recall in latents, which no reward sees. On the right against the judges' weighted sum: a policy below the line of
-    best-of-N, which raises the reward without touching a weight, is hacking the judges.
+    What accuracy costs, a row per task: the share right against recall in latents, which no reward sees, and against
+    the judges' weighted sum. There a policy below the line of best-of-N, which touches no weight, hacks the judges.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), 3, width_ratios=(4, 4, 2), squeeze=False)
-    for (left, right, names), task in zip(grid, tasks, strict=True):
-        lines = tasks[task]
+    for (left, right, names), (task, lines) in zip(grid, tasks.items(), strict=True):
         draw_frontier(left, lines, RECALL)
         draw_frontier(right, lines, REWARD)
         left.set_ylabel(f"right, {task}")
@@ -633,10 +588,9 @@ def draw_frontier(axes, lines, key):
         y, dy = np.transpose([seeds_mean(own, RIGHT) for own in seeds])
         style = dict(color=f"C{k}", marker="o", markersize=4, linewidth=1, elinewidth=0.6)
         axes.errorbar(x, y, dy, dx, label=label, **style)
-        right, up, side = CORNERS[k % 4]
+        style = dict(textcoords="offset points", fontsize=7, color=f"C{k}")
         for i, (_, name) in enumerate(sorted(points)):
-            style = dict(textcoords="offset points", ha=side, fontsize=7, color=f"C{k}")
-            axes.annotate(name, (x[i], y[i]), (right, up), **style)
+            axes.annotate(name, (x[i], y[i]), (5, 5), **style)
     axes.set_xlabel(key)
     axes.margins(0.15)  # for the names
     axes.grid(True)
@@ -644,7 +598,8 @@ def draw_frontier(axes, lines, key):
 
 def seeds_mean(seeds, key):
     """(mean, standard error) of a figure over seeds, [{metric: (value, error)}]. The error includes their spread."""
-    values, errors = np.transpose([figures.get(key, (np.nan, 0)) for figures in seeds])
+    found = [figures.get(key, (np.nan, 0)) for figures in seeds]
+    values, errors = np.transpose(found)
     variance = (errors**2).mean()
     if len(values) > 1:
         variance += values.var(ddof=1)
@@ -657,12 +612,11 @@ def seeds_mean(seeds, key):
 
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=zoo.user_path, help="folders of train.py, or tables (.json) of evaluate.py"
-    )
-    parser.add_argument("--out", type=zoo.user_path, help="file of the page or picture (default: report.html in the run; of "
-                        "several, compare.png beside the first; of tables, frontier.png there); NAME.json keeps the "
-                        "curves of several runs, as the band behind others of their task")  # fmt: skip
+    add = parser.add_argument
+    add("runs", nargs="+", type=zoo.user_path, help="folders of train.py, or tables (.json) of evaluate.py")
+    add("--out", type=zoo.user_path, help="file of the page or picture (default: report.html in the run; of several, "
+        "compare.png beside the first; of tables, frontier.png there); NAME.json keeps the curves of several runs, as "
+        "the band behind others of their task")  # fmt: skip
     return parser.parse_args(argv)
 
 

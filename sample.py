@@ -5,13 +5,12 @@ Draws pictures of a policy: load, encode the prompts, generate tokens, decode, s
     python sample.py --ckpt out/c2i --compare                     # base above tuned, same seeds
     python sample.py --ckpt out/best --compare out/c2i            # base, out/c2i, out/best
     python sample.py --classes "red circle" 7 --num 8 --cfg-scale 2
-    python sample.py --task t2i --prompts "a red circle and a blue square"
-    python sample.py --task t2i --prompts my_prompts.txt --npz samples.npz
+    python sample.py --task t2i --prompts "a red circle and a blue square" my_prompts.txt --npz samples.npz
     python sample.py --best-of 4                                  # of four candidates for each picture the judges' best
     python sample.py --model llamagen-b-256 --classes goldfish "golden retriever"
 
-Prompts are classes by name or number (c2i), or captions or files of them (t2i). Every picture has its own random
-numbers, a function of --seed and its place in the list, so base and tuned model draw from the same ones.
+Every picture has its own random numbers, a function of --seed and its place in the list, so base and tuned model draw
+from the same ones.
 """
 
 import math
@@ -50,26 +49,22 @@ def draw(
 ):  # fmt: skip
     """
     One picture per prompt: images (n, 3, H, W) in [0, 1] and tokens (n, T), on the CPU. `encode` pads as the model was
-    trained (partial(encode, pad="right") where that is the right side). `sampling` goes to Transformer.generate, under
-    autocast to `dtype`. Picture k depends on seed (a number or several), first + k and its prompt alone, so a long list
-    can be drawn in pieces. progress: a bar on stderr, with the time left.
+    trained. `sampling` goes to Transformer.generate, under autocast to `dtype`. Picture k depends on seed (a number or
+    several), first + k and its prompt alone, so a long list can be drawn in pieces. progress: a bar on stderr.
     """
     device, T = model.output.weight.device, model.config.num_tokens
     batches = torch.tensor(parallel.share(len(prompts))).split(batch_size)  # each process draws its share
     images, tokens = [], []
     hidden = not progress or parallel.rank() > 0
-    with tqdm(total=T * len(batches), unit="token", leave=False, disable=hidden) as bar:
-        # generate normalises once per token; what a hook returns would replace the output
-        hook = model.norm.register_forward_hook(lambda *_: bar.update() and None)
-        for rows in batches:
-            cond, cond_mask = encode([prompts[k] for k in rows])
-            noise = image_noise(first + rows, T, *np.atleast_1d(seed).tolist())
-            with zoo.autocast(device, dtype):
-                batch, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
-            images += [to_unit(tokenizer.decode(part)).cpu() for part in batch.split(decode_batch)]
-            tokens.append(batch.cpu())
-        hook.remove()
-    return parallel.gather(torch.cat(images), len(prompts)), parallel.gather(torch.cat(tokens), len(prompts))
+    for rows in tqdm(batches, unit="batch", leave=False, disable=hidden):
+        cond, cond_mask = encode([prompts[k] for k in rows])
+        noise = image_noise(first + rows, T, *np.atleast_1d(seed).tolist())
+        with zoo.autocast(device, dtype):
+            batch, _ = model.generate(cond, cond_mask, noise=noise, **sampling)
+        images += [to_unit(tokenizer.decode(part)).cpu() for part in batch.split(decode_batch)]
+        tokens.append(batch.cpu())
+    n = len(prompts)
+    return parallel.gather(torch.cat(images), n), parallel.gather(torch.cat(tokens), n)
 
 
 CANDIDATE = 2**31  # follows --seed in the random numbers of further candidates; those of training have their step there
@@ -77,40 +72,34 @@ CANDIDATE = 2**31  # follows --seed in the random numbers of further candidates;
 
 @torch.no_grad()
 def draw_best(
-    best_of, judges, weights, captions, model, tokenizer, encode, prompts, seed=0, first=0, batch_size=64,
-    progress=False, **options,
+    best_of, judges, weights, captions, model, tokenizer, encode, prompts, seed=0, first=0, batch_size=64, **options,
 ):  # fmt: skip
     """
     Like `draw`, but draws `best_of` candidates per prompt and keeps the one with the highest weighted reward; a missing
     score has no say. Candidate 0 is what `draw` draws; candidate j of picture k depends on seed, first + k and j.
-    progress: a bar of candidates.
     """
     if best_of == 1:
-        return draw(model, tokenizer, encode, prompts, seed, first, batch_size, progress=progress, **options)
-    images, tokens = [], []
-    hidden = not progress or parallel.rank() > 0
-    with tqdm(total=len(prompts) * best_of, unit="picture", leave=False, disable=hidden) as bar:
-        for batch in torch.arange(len(prompts)).split(batch_size * parallel.world()):
-            batch_prompts, start = [prompts[k] for k in batch], int(batch[0])
-            rows = parallel.share(len(batch))  # each process judges its share
-            row_captions = [captions[start + k] for k in rows]
-            candidates, rewards = [], []
-            for j in range(best_of):
-                own_seed = (seed, CANDIDATE, j) if j else seed
-                candidate = draw(
-                    model, tokenizer, encode, batch_prompts, own_seed, first + start, batch_size, **options
-                )
-                candidates.append(candidate)
-                scores, _ = judge_images(judges, candidate[0][rows].to(model.output.weight.device), row_captions)
-                rewards.append(scores)
-                bar.update(len(batch))
-            scores = {}
-            for name in rewards[0]:
-                values = torch.stack([found[name] for found in rewards], 1)  # (n, best_of)
-                scores[name] = fill_missing(parallel.gather(values, len(batch)).flatten(), best_of)
-            best = weighted_sum(scores, weights).view(-1, best_of).argmax(1).tolist()
-            images += [candidates[j][0][k] for k, j in enumerate(best)]
-            tokens += [candidates[j][1][k] for k, j in enumerate(best)]
+        return draw(model, tokenizer, encode, prompts, seed, first, batch_size, **options)
+    images, tokens, size = [], [], batch_size * parallel.world()
+    device = model.output.weight.device
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        rows = parallel.share(len(batch))  # each process judges its share
+        row_captions = [captions[start + k] for k in rows]
+        candidates, rewards = [], []
+        for j in range(best_of):
+            own_seed = (seed, CANDIDATE, j) if j else seed
+            candidate = draw(model, tokenizer, encode, batch, own_seed, first + start, batch_size, **options)
+            candidates.append(candidate)
+            scores, _ = judge_images(judges, candidate[0][rows].to(device), row_captions)
+            rewards.append(scores)
+        scores = {}
+        for name in rewards[0]:
+            values = torch.stack([found[name] for found in rewards], 1)  # (n, best_of)
+            scores[name] = fill_missing(parallel.gather(values, len(batch)).flatten(), best_of)
+        best = weighted_sum(scores, weights).view(-1, best_of).argmax(1).tolist()
+        images += [candidates[j][0][k] for k, j in enumerate(best)]
+        tokens += [candidates[j][1][k] for k, j in enumerate(best)]
     return torch.stack(images), torch.stack(tokens)
 
 
@@ -137,27 +126,21 @@ def shown_prompts(args):
     return prompts, min(len(prompts), len(data.CATEGORIES) if args.task == "t2i" else 10)
 
 
-def draw_shown(args, policy, tokenizer, encode):
-    """Pictures (n, 3, H, W) in [0, 1] of the same prompts and seeds each time, and their captions."""
-    prompts, _ = shown_prompts(args)
+def draw_grid(args, policy, tokenizer, encode, judges, name, title):
+    """
+    Draws args.out/NAME, the same prompts and seeds each time: below each picture its caption, for a toy the verifier's
+    mark, and the judges' scores. Returns the pictures (n, 3, H, W).
+    """
+    prompts, columns = shown_prompts(args)
+    captions = captions_of(args.model, prompts, args.class_names)
     sampling = dict(cfg_scale=args.cfg_scale, temperature=args.temperature, dtype=args.dtype)
     # one seed whatever --seed is, so that grids of runs compare
     images, _ = draw(policy, tokenizer, encode, prompts, seed=1234, decode_batch=args.micro_batch, **sampling)
-    return images, captions_of(args.model, prompts, args.class_names)
-
-
-def draw_grid(args, policy, tokenizer, encode, judges, name, title):
-    """
-    Draws args.out/NAME: below each picture its caption, for a toy the verifier's mark, and the judges' scores. Returns
-    the pictures (n, 3, H, W).
-    """
-    images, captions = draw_shown(args, policy, tokenizer, encode)
     scores, _ = judge_images(judges, images.to(args.device), captions)
     labels = label_images(args.model, images, captions)
     for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
         verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
         labels[k] += "\n" + "\u00a0 ".join(verdicts)
-    _, columns = shown_prompts(args)
     with report.guest(name):
         report.save_grid(args.out / name, images, labels, columns, title=title)
     return images
@@ -168,10 +151,11 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     After training: after.png, before-after.png, curves.png and the page. policies: {"base": model, "tuned": model};
     before: the pictures of before.png, or None where the run was resumed.
     """
+    means = tokenizer, encode, judges
     if before is None:
-        before, _ = draw_shown(args, policies["base"], tokenizer, encode)
+        before = draw_grid(args, policies["base"], *means, "before.png", "before: the base model")
     title = f"after {args.steps} steps of GRPO"
-    after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
+    after = draw_grid(args, policies["tuned"], *means, "after.png", title)
     prompts, columns = shown_prompts(args)
     captions = captions_of(args.model, prompts, args.class_names)
     labels = [label_images(args.model, before, captions, "before: ")]
@@ -198,16 +182,14 @@ LIKELY = 5  # codes that are shown for each token
 
 @torch.no_grad()
 def write_picture(model, tokenizer, cond, cond_mask, cfg_scale, temperature):
-    """
-    How the model writes a picture, for `report.save_writers`, from cond (1, ...) and cond_mask (1, P): a moment after
-    each token for a toy; nine moments else, because a large tokenizer takes a second for each on a CPU.
-    """
+    """How the model writes a picture, for `report.save_writers`, from cond (1, ...) and cond_mask (1, P)."""
     noise = image_noise([0], model.config.num_tokens, 7)
     tokens, _ = model.generate(cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature, noise=noise)
     logp = log_policy(model, Rollout(cond, cond_mask, tokens, None), cfg_scale, temperature)  # (1, T, V)
     shares, likely = logp[0].exp().topk(LIKELY)  # (T, LIKELY)
-    T, side, device = tokens.shape[1], math.isqrt(tokens.shape[1]), tokens.device
-    M = 1 + (T if T <= 64 else 8)
+    T, device = model.config.num_tokens, tokens.device
+    side = math.isqrt(T)
+    M = 1 + (T if T <= 64 else 8)  # moments: a large tokenizer takes a second for each on a CPU
     moments = torch.linspace(0, T, M, device=device).round().long()[:, None]  # (M, 1)
     frames = decode_beginnings(tokenizer, tokens, moments, tokens[0, (moments - 1).clamp(min=0)])
     written = (torch.arange(T, device=device) < moments).view(-1, 1, side, side).float()
@@ -237,51 +219,48 @@ def decode_beginnings(tokenizer, tokens, lengths, codes):
 # The command line
 
 
-def write_npz(path, arrays):
-    with open(path, "wb") as file:  # given a name, np.savez would add .npz to it
-        np.savez(file, **arrays)
+def add_sampling_flags(add):
+    """The flags that sample.py and evaluate.py share: how tokens are drawn, and which pictures are kept."""
+    add("--temperature", type=float, help="divides the logits; 0 always takes the likeliest (default: what our own "
+        "--ckpt was trained with, else 1)")  # fmt: skip
+    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
+    add("--seed", type=int, default=0, help="seed of the random numbers that tokens are drawn with (default 0)")
+    add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
+    add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one with "
+        "the highest weighted reward (default 1)")  # fmt: skip
+    add("--rewards", help="judge=weight,... that score, and choose for --best-of (default: the toy's "
+        "clip=1,realism=0.25, else clip)")  # fmt: skip
+    add_judge_flags(add)
+
+
+def check_sampling(args):
+    """Raises Mistake unless the flags of sampling are in their ranges."""
+    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
+    if not 0 < args.top_p <= 1:  # also refuses NaN
+        raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
 
 
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument_group("what is drawn").add_argument
     zoo.add_model_flags(add)
-    add(
-        "--ckpt",
-        type=zoo.user_path,
-        metavar="PATH",
-        help="weights, or a folder that train.py wrote (default: the model's base)",
-    )
-    add(
-        "--base",
-        type=zoo.user_path,
-        metavar="PATH",
-        help="weights of the base for --compare (default: those that --ckpt began from)",
-    )
+    add("--ckpt", type=zoo.user_path, metavar="PATH", help="weights, or a folder that train.py wrote (default: the "
+        "model's base)")  # fmt: skip
+    add("--base", type=zoo.user_path, metavar="PATH", help="weights of the base for --compare (default: those that "
+        "--ckpt began from)")  # fmt: skip
     add("--compare", nargs="*", type=zoo.user_path, metavar="PATH", help="draw the base too, and the policies of these "
         "folders or files, above the model of --ckpt, with the same seeds")  # fmt: skip
     add("--classes", nargs="+", metavar="CLASS", help="c2i: names or numbers (default: eight of them)")
-    add(
-        "--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or files of them (.txt, .csv, .tsv, .json, .jsonl)"
-    )
+    add("--prompts", nargs="+", metavar="TEXT", help="t2i: captions, or files of them")
     add("--num", type=int, default=4, help="images for each class or prompt (default 4)")
     add = parser.add_argument_group("how it is drawn").add_argument
     add("--cfg-scale", type=float, help="guidance; 1 is none (default: what our own --ckpt was trained with; toys 1, "
         "LlamaGen c2i 4.0, t2i 7.5)")  # fmt: skip
-    add("--temperature", type=float, help="divides the logits; 0 always takes the likeliest (default: what our own "
-        "--ckpt was trained with, else 1)")  # fmt: skip
     add("--top-k", type=int, help="keep the k likeliest tokens; 0: all (default: toys 0, LlamaGen 2000 c2i, 1000 t2i)")
-    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass (default 1, all)")
-    add("--seed", type=int, default=0, help="seed of the random numbers that tokens are drawn with (default 0)")
-    add("--batch-size", type=int, default=64, help="images generated at once; bounds memory (default 64)")
-    add("--best-of", type=int, default=1, metavar="N", help="draw N candidates for each picture and keep the one with "
-        "the highest weighted reward (default 1)")  # fmt: skip
-    add("--rewards", help="judge=weight,... that choose for --best-of (default: the toy's clip=1,realism=0.25, else "
-        "clip)")  # fmt: skip
-    add_judge_flags(add)
+    add_sampling_flags(add)
     add = parser.add_argument_group("where it goes").add_argument
     add("--out", type=zoo.user_path, default="out/samples.png", help="file of the grid (default out/samples.png)")
-    add("--npz", type=zoo.user_path, metavar="FILE", help="file that gets --ckpt's uint8 images (n, H, W, 3) as "
+    add("--npz", type=zoo.user_path, metavar="FILE.npz", help="file that gets --ckpt's uint8 images (n, H, W, 3) as "
         "arr_0, their tokens, and labels or prompts (default: none)")  # fmt: skip
     return resolve(parser.parse_args(argv))
 
@@ -291,11 +270,8 @@ def resolve(args):
     zoo.setup_device(args)
     if args.compare is not None and not args.ckpt:
         raise Mistake("--compare sets the model of --ckpt against its base, so it needs --ckpt")
-    if args.base and args.compare is None:
-        raise Mistake("--base is what --compare sets beside --ckpt; to draw from it alone, give it as --ckpt")
-    if args.rewards and args.best_of == 1:
-        raise Mistake("--rewards choose among candidates: say how many with --best-of N")
     args.model, path, header = zoo.find_policy(args.ckpt, args.model, args.task)
+    row = zoo.MODELS[args.model]
     zoo.check_tokenizer(args.model, header, args.vq_ckpt)
     args.dtype = args.dtype or zoo.quick_dtype(args.model, args.device)
     args.policies = compared_policies(args, header)
@@ -303,11 +279,9 @@ def resolve(args):
     args.policies.append((prefix, path, args.text_pad or header["text_pad"]))
     args.cfg_scale = header["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     args.temperature = header["temperature"] if args.temperature is None else args.temperature
-    args.top_k = zoo.MODELS[args.model].top_k if args.top_k is None else args.top_k
-    zoo.check_range(args, num=1, batch_size=1, cfg_scale=1, temperature=0, top_k=0, seed=0, best_of=1)
-    if not 0 < args.top_p <= 1:  # also refuses NaN
-        raise Mistake(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    args.rewards = parse_rewards(args.rewards or zoo.MODELS[args.model].best_by) if args.best_of > 1 else {}
+    args.top_k = row.top_k if args.top_k is None else args.top_k
+    check_sampling(args)
+    args.rewards = parse_rewards(args.rewards or row.best_by) if args.best_of > 1 else {}
     args.judge_options = judge_options(args, args.model)
     prompts = read_prompts(args.model, args.classes, args.prompts)
     args.prompts = [prompt for prompt in prompts for _ in range(args.num)]
@@ -333,18 +307,15 @@ def check_outputs(args):
     """Raises Mistake or OSError if --out or --npz cannot be written: now, not after the drawing."""
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise Mistake(f"--out {args.out}: the grid's name ends in .png, .jpg or .webp")
-    if args.npz and args.npz.resolve() == args.out.resolve():
-        raise Mistake(f"--out and --npz are both {args.out}")
-    for file in filter(None, (args.out, args.npz)):
-        if file.is_dir():
-            raise Mistake(f"{file} is a folder; --out and --npz name files")
-        zoo.make_folder(file.parent)
-    if args.npz and args.npz.exists():
-        with (
-            zoo.reading(args.npz, "it is no file of sample.py, so choose another name for --npz"),
-            np.load(args.npz) as old,
-        ):
-            old["tokens"]
+    zoo.make_folder(args.out.parent)
+    if not args.npz:
+        return
+    if args.npz.suffix != ".npz":
+        raise Mistake(f"--npz {args.npz}: its name ends in .npz")
+    zoo.make_folder(args.npz.parent)
+    if args.npz.exists():
+        with zoo.reading(args.npz, "choose another name for --npz"), np.load(args.npz) as old:
+            old["tokens"]  # which all files of ours have
 
 
 def run(args):
@@ -357,29 +328,27 @@ def run(args):
     images, labels, seconds = [], [], 0
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        what = captions, model, tokenizer, partial(encode, pad=pad), args.prompts
+        what = judges, args.rewards, captions, model, tokenizer, partial(encode, pad=pad), args.prompts
         began = time.perf_counter()
-        own_images, tokens = draw_best(args.best_of, judges, args.rewards, *what, **options)
+        own_images, tokens = draw_best(args.best_of, *what, **options)
         seconds += time.perf_counter() - began
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))
         del model  # before the next one: two of the large ones may not fit
-    if args.npz:  # before the grid, which can be too large for its format; of the last policy, --ckpt
+    if args.npz:  # of the last policy, --ckpt
         key = "labels" if zoo.MODELS[args.model].config.task == "c2i" else "prompts"
         pixels = to_uint8(own_images * 2 - 1).permute(0, 2, 3, 1).numpy()
         arrays = {"arr_0": pixels, "tokens": tokens.numpy(), key: np.array(args.prompts)}
-        zoo.write_whole(args.npz, lambda path: write_npz(path, arrays))
+        zoo.write_whole(args.npz, partial(np.savez, **arrays))
         parallel.say(f"{args.npz}: arr_0 {pixels.shape} uint8, tokens {tuple(tokens.shape)}, {key}")
     # a row of the grid holds the --num pictures of one prompt, or of several
     columns = min(len(captions), args.num * max(1, 8 // args.num))
-    columns = report.columns_that_fit(args.out, own_images, columns)
     chosen = f", best of {args.best_of}" if args.best_of > 1 else ""
     title = f"{args.model}, cfg {args.cfg_scale:g}, seed {args.seed}{chosen}"
     report.save_grid(args.out, *report.interleave(images, labels, columns), columns, title)
     drawn = len(captions) * len(images)
-    settings = f"cfg {args.cfg_scale:g}, temperature {args.temperature:g}{chosen}"
-    pace = f"{drawn * args.best_of / seconds:.1f} pictures/s"
-    parallel.say(f"{args.out}: {drawn} pictures of {args.model}, {settings}; drawn at {pace}")
+    pace = drawn * args.best_of / seconds
+    parallel.say(f"{args.out}: {drawn} pictures of {title}, drawn at {pace:.1f} pictures/s")
 
 
 def main(argv=None):

@@ -1427,7 +1427,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--device", "meta"], "--device meta cannot be read"),
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
     (train, ["--stepz", "3"], "unrecognized"),
-    (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "--out and --npz are both"),
+    (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "its name ends in .npz"),
     (sample, ["--npz", "{}/good.npz"], "choose another name for --npz"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
     (train, ["--rewards", "pyiqa:qalign"], "would run code that it downloads"),
@@ -1444,8 +1444,8 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (evaluate, ["--samples", "{}/tall.npz"], "(2, 8, 6, 3); an npz with pictures arr_0, uint8 (n, H, H, 3)"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
-    (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
-    (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "holds no labels from 0 to 39, as toy-c2i has"),
+    (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "holds no labels or prompts of toy-c2i"),
+    (evaluate, ["--samples", "{}/labels.npz", "--rewards", "clip"], "holds no labels or prompts of toy-c2i"),
     (evaluate, ["--samples", "{}/onehot.npz"], "2 pictures need 2 labels, of shape (2,)"),
     (evaluate, ["--samples", "{}/good.npz", "--reference", "{}/good.npz"], "weights-inception-2015-12-05-6726825d.pth"),
 ]
@@ -1473,7 +1473,7 @@ def test_no_reader_takes_rubbish_for_something(tmp_path):
     zoo.save_weights(tensors, tmp_path / "w.safetensors", dict(model="toy-c2i", step=3))
     for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
         (tmp_path / name).write_text(FORMS[name])
-    sample.write_npz(tmp_path / "a.npz", dict(arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2)))
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
     readers = {"w.pt": zoo.read_weights, "w.safetensors": lambda path: zoo.find_policy(path) and zoo.read_weights(path)}
     asked = argparse.Namespace(model="toy-c2i", rewards={"clip": 1})
     readers["a.npz"] = lambda path: list(evaluate.read_npz(path, evaluate.labels_of(path, asked)))
@@ -2181,8 +2181,8 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     assert [figures["precision"], figures["recall"]] == pytest.approx(pair, abs=0.03)
     assert figures["distance in class"] == pytest.approx(metrics.class_distance(a, [1, 1, 1, 2, 2, 2]).value, rel=1e-3)
     # too few for the rest, and the table says so
-    assert not {"FID", "sFID", "IS"} & set(figures) and "| FID |  |" in text
-    assert "Blank: FID of a#: 2,049 are needed, one more than features (2,048), there are 6 pictures." in text
+    assert not {"FID", "sFID", "IS"} & set(figures)
+    assert "No FID: 2,049 are needed, one more than features (2,048), there are 6 pictures." in text
 
 
 def test_a_damaged_policy_is_found_before_the_base_is_drawn(tmp_path, monkeypatch):
@@ -2352,9 +2352,7 @@ def test_a_grid_says_everything():
 
 def test_a_grid_fits_its_format(tmp_path):
     """Catches: 16,383 pixels are all that WebP holds, and pictures are lost for a row that is wider."""
-    columns = report.columns_that_fit(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), 200)
-    assert columns == 122 and report.columns_that_fit(tmp_path / "a.png", torch.rand(1, 3, 32, 64), 200) == 200
-    report.save_grid(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), ["a"] * 200, columns)
+    report.save_grid(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), ["a"] * 200, 200)
     assert Image.open(tmp_path / "a.webp").width == 122 * 134
 
 
