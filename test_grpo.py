@@ -2,7 +2,7 @@
 The invariants, one per test. Each docstring names the bug that the test catches. No network; tiny seeded models.
 
     pytest -q test_grpo.py              # the quick ones
-    pytest -q test_grpo.py -m slow      # the slow ones: killed runs, fuzzing, a browser, official sizes
+    pytest -q test_grpo.py -m slow      # the slow ones: more runs, a browser, official sizes
 """
 
 import argparse
@@ -74,7 +74,7 @@ from grpo import (
     sampler_gap,
 )
 from model import ModelConfig, Transformer, adapters, image_noise, keep_likeliest, merged, sample_row
-from prompts import TextEncoder, captions_of, clean_caption, find_class, known_caption, load_encoder, read_prompts
+from prompts import clean_caption, find_class, load_encoder, read_prompts
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
 from zoo import MODELS, Mistake, load_model, load_tokenizer
 
@@ -1059,39 +1059,15 @@ def test_presets_are_the_releases_and_the_command_line_wins():
 # files and prompts ----------------------------------------------------------------------------------------------------
 
 
-WORDS = ["a", "photo", "of", "red", "circle", "cat", "dog", ",", ".", '"']
-
-
-def save_tiny_t5(folder, dim=64):
-    """A T5 encoder with its own kind of tokenizer (Unigram, as FLAN-T5's), in the form that the hub has."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"\u2581{word}", -2.0) for word in WORDS)]
-    pieces += [(letter, -5.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz,."]
-    words = Tokenizer(models.Unigram(pieces, unk_id=2))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=len(pieces), d_model=dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder)
-    return folder
-
-
-def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
-    """
-    Catches: features at padding, or text away from the image: official weights see a prompt that they never
-    learned.
-    """
-    encode = TextEncoder(save_tiny_t5(tmp_path), replace(T2I, cond_len=12, caption_dim=64))
-    captions = ["A Photo of a red circle", "cat", "a photo of a red circle"]
+def test_text_features_are_those_that_llamagen_was_trained_on():
+    """Catches: features at padding, or text away from the image: official weights see a prompt that they never learned."""
+    encode = load_encoder("toy-t2i")
+    captions = ["<b>A Photo</b> of a red circle", "circle", "a photo of a red circle"]
     features, mask = encode(captions)
     assert features.shape == (3, 12, 64) and features.dtype == torch.float32 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [7, 2, 7] and mask[1].tolist() == [False] * 10 + [True] * 2  # with </s>
-    assert not features[~mask].any() and torch.equal(features[0], features[2])  # case is lost
-    assert torch.allclose(encode(["cat"])[0][0], features[1], atol=1e-5)
+    assert not features[~mask].any() and torch.equal(features[0], features[2])  # cleaned
+    assert torch.allclose(encode(["circle"])[0][0], features[1], atol=1e-5)
     long = "a photo of a red circle, a photo of a red circle, a photo of a red circle"
     assert encode([long])[1].all() and encode.count_cut([*captions, long, long]) == 1  # cut to P
     # The released AR-GRPO pads on the right and predicts token 0 from what T5 makes of the last padding position.
@@ -1154,7 +1130,7 @@ def test_a_path_is_never_taken_for_a_caption_nor_a_caption_for_a_path(tmp_path, 
             read_prompts("llamagen-t2i-xl-256", None, [str(tmp_path / name)])
     prompts = ["a dog " * 80, "half of a pair: \ud83d", "https://example.com/a"]
     assert read_prompts("llamagen-t2i-xl-256", None, prompts) == [prompts[0], "half of a pair: ?"]
-    assert "https://example.com/a" in capsys.readouterr().out and known_caption("llamagen-t2i-xl-256", prompts[2]) == ""
+    assert "https://example.com/a" in capsys.readouterr().out
     with pytest.raises(Mistake, match="no caption is left"):
         read_prompts("llamagen-t2i-xl-256", None, prompts[2:])
 
@@ -1168,41 +1144,36 @@ def test_classes_have_names_numbers_and_wordnets_ids():
             find_class("llamagen-b-256", name)
 
 
-def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, monkeypatch, no_pages, thin_toys):
+def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, monkeypatch, thin_toys):
     """Catches: another base that is compared in silence, because it lies where the right one lay or is the default."""
     monkeypatch.chdir(tmp_path)
     for name, place in (("mine", MODELS["toy-c2i"].ckpt), ("vq", MODELS["toy-c2i"].vq_ckpt)):
         save_file({key: 1.01 * value for key, value in load_file(place).items()}, f"{name}.safetensors")
-    train.main(["--ckpt", "mine.safetensors", "--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", "run"])
-    name, _, header = zoo.find_policy("run")
-    assert zoo.base_of(name, header, "mine.safetensors") == Path("mine.safetensors")
+    header = dict(model="toy-c2i", step=1, content=zoo.content_of("toy-c2i", Path("mine.safetensors")))
+    for name in ("one", "two"):  # the same bytes, in whatever order the header is
+        zoo.save_weights(load_file("mine.safetensors"), f"{name}.safetensors", header)
+        header = dict(reversed(header.items()))
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+    _, _, found = zoo.find_policy("one.safetensors")
+    assert zoo.base_of("toy-c2i", found, "mine.safetensors") == Path("mine.safetensors")
     compare = ["--compare", "--num", "1", "--out", "a.png"]
-    for script, flags in ((sample, compare), (sample, [*compare, "--base", MODELS[name].ckpt]), (evaluate, [])):
+    for script, flags in ((sample, compare), (sample, [*compare, "--base", MODELS["toy-c2i"].ckpt]), (evaluate, [])):
         with pytest.raises(SystemExit, match="--base"):
-            script.main(["--ckpt", "run", "--classes", "7", *map(str, flags)])
+            script.main(["--ckpt", "one.safetensors", "--classes", "7", *map(str, flags)])
     with pytest.raises(SystemExit, match="another tokenizer"):
-        sample.main(["--ckpt", "run", "--vq-ckpt", "vq.safetensors"])
-    one, two = Path("one.safetensors"), Path("two.safetensors")
-    for path in (one, two):
-        zoo.save_weights(load_file("vq.safetensors"), path, dict(model="toy-c2i", step=1, b=2, a=1))
-    assert one.read_bytes() == two.read_bytes()
+        sample.main(["--ckpt", "one.safetensors", "--vq-ckpt", "vq.safetensors"])
 
 
-def test_every_official_form_of_file_loads(tmp_path):
-    """
-    Catches: each wrapper seen in the wild holds the very weights that our own files hold, and not those beside
-    them.
-    """
+def test_every_official_form_of_file_loads(tmp_path, thin_toys):
+    """Catches: a wrapper seen in the wild whose weights are refused, or taken from those that lie beside them."""
     gpt, vq = load_model("toy-c2i").state_dict(), load_tokenizer("toy-c2i").state_dict()
     noise, used = {name: torch.randn_like(weight) for name, weight in gpt.items()}, torch.zeros(65536)
     three = [("gpt_model.", gpt), ("vq_model.", vq), ("ref_model.", noise)]
     forms = {
         "nested.pt": {"model": gpt, "optimizer": {"step": torch.tensor(3)}, "steps": 5},
-        "bare.pt": gpt,
-        "freqs.pt": {"model": gpt | {"freqs_cis": torch.zeros(65, 16, 2)}},
-        "module.pt": {"module": gpt},
-        "ddp.pt": {f"module._orig_mod.{name}": weight for name, weight in gpt.items()},
-        "training.pt": {"model": gpt, "steps": 5, "args": argparse.Namespace(lr=1e-4)},  # LlamaGen's own script's
+        "freqs.pt": gpt | {"freqs_cis": torch.zeros(65, 16, 2)},
+        "module.pt": {"module": {f"module._orig_mod.{name}": weight for name, weight in gpt.items()}},
+        "training.pt": {"model": gpt, "args": argparse.Namespace(lr=1e-4)},  # LlamaGen's own script's
         "state_dict.pt": {"state_dict": {k: v.half() for k, v in gpt.items()}},  # ours are half precision, too
         "both.safetensors": {prefix + k: v for prefix, weights in three for k, v in weights.items()},  # AR-GRPO's
         "vq.pt": {"ema": vq | {"quantize.codebook_used": used}, "model": {k: v + 1 for k, v in vq.items()}},
@@ -1210,15 +1181,12 @@ def test_every_official_form_of_file_loads(tmp_path):
     for name, content in forms.items():
         (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
     for load, expected in ((load_model, gpt), (load_tokenizer, vq)):
-        for name in {"both.safetensors", "vq.pt"} if load is load_tokenizer else set(forms) - {"vq.pt"}:
+        for name in {"both.safetensors", "vq.pt"} if load is load_tokenizer else forms.keys() - {"vq.pt"}:
             found = load("toy-c2i", tmp_path / name).state_dict()
             assert all(torch.equal(found[k], v) for k, v in expected.items()), name
 
 
-def test_our_files_are_guests_in_the_process(tmp_path):
-    """Catches: an import or a script that changes its caller; a variable of somebody's shell that ends a run."""
-    modules = [name for name in OURS if name not in ("test_grpo", "bench")]
-    (tmp_path / "script.py").write_text(f"""
+GUEST = """
 import hashlib, os, signal, sys
 import torch
 vars(hashlib).pop("file_digest", None)  # Python 3.10 does not have it
@@ -1231,7 +1199,7 @@ def state():
 
 
 before = state()
-import {", ".join(modules)}
+import MODULES
 assert state() == before and "matplotlib" not in sys.modules
 
 
@@ -1240,7 +1208,6 @@ def run(path):
     zoo.write_whole(path, lambda place: torch.save(dict(w=torch.zeros(2), step=3), place))
     assert zoo.load_tensors(path)["step"] == 3 and len(zoo.file_hash(path)) == 64
     import matplotlib.figure
-    matplotlib.figure.Figure()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RANK"] = "1"
     print("\u00b1 is printed")
@@ -1253,23 +1220,27 @@ zoo.run_script(lambda argv: zoo.Path("state.pt"), run)
 assert state() == before
 import matplotlib
 assert matplotlib.get_backend() == "module://nowhere"
-""")
-    inherited = dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
-    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
-    environment = clean | inherited | dict(PYTHONPATH=str(HERE))  # not pytest's own, which has imported our files
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+"""
+
+
+def test_our_files_are_guests_in_the_process(tmp_path):
+    """Catches: an import or a script that changes its caller; a variable of somebody's shell that ends a run."""
+    modules = ", ".join(name for name in OURS if name != "test_grpo")
+    # not pytest's own environment, which has imported our files
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    environment |= dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
+    environment["PYTHONPATH"] = str(HERE)
+    (tmp_path / "script.py").write_text(GUEST.replace("MODULES", modules))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
 
 
 def test_a_remedy_is_true(tmp_path):
     """Catches: an advice that cannot help, such as to fetch a file again that is whole, but holds more than tensors."""
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, tmp_path / "code.pt")
-    with pytest.raises(Mistake, match=r"pathlib.*torch\.save") as said:
+    with pytest.raises(Mistake, match=r"pathlib[^;]*; save [^;]*torch\.save\([^;]*$"):
         zoo.read_weights(tmp_path / "code.pt")
-    assert "fetch" not in str(said.value)
-    full, cut = OSError(errno.ENOSPC, "No space left on device"), ValueError("cut")
-    for error, helps in ((cut, True), (full, False), (PermissionError(13, "x"), False), (ImportError("x"), False)):
+    for error, helps in ((ValueError("cut"), True), (OSError(errno.ENOSPC, "x"), False), (ImportError("x"), False)):
         with pytest.raises(Mistake) as said, zoo.reading("it", "fetch it"):
             raise error
         assert ("fetch it" in str(said.value)) == helps
@@ -1300,17 +1271,13 @@ def test_paths_are_what_their_owner_means(tmp_path, monkeypatch):
 
 
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):
-    """
-    Catches: whoever can write to a repository could otherwise put another file in the place of the one we looked
-    at.
-    """
+    """Catches: whoever can write to a repository puts another file in the place of the one that we looked at."""
     calls = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *where, **at: calls.append((where, at)) or tmp_path)
     for place in (rewards.HPS, rewards.MANIQA):
         zoo.find_file(place)
         (_, file), at = calls.pop()
         assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and place.endswith(f"/{file}")
-    assert re.fullmatch("[0-9a-f]{40}", rewards.QWEN_COMMIT)
     place, at = zoo.folder_or_repo(zoo.FLAN_T5_XL)
     assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", at["revision"])
     assert zoo.folder_or_repo(tmp_path) == (tmp_path, {}) and zoo.hub_place("hf:a/b@c/d/e") == ("a/b", "c", "d/e")
@@ -1322,20 +1289,23 @@ def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def wrong_files(tmp_path_factory):
     """A folder of files that are not what they are taken for."""
+    from transformers import T5Config, T5EncoderModel
+
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
     state = load_model("toy-c2i").state_dict()
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
-    (folder / "book.txt").write_text("a red banana " * 100_000)
-    content = zoo.content_of("toy-c2i", MODELS["toy-c2i"].ckpt)
-    zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i", step=1, content=content))
     torch.save({name: w.char() for name, w in state.items()}, folder / "int8.pt")
+    zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i"))
     (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4f1d\nsize 444983394\n")
+    (folder / "book.txt").write_text("a red banana " * 100_000)
     (folder / "shards").mkdir()
-    (folder / "shards/model.safetensors.index.json").write_text("{}")
-    save_tiny_t5(folder / "narrow", dim=32)
-    some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
+    for name in ("narrow", "gap-t5"):
+        shutil.copytree(HERE / "weights/toy-t5", folder / name)
+    narrow = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(narrow).save_pretrained(folder / "narrow")
+    some = load_file(folder / "gap-t5/model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
     save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
     (folder / "run").mkdir()
@@ -1382,6 +1352,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--out", "{}/run"], "holds a run"),
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     # what is evaluated
+    (evaluate, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
     (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3); an npz with pictures arr_0, uint8"),
     (evaluate, ["--samples", "{}/tall.npz"], "(2, 8, 6, 3); an npz with pictures arr_0, uint8 (n, H, H, 3)"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
@@ -1397,42 +1368,14 @@ WRONG = [  # (script, flags, a part of its one sentence)
 def test_what_a_user_can_do_wrong_ends_in_one_sentence(
     script, flags, sentence, wrong_files, tmp_path, capsys, monkeypatch
 ):
-    """Catches: what otherwise fails in silence: a model half loaded, a run written over, a misspelt flag."""
+    """Catches: what otherwise fails in silence, a model half loaded, a run written over; or only after hours of drawing."""
     monkeypatch.chdir(tmp_path)  # where the default --out is
+    monkeypatch.setattr(evaluate, "draw_column", lambda *_: pytest.fail("drawn"))
     with pytest.raises(SystemExit) as stop:
         script.main([flag.replace("{}", str(wrong_files)) for flag in flags])
     said = capsys.readouterr().err.strip().splitlines()[-1:] if stop.value.code == 2 else [str(stop.value.code)]
     assert stop.value.code != 0 and sentence in said[0] and "\n" not in said[0] and "Traceback" not in said[0]
     assert len(said[0]) < 1100  # whatever it quotes
-
-
-@pytest.mark.slow
-def test_no_reader_takes_rubbish_for_something(tmp_path):
-    """Catches: 200 random damages for each reader that end in a traceback, and not in one sentence or a plain result."""
-    rng = np.random.default_rng(0)
-    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
-    torch.save(tensors, tmp_path / "w.pt")
-    zoo.save_weights(tensors, tmp_path / "w.safetensors", dict(model="toy-c2i", step=3))
-    for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
-        (tmp_path / name).write_text(FORMS[name])
-    sample.write_npz(tmp_path / "a.npz", dict(arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2)))
-    readers = {"w.pt": zoo.read_weights, "w.safetensors": lambda path: zoo.find_policy(path) and zoo.read_weights(path)}
-    asked = argparse.Namespace(model="toy-c2i", rewards={"clip": 1})
-    readers["a.npz"] = lambda path: list(evaluate.read_npz(path, evaluate.labels_of(path, asked)))
-    for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
-        readers[name] = lambda path: read_prompts("llamagen-t2i-xl-256", None, [str(path)])
-    for name, read in readers.items():
-        path = tmp_path / name
-        whole = path.read_bytes()
-        for _ in range(200):
-            damaged = bytearray(whole[: rng.integers(len(whole) + 1)] if rng.random() < 0.3 else whole)
-            for _ in range(rng.integers(1, 4) if len(damaged) else 0):
-                damaged[rng.integers(len(damaged))] = rng.integers(256)
-            path.write_bytes(damaged)
-            try:
-                read(path)
-            except (Mistake, OSError) as error:
-                assert "\n" not in str(error)
 
 
 # the toy world --------------------------------------------------------------------------------------------------------
@@ -1553,9 +1496,10 @@ def test_the_toy_judges_rank_right_above_wrong():
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
 
 
-JUDGED = dict(list=lambda v: v.tolist(), array=lambda v: v.numpy(), column=lambda v: v[:, None],
-              double=lambda v: v.double(), named=lambda v: {"mine": v, "other": v.tolist()})  # fmt: skip
-NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None, nothing=lambda v: {},
+JUDGED = dict(
+    array=lambda v: v.numpy(), column=lambda v: v[:, None].double(), named=lambda v: {"mine": v, "other": [1] * 4}
+)
+NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None,
                   complex=lambda v: v * 1j, square=lambda v: v + v[:, None], others=lambda v: {"other": v})  # fmt: skip
 
 
@@ -1591,7 +1535,7 @@ def test_weights_are_parsed_once_and_written_as_they_were():
             rewards.parse_rewards(text)
 
 
-def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
+def test_the_readmes_own_reward_works_as_printed(tiny_run, monkeypatch, no_pages, thin_toys):
     """Catches: the first thing that people will change, not working word for word."""
     section = (HERE / "README.md").read_text().split("## Write your own reward in ten lines")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
@@ -1599,8 +1543,8 @@ def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "JUDGES", dict(rewards.JUDGES))
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(code, dict(vars(rewards)))  # as if it stood at the end of rewards.py; JUDGES is the only thing it changes
-    train.main(["--steps", "1", "--rewards", flag, "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    assert all(read_metrics(tmp_path)[0][f"{name}_std"] > 0 for name in rewards.parse_rewards(flag))
+    _, _, (row,) = tiny_run("c2i", "--steps", "1", "--rewards", flag)
+    assert all(row[f"{name}_std"] > 0 for name in rewards.parse_rewards(flag))
 
 
 # The paper's judges are tiny models in the forms of the real ones, in a hub's cache, from which the real code loads them.
@@ -1613,29 +1557,28 @@ def save_tiny_qwen(folder):
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
-    special = [f"<|{name}|>" for name in names]
+    special = [
+        f"<|{name}|>" for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    ]
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "yes", "Yes", "no", "No"]
     bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    roles = dict(pad_token=special[0], eos_token=special[2], additional_special_tokens=special)
+    roles = dict(pad_token=special[0], eos_token=special[1], additional_special_tokens=special)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for c in messages[0].content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>"
     )
     processors = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
     transformers.Qwen2_5_VLProcessor(*processors, chat_template=template).save_pretrained(folder)
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(special[k]) for k in (5, 6, 3, 4))
+    pad, end, start, stop, image, video = tokenizer.convert_tokens_to_ids(special)
+    sizes = dict(hidden_size=32, intermediate_size=64)
     rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e6)
+    text = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope)
     config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=32,
-                           fullatt_block_indexes=[1]),
-        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+        text_config=sizes | text | dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=pad),
+        vision_config=sizes | dict(depth=2, num_heads=4, out_hidden_size=32, fullatt_block_indexes=[1]),
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,
         tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -1854,11 +1797,12 @@ class Server(http.server.BaseHTTPRequestHandler):
     models, refusal = ["tiny"], []  # refusal: (status, message) of the next answers
     delay, wait = 0, "1"  # s: of an answer about a picture that is not red; what Retry-After says
 
-    def reply(self, found, status=200, **headers):
+    def reply(self, found, status=200):
         body = json.dumps(found).encode()
         self.send_response(status)
-        for name, value in (headers | {"Content-Type": "application/json", "Content-Length": str(len(body))}).items():
-            self.send_header(name.replace("_", "-"), value)
+        for name, value in (("Retry-After", Server.wait), ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(body)
 
@@ -1869,7 +1813,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if Server.refusal:
             status, message = Server.refusal.pop()
-            return self.reply(dict(error=dict(message=message)), status, Retry_After=Server.wait)
+            return self.reply(dict(error=dict(message=message)), status)
         url = question["messages"][0]["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(url))))  # (H, W, 3)
         (level,) = set(pixels[..., 0].ravel().tolist())
@@ -1877,12 +1821,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         if len(pixels) < 64:  # not the first question
             assert not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
         assert question["model"] in Server.models and self.headers["Authorization"] == "Bearer secret"
-        message = dict(role="assistant", content=f'{{"score": {level // 51}}}' if level < 255 else "I do not know.")
-        choice = dict(index=0, message=message, finish_reason="stop", logprobs=None)
-        if question.get("top_logprobs"):
-            top = [dict(token=token, logprob=math.log(0.5), bytes=None) for token in (str(level // 51), "The")]
-            choice["logprobs"] = dict(content=[dict(top[0], top_logprobs=top)])
-        self.reply(dict(id="x", object="chat.completion", created=0, model="tiny", choices=[choice]))
+        message = dict(content=f'{{"score": {level // 51}}}' if level < 255 else "I do not know.")
+        top = [dict(token=token, logprob=math.log(0.5)) for token in (str(level // 51), "The")]
+        choice = dict(message=message, logprobs=dict(content=[dict(top_logprobs=top)]))
+        self.reply(dict(choices=[choice]))
 
     def log_message(self, *_):
         pass
@@ -1907,10 +1849,6 @@ def redness(judges):
     return rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"].tolist()
 
 
-async def redness_in_a_notebook(judges):
-    return redness(judges)  # a notebook's thread has an event loop already
-
-
 def test_a_server_may_answer_for_qwen(server_url, monkeypatch):
     """Catches: JPEG, which smears the levels; answers in another order; one lost request that ends a run of days."""
     for path, answer, last in (("", "probability", 5), ("/v1", "json", NAN)):
@@ -1921,7 +1859,11 @@ def test_a_server_may_answer_for_qwen(server_url, monkeypatch):
         start = time.monotonic()
         assert redness(judges) == pytest.approx([3, 0, last, 1], nan_ok=True)
         assert time.monotonic() - start > 0.9  # waited as Retry-After says
-    assert asyncio.run(redness_in_a_notebook(judges)) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
+
+    async def in_a_notebook():
+        return redness(judges)  # whose thread has an event loop already
+
+    assert asyncio.run(in_a_notebook()) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
     monkeypatch.setenv("OPENAI_API_KEY", "")
     assert rewards.server_options("http://x")["api_key"] == "none"  # an empty one ends in "Connection error"
 
@@ -1945,8 +1887,8 @@ def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
     with pytest.raises(Mistake, match=r"llama3\.2:1b, qwen2\.5vl:3b.*--qwen-model"):
         rewards.load_judges(["qwen-match"], options=dict(qwen_server=server_url))
     rewards.load_judges(["qwen-match"], options=dict(qwen_server=server_url, qwen_model="qwen2.5vl:3b"))
-    with pytest.raises(Mistake, match=r"127\.0\.0\.1:9.*--qwen-model"):
-        rewards.load_judges(["qwen-match"], options=dict(qwen_server="http://127.0.0.1:9"))
+    with pytest.raises(Mistake, match=r"127\.0\.0\.1:9.*it must run"):
+        rewards.load_judges(["qwen-match"], options=dict(qwen_server="http://127.0.0.1:9", qwen_model="tiny"))
 
 
 def assert_the_glossary_explains(row, judges):
@@ -1966,10 +1908,7 @@ def two_clouds(seed, n=300, m=200, width=5):
 
 @pytest.mark.parametrize("name", ["FID", "IS", "precision and recall"])
 def test_figures_are_those_of_torch_fidelity(name):
-    """
-    Catches: a root taken entry by entry, chunks of other pictures, a neighbour that counts itself, an open ball in
-    place of a closed one, the two sets exchanged, a block's end.
-    """
+    """Catches: a root taken entry by entry, chunks of other pictures, a neighbour that counts itself, the sets exchanged."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -2021,10 +1960,7 @@ def test_standard_errors_are_those_of_a_bootstrap():
 
 
 def test_the_distance_in_class_is_over_pairs_of_one_class():
-    """
-    Catches: a class of many pictures that weighs more, a picture paired with itself, labels that do not stand in
-    order.
-    """
+    """Catches: a class of many pictures that weighs more, a picture paired with itself, labels that are not in order."""
     points = np.array([[0, 0], [9, 9], [0, 2], [5, 5], [3, 4.0], [8, 9]])
     found = metrics.class_distance(points, ["a", "b", "a", "alone", "a", "b"])
     pairs = [2, 5, math.dist((0, 2), (3, 4))]
@@ -2042,15 +1978,11 @@ def test_the_entropy_of_a_picture_is_without_guidance():
 
 
 def test_judges_means_leave_out_what_is_missing():
-    """
-    Catches: a missing judgement that counts as 0, or a mean where nothing was judged: it would be read as the worst
-    verdict.
-    """
+    """Catches: a missing judgement that counts as 0, or a mean where nothing was judged, which reads as the worst."""
     found = {"reward: read": np.array([1, NAN, 3, INF, 8]), "reward: silent": np.full(5, NAN)}
     figures = evaluate.figures_of(found, {}, "toy-c2i")
-    assert {name: figure.value for name, figure in figures.items()} == pytest.approx(
-        {"reward: read": 4, "missing: read": 0.4, "missing: silent": 1}
-    )
+    values = {name: figure.value for name, figure in figures.items()}
+    assert values == pytest.approx({"reward: read": 4, "missing: read": 0.4, "missing: silent": 1})
     assert figures["reward: read"].error == pytest.approx(np.std([1, 3, 8], ddof=1) / 3**0.5, rel=0.2)
 
 
@@ -2059,15 +1991,11 @@ def inception(tmp_path_factory):
     """PATH#SHA256 of a file in the official one's form: Inception with random weights, scaled so that signals survive."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Untrained(FeatureExtractorInceptionV3):  # whose constructor reads a file and leaves the weights as they are
-        def load_state_dict(self, *_):
-            pass
-
-    nothing, path = io.BytesIO(), tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save({}, nothing)
-    nothing.seek(0)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({}, path)
     torch.manual_seed(0)
-    network = Untrained("random", ["2048"], nothing)
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):  # its constructor reads a file
+        network = FeatureExtractorInceptionV3("random", ["2048"], str(path))
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
@@ -2078,10 +2006,7 @@ def inception(tmp_path_factory):
 
 @pytest.mark.slow
 def test_inceptions_features_are_adms(inception):
-    """
-    Catches: channels first in place of last, another branch, before the ReLU, logits with their bias: plausible,
-    all wrong.
-    """
+    """Catches: channels first in place of last, another branch, before the ReLU, logits with their bias."""
     network, kept = evaluate.load_inception(inception), {}
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=seeded(0))
     network.Mixed_6d.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
@@ -2104,11 +2029,10 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "FEWEST", 6)
     monkeypatch.setattr(evaluate, "SHARD", 4)
     rng = np.random.default_rng(0)
-    theirs, references = (rng.integers(0, 256, shape, np.uint8) for shape in ((6, 8, 8, 3), (7, 8, 8, 3)))
+    theirs, references = (rng.integers(0, 256, (n, 8, 8, 3), np.uint8) for n in (6, 7))
     theirs[3:, :, :, 0] = 0
-    np.savez_compressed(tmp_path / "a#.npz", theirs, np.repeat([1, 2], 3))
-    given = dict(mu_s=rng.random(2023), sigma_s=np.eye(2023), mu=rng.random(2048), sigma=np.eye(2048))
-    np.savez(tmp_path / "ref#1.npz", arr_0=references, **given)
+    np.savez_compressed(tmp_path / "a#.npz", theirs, [1, 1, 1, 2, 2, 2])
+    np.savez(tmp_path / "ref#1.npz", arr_0=references)
     flags = ["--reference", str(tmp_path / "ref#1.npz"), "--inception", inception, "--out", str(tmp_path / "result")]
     evaluate.main(["--samples", str(tmp_path / "a#.npz"), "--num", "99", *flags, "--npz", str(tmp_path / "copies")])
     (copy,) = (tmp_path / "copies").glob("a-*.npz")
@@ -2116,25 +2040,17 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
     assert np.array_equal(copy["arr_0"], theirs) and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
     found, text = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "result.md").read_text()
     assert found["num"] == found["records"]["a#"]["num"] == 6  # that were scored, whatever --num says
-    figures, network = found["columns"]["a#"], evaluate.load_inception(inception)
-    a, b = (
-        evaluate.inception_features(torch.from_numpy(x).permute(0, 3, 1, 2), None, network)["pool"].numpy()
-        for x in (theirs, references)
+    figures, look = (
+        found["columns"]["a#"],
+        partial(evaluate.inception_features, network=evaluate.load_inception(inception)),
     )
+    a, b = (look(evaluate.as_tensor(pixels), None)["pool"].numpy() for pixels in (theirs, references))
     pair = [figure.value for figure in metrics.precision_recall(a, b)]
     assert [figures["precision"], figures["recall"]] == pytest.approx(pair, abs=0.03)
     assert figures["distance in class"] == pytest.approx(metrics.class_distance(a, [1, 1, 1, 2, 2, 2]).value, rel=1e-3)
     # too few for the rest, and the table says so
     assert not {"FID", "sFID", "IS"} & set(figures) and "| FID |  |" in text
     assert "Blank: FID of a#: 2,049 are needed, one more than features (2,048), there are 6 pictures." in text
-
-
-def test_a_damaged_policy_is_found_before_the_base_is_drawn(tmp_path, monkeypatch):
-    """Catches: hours of the base's pictures before a sentence about the other file."""
-    (tmp_path / "cut.pt").write_bytes(b"no weights")
-    monkeypatch.setattr(evaluate, "draw_column", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(SystemExit, match=r"cut\.pt"):
-        evaluate.main(["--ckpt", str(tmp_path / "cut.pt"), "--num", "2", "--out", str(tmp_path / "table")])
 
 
 def test_files_are_columns_of_their_own_whatever_their_names(tmp_path):
@@ -2168,88 +2084,74 @@ def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeyp
     flags = ["--task", "t2i", "--num", "12", "--cfg-scale", "1", "--rewards", "clip", "--best-of", "2"]
     flags += ["--npz", "out/npz", "--out", "out/table"]
 
-    def files():
-        found = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-        return {path: re.sub(rb'"(time|batch_size)": .*', b"", content) for path, content in found.items()}
+    def killed(call, module):
+        at_call(call, module, "judge_images", die)
+        evaluate.main(flags)
 
-    evaluate.main([*flags, "--batch-size", "4"])
-    whole = files()
-    assert not list(Path("out").rglob("*.parts"))
-    for module, name, call in ((sample, "judge_images", 5), (evaluate, "judge_images", 2)):  # amid drawing, and scoring
+    def found():
+        table, (pictures,) = json.loads(Path("out/table.json").read_text()), Path("out/npz").glob("base*")
+        assert not list(Path("out").rglob("*.parts"))
+        return table["columns"], np.load(pictures)["arr_0"].astype(int)
+
+    evaluate.main(flags)
+    columns, pictures = found()
+    for call, module in ((5, sample), (2, evaluate)):  # amid drawing, and scoring
         shutil.rmtree("out")
-
-        def killed(module=module, name=name, call=call):
-            at_call(call, module, name, die)
-            evaluate.main([*flags, "--batch-size", "4"])
-
-        assert in_child(killed) == -signal.SIGKILL and list(Path("out").glob("table.parts/*/000000.npz")), module
+        assert in_child(partial(killed, call, module)) == -signal.SIGKILL
+        assert list(Path("out").glob("table.parts/*/000000.npz"))
         evaluate.main([*flags, "--batch-size", "5"])
-        assert files().keys() == whole.keys(), module
-        ours, now = (json.loads(found[Path("out/table.json")])["columns"] for found in (whole, files()))
-        assert all(ours[name] == pytest.approx(now[name], abs=1e-3) for name in ours | now)
+        again, same = found()
+        assert all(again[name] == pytest.approx(columns[name], abs=1e-3) for name in again | columns)
+        assert np.abs(same - pictures).max() <= 1  # rounding differs with batches
     shutil.rmtree("out")
-    assert in_children(tmp_path, *2 * [partial(evaluate.main, flags)]) == [0, 0] and files().keys() == whole.keys()
-    (file,) = Path("out/npz").glob("base*")
-    ours, theirs = (np.load(npz)["arr_0"] for npz in (io.BytesIO(whole[file]), file))  # rounding differs with batches
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert in_children(tmp_path, *2 * [partial(evaluate.main, flags)]) == [0, 0]
+    assert np.abs(found()[1] - pictures).max() <= 1
 
 
 def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys):
     """Catches: pictures of another seed or policy in the table, or a finished table of hours that is written over."""
-    zoo.save_weights(load_file(MODELS["toy-t2i"].ckpt), tmp_path / "same.safetensors", dict(model="toy-t2i"))
-    weights = {name: value + 1 for name, value in load_file(MODELS["toy-t2i"].ckpt).items()}
-    save_file(weights, tmp_path / "other.safetensors")
-    few = ["--task", "t2i", "--num", "4", "--rewards", "clip", "--out", str(tmp_path)]
-    plain = ["--base", str(MODELS["toy-t2i"].ckpt), "--cfg-scale", "1"]
-    others = [
-        "--seed 1",
-        "--best-of 2",
-        "--temperature 0.9",
-        "--cfg-scale 2",
-        "--num 5",
-        f"--base {tmp_path}/other.safetensors",
-    ]
+    other = tmp_path / "other.safetensors"
+    save_file({name: value + 1 for name, value in load_file(MODELS["toy-t2i"].ckpt).items()}, other)
+    few = ["--task", "t2i", "--num", "4", "--rewards", "clip", "--cfg-scale", "1", "--out", str(tmp_path)]
+    flags = ["--seed 1", "--best-of 2", "--temperature 0.9", "--cfg-scale 2", "--num 5", f"--base {other}"]
     places = []
-    for more in ("", "--batch-size 1", *others):  # how many at once decides nothing
-        (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *plain, *more.split()]))
+    for more in ("", "--batch-size 1", *flags):  # how many at once decides nothing
+        (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *more.split()]))
         places.append(column.file.split("-")[-1])
-    assert places[0] == places[1] and len(set(places)) == 1 + len(others)
-    for name, seed in (("evaluation", "0"), ("evaluation-2", "1")):
-        evaluate.main([*few, "--cfg-scale", "1", "--seed", seed])
+    assert places[0] == places[1] and len(set(places)) == 1 + len(flags)
+    for name, seed in (("evaluation", 0), ("evaluation-2", 1)):
+        evaluate.main([*few, "--seed", str(seed)])
         found = json.loads((tmp_path / f"{name}.json").read_text())
-        assert (
-            found["seed"] == found["records"]["base, cfg 1"]["seed"] == int(seed) and time.time() - found["time"] < 60
-        )
+        assert found["seed"] == found["records"]["base, cfg 1"]["seed"] == seed and time.time() - found["time"] < 60
 
 
 @pytest.mark.slow
 def test_genevals_folders_are_what_its_scorer_reads(tmp_path, monkeypatch, capsys, thin_toys):
     """Catches: a line of GenEval's in another folder, so that another picture is scored; one empty line moves all."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "SHARD", 5)
     prompts = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
     lines = [json.dumps(dict(tag="colors", include=[dict(count=1)], prompt=prompt)) for prompt in prompts]
     Path("lines.jsonl").write_text("\n\n".join(lines) + "\n")
-    model, encode = load_model("toy-t2i"), load_encoder("toy-t2i")
-    images, _ = sample.draw(model, load_tokenizer("toy-t2i"), encode, [prompt for prompt in prompts for _ in range(4)])
-    pixels = to_uint8(images * 2 - 1).permute(0, 2, 3, 1).numpy().astype(int)
+    how = load_model("toy-t2i"), load_tokenizer("toy-t2i"), load_encoder("toy-t2i")
+    images, _ = sample.draw(*how, [prompt for prompt in prompts for _ in range(4)])
+    pixels = evaluate.as_pixels(images * 2 - 1).astype(int)
     flags = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5", "--out", "g"]
-    monkeypatch.setattr(evaluate, "SHARD", 5)
     evaluate.main([*flags, "--ckpt", str(MODELS["toy-t2i"].ckpt), "--geneval", "lines.jsonl"])
     assert "evaluate_images.py g-pictures/COLUMN" in capsys.readouterr().out
-    for folder in Path("g-pictures").iterdir():  # base and tuned are the same weights: so the same random numbers
+    folders = list(Path("g-pictures").iterdir())
+    assert len(folders) == 2
+    for folder in folders:  # base and tuned are the same weights: so the same random numbers
         for n, line in enumerate(lines):
             assert json.loads((folder / f"{n:05d}/metadata.jsonl").read_text()) == json.loads(line)
             four = [np.asarray(Image.open(folder / f"{n:05d}/samples/{k:04d}.png")) for k in range(4)]
             assert abs(np.stack(four) - pixels[4 * n : 4 * n + 4]).max() <= 1
-    assert len(list(Path("g-pictures").iterdir())) == 2
     found = json.loads(Path("g.json").read_text())
-    changes = found["differences"]["tuned, cfg 1"]
-    assert changes["reward: clip"] == [0, 0] and found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
+    assert found["differences"]["tuned, cfg 1"]["reward: clip"] == [0, 0]
+    assert found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
     Path("lines.jsonl").write_text("\n".join([lines[0], json.dumps(dict(prompt="###")), lines[2]]))
     items = evaluate.geneval_items(Path("lines.jsonl"), "llamagen-t2i-xl-256")
-    assert [json.loads(item.metadata)["prompt"] for item in items] == [item.prompt for item in items] and len(
-        items
-    ) == 8
+    assert [json.loads(item.metadata)["prompt"] for item in items] == [prompts[k] for k in (0, 0, 0, 0, 2, 2, 2, 2)]
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
@@ -2264,7 +2166,7 @@ def test_the_share_right_of_captions_is_a_mean_over_categories():
 def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
     """Catches: the first --ckpt's padding taken for everyone's; the base's figures would depend on its company."""
     monkeypatch.chdir(tmp_path)
-    header = dict(model="toy-t2i", step=1, content=zoo.content_of("toy-t2i", MODELS["toy-t2i"].ckpt))
+    header = dict(model="toy-t2i", content=zoo.content_of("toy-t2i", MODELS["toy-t2i"].ckpt))
     for pad in ("left", "right"):
         zoo.save_weights(load_file(MODELS["toy-t2i"].ckpt), f"{pad}.safetensors", header | dict(text_pad=pad))
     for order in (["left", "right"], ["right", "left"]):
@@ -2290,8 +2192,7 @@ def test_a_grid_says_everything():
     assert labels == [*"abc", *"vwx", "d", "e", "", "y", "z", ""]  # base above tuned, row by row; white where none is
     assert pictures[:, 0, 0, 0].tolist() == [0, 1, 2, 5, 6, 7, 3, 4, 1, 8, 9, 1]
     circle = torch.from_numpy(data.render(["a red circle"], np.random.default_rng(0)))
-    for model, mark in (("toy-c2i", "\u2713\u00a0"), ("llamagen-b-256", "")):
-        assert sample.label_images(model, circle, ["a photo of a red circle"], "x: ") == [f"{mark}x: a red circle"]
+    assert sample.label_images("toy-c2i", circle, ["a photo of a red circle"], "x: ") == ["\u2713\u00a0x: a red circle"]
     assert sample.label_images("toy-c2i", circle, ["a photo of a blue circle"])[0][:2] == "\u2717\u00a0"
 
 
@@ -2317,19 +2218,20 @@ def group_of(K, side, by_token, judges=8):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("K, side, by_token", [(2, 8, True), (8, 8, False), (16, 32, True)])
+@pytest.mark.parametrize("K, side, by_token", [(2, 8, True), slow(8, 8, False), (16, 32, True)])
 def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token, monkeypatch, tmp_path):
     """Catches: text over text with many judges, few pictures or long captions; a user's style; prices as a formula."""
-    drawn, savefig = [], matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda figure, *a, **b: drawn.append(figure) or savefig(figure, *a, **b)
-    )
+    drawn, figure_of = [], report.step_figure
+    monkeypatch.setattr(report, "step_figure", lambda *what: drawn.append((what, figure_of(*what))) or drawn[0][1])
+    group = group_of(K, side, by_token)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 40}):
-        report.draw_step(tmp_path / "step.png", **group_of(K, side, by_token))
-    (figure,) = drawn
+        report.draw_step(tmp_path / "step.png", **group)
+    ((_, *found, _, _, _), figure) = drawn[0]
+    order = group["rewards"].argsort()  # from the worst to the best
+    for name, values in zip(("images", "tokens", "rewards", "advantages", "change"), found, strict=True):
+        assert np.allclose(values, torch.as_tensor(group[name])[order], atol=1e-6)
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip() and text.get_visible()]
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in texts]
+    boxes = [text.get_window_extent(FigureCanvasAgg(figure).get_renderer()) for text in texts]
     for (one, box), (other, its) in itertools.combinations(zip(texts, boxes, strict=True), 2):
         apart = box.x1 <= its.x0 or its.x1 <= box.x0 or box.y1 <= its.y0 + 1 or its.y1 <= box.y0 + 1
         assert apart, f"{one.get_text()!r} lies over {other.get_text()!r}"
@@ -2340,48 +2242,27 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
     assert set(shapes) | {f"change (64, {T})"} <= set(said) and (f"advantages (64, {T})" in said) == by_token
 
 
-def test_a_step_is_drawn_from_the_worst_to_the_best(tmp_path, monkeypatch):
-    """Catches: the scores of one picture above another; words that are not those of the picture beside them."""
-    kept = {}
-    monkeypatch.setattr(
-        report, "save_figure", lambda path, draw, *found: kept.update(zip("citrax", found, strict=False))
-    )
-    group = group_of(8, 8, by_token=False)
-    report.draw_step(tmp_path / "a.png", **group)
-    order = group["rewards"].argsort()
-    for name, key in zip("itrax", ("images", "tokens", "rewards", "advantages", "change"), strict=True):
-        assert np.allclose(kept[name], torch.as_tensor(group[key])[order], atol=1e-6)
-
-
 @pytest.mark.slow
 def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
-    """
-    Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins; the worst
-    of N.
-    """
-    model, tokenizer, encode = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i")
-    prompts, weights = [3, 3, 7, 0], dict(bright=1.0, red=0.5)
+    """Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins."""
+    how = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i"), [3, 3, 7, 0]
     red = lambda images: torch.where(images[:, 0].mean((1, 2)) > 0.3, NAN, images[:, 0].mean((1, 2)))  # noqa: E731
     judges = dict(both=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
-    captions, model_and_more = captions_of("toy-c2i", prompts), (model, tokenizer, encode)
-    plain = sample.draw(*model_and_more, prompts, 5, first=2)
-    drawn = [plain, *(sample.draw(*model_and_more, prompts, (5, sample.CANDIDATE, j), first=2) for j in (1, 2))]
-    for k, noise in ((0, image_noise([2], 64, 5)), (1, image_noise([2], 64, 5, sample.CANDIDATE, 1))):
-        tokens, _ = model.generate(*encode(prompts[:1]), noise=noise)
-        assert torch.equal(tokens[0], drawn[k][1][0])
-    images, tokens = sample.draw_best(3, judges, weights, captions, *model_and_more, prompts, 5, first=2, batch_size=3)
-    chosen = set()
-    assert sum(int(red(x).isnan().sum()) for x, _ in drawn) in range(1, 12)  # some are missing, and not all
-    for k in range(4):
-        candidates = [x[k] for x, _ in drawn]
-        mean = statistics.fmean([v for v in (float(red(x[None])) for x in candidates) if math.isfinite(v)] or [0])
-        worth = [float(x.mean()) + 0.5 * (v if math.isfinite(v := float(red(x[None]))) else mean) for x in candidates]
-        best = worth.index(max(worth))
-        chosen.add(best)
-        assert torch.equal(tokens[k], drawn[best][1][k]) and (images[k] - candidates[best]).abs().max() < 1e-4
-    assert len(chosen) > 1  # the toy's pictures: not always the first, or the last
-    one = sample.draw_best(1, judges, weights, captions, *model_and_more, prompts, 5, first=2)
-    assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
+    judged = judges, dict(bright=1.0, red=0.5), ["x"] * 4
+    drawn = [sample.draw(*how, seed, first=2) for seed in (5, (5, sample.CANDIDATE, 1), (5, sample.CANDIDATE, 2))]
+    for seed, (_, tokens) in zip(((5,), (5, sample.CANDIDATE, 1)), drawn, strict=False):
+        assert torch.equal(how[0].generate(torch.tensor([3]), noise=image_noise([2], 64, *seed))[0][0], tokens[0])
+    pictures = torch.stack([images for images, _ in drawn], 1)  # (4, 3, 3, H, W)
+    reds = torch.stack([red(images) for images, _ in drawn], 1)  # (4, 3)
+    assert 0 < reds.isnan().sum() < 12  # some are missing, and not all
+    reds = torch.where(reds.isnan(), reds.nanmean(1, keepdim=True).nan_to_num(0), reds)
+    chosen = (pictures.mean((2, 3, 4)) + 0.5 * reds).argmax(1).tolist()
+    assert len(set(chosen)) > 1  # not always the first, or the last
+    images, tokens = sample.draw_best(3, *judged, *how, 5, first=2, batch_size=3)
+    for k, best in enumerate(chosen):
+        assert torch.equal(tokens[k], drawn[best][1][k]) and (images[k] - pictures[k, best]).abs().max() < 1e-4
+    one = sample.draw_best(1, *judged, *how, 5, first=2)
+    assert all(torch.equal(a, b) for a, b in zip(one, drawn[0], strict=True))
 
 
 @pytest.mark.parametrize("task", ["c2i", pytest.param("t2i", marks=pytest.mark.slow)])
@@ -2576,7 +2457,7 @@ def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
     torch.save({"model": vq}, "vq.pt")
     files, pads, cfg = ["--vq-ckpt", "vq.pt"], [], 2
     if config.task == "t2i":
-        files, pads, cfg = [*files, "--text-encoder", str(save_tiny_t5(tmp_path / "t5"))], ["--text-pad", "right"], 4
+        files, pads, cfg = [*files, "--text-encoder", str(HERE / "weights/toy-t5")], ["--text-pad", "right"], 4
     files += ["--prompts", "a photo of a cat"] if pads else ["--classes", "goldfish"]
     few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", "--ckpt", "gpt.pt"]
     train.main(["--model", name, *files, *few, *pads, "--rewards", "pyiqa:entropy", "--out", "run"])
