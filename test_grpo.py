@@ -351,21 +351,6 @@ def test_the_loss_is_the_equation_token_by_token():
     assert torch.allclose(logprobs.grad, -A[:, None].expand(5, 7) / 35)
 
 
-def test_the_kls_value_and_gradient_are_those_that_its_comment_names():
-    """Catches: k3 turned round, which is still positive and still 0 at the start, but holds the policy elsewhere."""
-    theta = torch.randn(6, generator=seeded(0)).double().requires_grad_()
-    ref = torch.randn(6, generator=seeded(1)).double().log_softmax(0)
-    logp = theta.log_softmax(0)
-    p = logp.detach().exp()
-    # the exact expectation over what pi draws: every token of the vocabulary, weighted with its probability
-    pairs = [(logp[v].view(1, 1), ref[v].view(1, 1)) for v in range(6)]
-    parts = [grpo_loss(a, a.detach(), b, torch.zeros(1).double(), kl_coef=1.0) for a, b in pairs]
-    value = sum(p[v] * parts[v][1]["kl"] for v in range(6))
-    assert value.item() == pytest.approx((p * (logp - ref)).sum().item())  # KL(pi || ref)
-    sum(p[v] * parts[v][0] for v in range(6)).backward()
-    assert torch.allclose(theta.grad, p - ref.exp())  # the gradient of KL(ref || pi)
-
-
 def test_a_small_kl_keeps_its_digits():
     """Catches: e^d - 1 - d, which is all rounding for a small d: a first step of noise, and a KL below 0."""
     logprobs = torch.randn(64, 9, generator=seeded(0)) * 3
@@ -575,6 +560,7 @@ def test_the_tokenizer_agrees_with_the_official_code():
     found, model = official("vq")
     assert torch.equal(model.encode(found["image"]), found["encoded"].long())
     assert (model.decode(found["codes"].long()) - found["decoded"]).abs().max() < 1e-3
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]  # truncated, as officially
 
 
 @pytest.mark.parametrize("name", ["GPT-B 111", "GPT-L 343", "GPT-XL 775", "GPT-XXL 1411", "GPT-3B 3100", "VQ-16 71.9"])
@@ -837,30 +823,29 @@ def test_who_cannot_join_the_others_reads_why(tmp_path):
 
 def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, no_pages, thin_toys):
     """Catches: a resumed run whose KL is to other weights or that logs a step twice; one refused as its files moved."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    files = {"--ckpt": "base.safetensors", "--vq-ckpt": "vq.safetensors", "--prompts": "a.txt", "--text-encoder": "t5"}
-    shutil.copytree(HERE / "weights/toy-t5", here / "t5")
-    shutil.copy(MODELS["toy-t2i"].ckpt, here / "base.safetensors")
-    shutil.copy(MODELS["toy-t2i"].vq_ckpt, here / "vq.safetensors")
+    here, there, row = tmp_path / "here", tmp_path / "there", MODELS["toy-t2i"]
+    shutil.copytree(row.text_encoder, here / "t5")
+    shutil.copy(row.ckpt, here / "base.safetensors")
+    shutil.copy(row.vq_ckpt, here / "vq.safetensors")
     (here / "a.txt").write_text("two circles\na circle above a square\n")
 
     def run(folder, steps, *more):
-        flags = ["--lr-schedule", "constant", "--rewards", "clip", "--steps", str(steps)]
-        flags += [word for flag, name in files.items() for word in (flag, str(folder / name))]
-        return [row["step"] for row in tiny_run("t2i", *flags, *more)[2]]
+        files = f"--ckpt {folder}/base.safetensors --vq-ckpt {folder}/vq.safetensors --text-encoder {folder}/t5"
+        flags = f"{files} --prompts {folder}/a.txt --lr-schedule constant --rewards clip --steps {steps}"
+        return [row["step"] for row in tiny_run("t2i", *flags.split(), *more)[2]]
 
     run(here, 1)
     for flag, value in (("--kl-coef", "0.7"), ("--rewards", "clip=2")):
         with pytest.raises(SystemExit, match=f"{flag} is "):
             run(here, 2, "--resume", flag, value)
     here.rename(there)
-    places = {
+    files = {
         "base": "base.safetensors",
         "tokenizer": "vq.safetensors",
         "prompts": "a.txt",
         "text encoder": "t5/config.json",
     }
-    for name, file in places.items():
+    for name, file in files.items():
         whole = (there / file).read_bytes()
         binary = file.endswith(".safetensors")  # one bit of its last number
         changed = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:] if binary else whole.replace(b"two", b"three") + b" "
@@ -906,13 +891,13 @@ def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, no_pages, 
 def test_only_five_failures_in_a_row_end_a_run():
     """Catches: failures that are counted over a whole run, so that a run of days ends at its fifth lost step."""
     args = SimpleNamespace(prompts_per_step=2, group_size=2, rewards={"clip": 1.0})
-    run = SimpleNamespace(args=args, history=[], folder="out")
-    failures = {"the gradient": dict(grad_norm=NAN, clip_not_finite=3), "clip": dict(grad_norm=1.0, clip_not_finite=4)}
-    for what, failure in failures.items():
-        for row in [failure] * 4 + [dict(grad_norm=1.0, clip_not_finite=0)] + [failure] * 4:
+    lost = {"the gradient": dict(grad_norm=NAN, clip_not_finite=3), "clip": dict(grad_norm=1.0, clip_not_finite=4)}
+    for what, row in lost.items():
+        run = SimpleNamespace(args=args, history=[*[row] * 4, dict(grad_norm=1.0, clip_not_finite=0)], folder="out")
+        for _ in range(4):
             run.history.append(row)
             runs.Run.check_that_it_learns(run)
-        run.history.append(failure)
+        run.history.append(row)
         with pytest.raises(Mistake, match=f"{what} was not finite 5 steps in a row"):
             runs.Run.check_that_it_learns(run)
 
@@ -1006,10 +991,9 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(
     file, call, room, tiny_run, tmp_path, no_pages, thin_toys
 ):
     """Catches: a state that is cut. The limit on a file's size stands in for the end of the disk."""
+    import resource
 
     def fill(*_):
-        import resource
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
@@ -1018,8 +1002,8 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(
         tiny_run("c2i", "--save-every", "1")
 
     assert in_child(short_of_room, tmp_path / "said") == 1
-    assert f"{file} could not be written" in (tmp_path / "said").read_text()
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert f"{file} could not be written" in said and "Traceback" not in said
     assert torch.load(tmp_path / "run/state.pt")["step"] == 1 and not list((tmp_path / "run").glob("*.tmp*"))
     assert len(tiny_run("c2i", "--save-every", "1", "--resume")[2]) == 2
 
@@ -1033,27 +1017,6 @@ def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(t
     first.release()
     monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
     assert runs.hold(tmp_path) is None and "no lock on this file system" in capsys.readouterr().out
-
-
-def test_presets_are_the_releases_and_the_command_line_wins():
-    """Catches: a setting that a preset forgets, which is then ours and not the paper's."""
-    args = train.parse_args(["--preset", "paper-c2i"])
-    assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
-    assert (args.lr, args.kl_coef, args.cfg_scale, args.learn_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
-    assert args.rewards["clip"] == 5 and args.rewards["qwen-odd"] == 0.25 and len(args.rewards) == 8
-    assert (args.adam_beta2, args.qwen_answer, args.judge_options["clip_pretrained"]) == (0.999, "json", "openai")
-    assert (args.class_names[1], args.temperature, args.clip_eps) == ("goldfish, Carassius auratus", 1, 0.2)
-    args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5", "--learn-cfg", "4"])
-    assert (args.model, args.kl_coef, args.learn_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
-    assert (args.steps, args.prompts_per_step, args.cfg_scale) == (600, 8, 4)
-    ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
-    assert (ours.learn_cfg, ours.cfg_scale, ours.lr_schedule) == (2, 2, "linear")
-    best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own recipe
-    assert (best.model, best.cfg_scale, best.ref_cfg, best.kl_coef) == ("llamagen-xl-384", 1, 2, 0.1)
-    assert train.parse_args(["--preset", "best-t2i"]).out == Path("out/best-t2i")  # not in the plain run's folder
-    flags = [[], ["--clip-pretrained", "laion2b_s34b_b79k"], ["--model", "llamagen-xl-384"]]
-    clips = [train.parse_args(more).judge_options["clip_model"] for more in flags]
-    assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu", "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
 
 
 # files and prompts ----------------------------------------------------------------------------------------------------
@@ -1272,15 +1235,14 @@ def test_paths_are_what_their_owner_means(tmp_path, monkeypatch):
 
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):
     """Catches: whoever can write to a repository puts another file in the place of the one that we looked at."""
-    calls = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *where, **at: calls.append((where, at)) or tmp_path)
+    download = mock.Mock(return_value=tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     for place in (rewards.HPS, rewards.MANIQA):
         zoo.find_file(place)
-        (_, file), at = calls.pop()
-        assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and place.endswith(f"/{file}")
+        repo, file = download.call_args.args
+        assert place == f"hf:{repo}@{download.call_args.kwargs['revision']}/{file}"
     place, at = zoo.folder_or_repo(zoo.FLAN_T5_XL)
     assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", at["revision"])
-    assert zoo.folder_or_repo(tmp_path) == (tmp_path, {}) and zoo.hub_place("hf:a/b@c/d/e") == ("a/b", "c", "d/e")
     for wrong in ("a", "hf:a/b@", "a/b@c@d"):
         with pytest.raises(Mistake, match="OWNER/REPO"):
             zoo.hub_place(wrong)
@@ -1315,7 +1277,6 @@ def wrong_files(tmp_path_factory):
     np.savez(folder / "good.npz", two)
     np.savez(folder / "labels.npz", two, np.array([1, 999]))
     np.savez(folder / "onehot.npz", two, np.eye(2, 40))
-    np.savez(folder / "tall.npz", two[:, :, :6])
     with zipfile.ZipFile(folder / "short.npz", "w") as file:  # whole as a zip, but the array in it is not
         file.writestr("arr_0.npy", zipfile.ZipFile(folder / "good.npz").read("arr_0.npy")[:-9])
     return folder
@@ -1354,7 +1315,6 @@ WRONG = [  # (script, flags, a part of its one sentence)
     # what is evaluated
     (evaluate, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
     (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3); an npz with pictures arr_0, uint8"),
-    (evaluate, ["--samples", "{}/tall.npz"], "(2, 8, 6, 3); an npz with pictures arr_0, uint8 (n, H, H, 3)"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
     (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "neither labels nor prompts"),
@@ -1381,53 +1341,22 @@ def test_what_a_user_can_do_wrong_ends_in_one_sentence(
 # the toy world --------------------------------------------------------------------------------------------------------
 
 
-def test_the_toy_tokenizer_round_trips():
-    """Catches: a tokenizer that loses shapes or colours would put a ceiling on every result without a word."""
-    tokenizer = load_tokenizer("toy-c2i")
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
-    images = torch.from_numpy(data.render(captions, np.random.default_rng(7))) * 2 - 1
-    with torch.no_grad():
-        output = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
-    assert 10 * torch.log10(4 / (output - images).square().mean()) > 22  # dB
-    assert np.mean([data.satisfies(i / 2 + 0.5, c) for i, c in zip(output, captions, strict=True)]) > 0.95
-    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]  # truncated, as officially
+def toy_captions(n):
+    """A caption of each class, and n of all categories."""
+    return [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(n)
 
 
 def test_the_verifier_is_right_on_renders_and_on_wrong_captions():
-    """Catches: a verifier that a change of the renders made wrong; every share right rests on it."""
-    rng = np.random.default_rng(3)
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] * 3 + data.balanced_captions(240)
-    images = data.render(captions, rng)
-    right = [data.satisfies(i, c) for i, c in zip(images, captions, strict=True)]
-    wrong = [data.satisfies(i, data.wrong_caption(c, rng)) for i, c in zip(images, captions, strict=True)]
-    assert np.mean(right) >= 0.99 and np.mean(wrong) <= 0.01
-
-
-def test_the_verifier_refuses_malformed_pictures():
-    """Catches: a verifier that forgives blobs, strays or a second object would reward the very things that RL hacks."""
-    rng = np.random.default_rng(0)
-    image, other = data.render(["a red circle", "two circles"], rng)
-    assert data.satisfies(image, "a red circle") and not data.satisfies(other, "a circle")
+    """Catches: a verifier that a change of the renders made wrong, or that forgives blobs, strays or a second object."""
+    rng, captions = np.random.default_rng(3), toy_captions(240)
+    pairs = list(zip(data.render(captions, rng), captions, strict=True))
+    assert np.mean([data.satisfies(image, caption) for image, caption in pairs]) >= 0.99
+    assert np.mean([data.satisfies(image, data.wrong_caption(caption, rng)) for image, caption in pairs]) <= 0.01
+    image, two = data.render(["a red circle", "two circles"], rng)
     half = image.copy()
     half[:, :, : int(data.find_objects(image)[0][0]["x"])] = 0.1
-    assert not data.satisfies(half, "a red circle")
-    assert not any(data.satisfies(picture, "a circle") for picture in (rng.random((3, 64, 64)), np.zeros((3, 64, 64))))
-
-
-@pytest.mark.slow
-def test_the_corpus_is_as_careless_as_its_table_says():
-    """Catches: right pictures among the bad ones, or bad ones among the right, would move what GRPO can gain."""
-    rng = np.random.default_rng(1)
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
-    for way in data.CORPUS:
-        images = np.stack([data.careless(caption, way, rng) for caption in captions])
-        right = np.mean([data.satisfies(i, c) for i, c in zip(images, captions, strict=True)])
-        assert right == 1 if way == "as captioned" else right < 0.25, way
-    for column, task in enumerate(("c2i", "t2i")):
-        images = data.corpus(captions * 6, rng, task=task)
-        right = [data.satisfies(i, c) for i, c in zip(images, captions * 6, strict=True)]
-        assert sum(shares[column] for shares in data.CORPUS.values()) == pytest.approx(1)
-        assert abs(np.mean(right) - data.CORPUS["as captioned"][column]) < 0.06
+    bad = two, half, rng.random((3, 64, 64)), np.zeros((3, 64, 64))
+    assert data.satisfies(image, "a circle") and not any(data.satisfies(picture, "a circle") for picture in bad)
 
 
 def test_captions_parse_and_wrong_ones_exclude_them():
@@ -1442,16 +1371,6 @@ def test_captions_parse_and_wrong_ones_exclude_them():
     for caption in ("a red banana", "a cyan circle", "a red circle left of a blue square"):
         with pytest.raises(ValueError, match=r"banana|never learned"):
             data.toy_caption(caption)
-
-
-def test_a_code_that_nobody_uses_moves_to_a_badly_drawn_cell():
-    """Catches: an unused code that is nobody's nearest, and gets no gradient for ever."""
-    book = torch.nn.Embedding(50, 8)
-    before = book.weight.detach().clone()
-    latents, error, counts = torch.randn(2, 4, 8), torch.zeros(2, 4), torch.full((50,), 100)
-    error[1, 2], counts[7] = 1, 1
-    pretrain.revive(SimpleNamespace(embedding=book), counts, latents, error)
-    assert torch.equal(book.weight[7], latents[1, 2]) and torch.equal(book.weight[8:], before[8:])
 
 
 def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
@@ -1485,9 +1404,9 @@ def test_shipped_weights_are_what_their_reports_describe():
 def test_the_toy_judges_rank_right_above_wrong():
     """Catches: loaded into the wrong places, or shown another range of pixels, they still return numbers."""
     judges, rng = rewards.load_judges(["clip", "realism"]), np.random.default_rng(0)
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(60)
-    renders, tokenizer = torch.from_numpy(data.render(captions, rng)) * 2 - 1, load_tokenizer("toy-c2i")
+    captions, tokenizer = toy_captions(60), load_tokenizer("toy-c2i")
     with torch.no_grad():  # judges only ever see what the tokenizer decoded
+        renders = torch.from_numpy(data.render(captions, rng)) * 2 - 1
         images = to_unit(tokenizer.decode(tokenizer.encode(renders)))
     right, _ = rewards.judge_images(judges, images, captions)
     wrong, seconds = rewards.judge_images(judges, images, [data.wrong_caption(c, rng) for c in captions])
@@ -1597,8 +1516,8 @@ def in_cache(cache, repo, commit):
 
 
 @pytest.fixture(scope="module")
-def hub_cache(tmp_path_factory):
-    """A hub's cache with tiny models in the places of the paper's judges."""
+def tiny_judges(tmp_path_factory):
+    """The hub's cache, with tiny models in the places of the paper's judges; open_clip takes its CLIPs for as tiny."""
     import open_clip
 
     cache = tmp_path_factory.mktemp("hub")
@@ -1614,21 +1533,14 @@ def hub_cache(tmp_path_factory):
         repo, commit, file = re.fullmatch(r"hf:(.+)@([0-9a-f]{40})/(.+)", place).groups()
         torch.save(weights, in_cache(cache, repo, commit) / file)
     save_tiny_qwen(in_cache(cache, rewards.QWEN, rewards.QWEN_COMMIT))
-    return cache
-
-
-@pytest.fixture
-def tiny_judges(hub_cache, tmp_path, monkeypatch):
-    """Whatever loads from the hub finds `hub_cache`, and open_clip takes its CLIPs for as tiny as they are there."""
-    import open_clip
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
-    for name in ("ViT-H-14", "ViT-B-32", "ViT-B-32-quickgelu"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(TINY_CLIP))
-        open_clip.add_model_config(tmp_path / f"{name}.json")
-    return hub_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+        patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+        for name in ("ViT-H-14", "ViT-B-32", "ViT-B-32-quickgelu"):
+            (cache / f"{name}.json").write_text(json.dumps(TINY_CLIP))
+            open_clip.add_model_config(cache / f"{name}.json")
+        yield cache
 
 
 def some_images(n=4, size=64):
@@ -1638,27 +1550,18 @@ def some_images(n=4, size=64):
     return images, ["a red circle", "a {strange} prompt that is a good deal longer", "two dogs", "a red circle"][:n]
 
 
-@pytest.mark.slow
-def test_every_judge_of_the_paper_trains(tiny_judges, tmp_path, no_pages, thin_toys):
-    """Catches: judges that work alone, but not together: their names, the models that they share and the log."""
-    names = [*rewards.JUDGES, "pyiqa:piqe"]
-    flags = ["--clip-pretrained", "openai", "--out", str(tmp_path), "--judge-batch", "3", "--rewards", ",".join(names)]
-    train.main([*flags, "--steps", "1", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7"])
-    (row,) = without_seconds(tmp_path)
-    assert all(row[f"{name}_not_finite"] == 0 for name in names)
-    assert 0 < row["qwen-match_mean"] < 5 and 0 < row["qwen-odd_mean"] < 1
-    assert row["pyiqa:piqe_mean"] < 0  # it counts distortions, 0 to 100, and more must be better
-    assert row["reward"] == pytest.approx(sum(row[f"{name}_mean"] for name in names), rel=1e-4)
-    assert_the_glossary_explains(row, names)
-
-
 @pytest.mark.parametrize("judge", ["clip", "hps"])
 def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, capsys):
     """Catches: each picture encoded twice; all N captions read, of which B differ; an index that mixes up captions."""
-    options = rewards.judge_options(model="llamagen-b-256")
+    import open_clip
+
+    options = rewards.judge_options(model="llamagen-b-256") | dict(clip_model="ViT-B-32")
     judges, seen = rewards.load_judges([f"{judge}-step", judge], options=options), []
     model = judges[f"{judge}-step"].keywords["model"]
     assert len(judges) == 1 and {p.dtype for p in model.parameters()} == {torch.float32}  # HPSv2.1's file is half
+    # with the other activation than in training, open_clip only warns, and every cosine is a little wrong
+    gelu = model.visual.transformer.resblocks[0].mlp.gelu
+    assert isinstance(gelu, open_clip.transformer.QuickGELU) == (judge == "clip")
     for part in (model.visual, model.token_embedding):
         part.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     scores, seconds = rewards.judge_images(judges, *some_images())
@@ -1675,17 +1578,6 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, cap
     assert capsys.readouterr().out == f"{judge}: 1 of 2 captions are longer than this CLIP reads, and are cut\n"
 
 
-def test_openai_weights_get_the_activation_they_were_trained_with(tiny_judges):
-    """Catches: with plain "ViT-B-32" open_clip only warns, and every cosine is a little wrong."""
-    import open_clip
-
-    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
-        model, _ = rewards.load_clip(name, "openai")
-        assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
-    with pytest.raises(Mistake, match=r"CLIP ViT-B-32 laion400m_e31 cannot be read .*HF_HOME"):
-        rewards.load_clip("ViT-B-32", "laion400m_e31")
-
-
 def test_half_a_judge_is_refused(tiny_judges, tmp_path, monkeypatch):
     """Catches: a judge that is random in part, whose scores go on looking like scores."""
     torch.save({"logit_scale": torch.zeros(())}, tmp_path / "half.pt")
@@ -1693,6 +1585,8 @@ def test_half_a_judge_is_refused(tiny_judges, tmp_path, monkeypatch):
         monkeypatch.setattr(rewards, judge.upper(), tmp_path / "half.pt")
         with pytest.raises(Mistake, match=r"half\.pt.*Missing key"):
             rewards.load_judges([judge])
+    with pytest.raises(Mistake, match=r"CLIP ViT-B-32 laion400m_e31 cannot be read .*HF_HOME"):
+        rewards.load_clip("ViT-B-32", "laion400m_e31")
     (cached,) = tiny_judges.glob(f"*Qwen*/snapshots/{rewards.QWEN_COMMIT}")
     monkeypatch.setattr(rewards, "QWEN", str(shutil.copytree(cached, tmp_path / "qwen")))
     weights = load_file(tmp_path / "qwen/model.safetensors")
@@ -1891,13 +1785,6 @@ def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
         rewards.load_judges(["qwen-match"], options=dict(qwen_server="http://127.0.0.1:9", qwen_model="tiny"))
 
 
-def assert_the_glossary_explains(row, judges):
-    readme = (HERE / "README.md").read_text()
-    for key in row:
-        name = re.sub(f"^({'|'.join(judges)})_(mean|std|not_finite)$", r"NAME_\2", key)
-        assert f"`{name}`" in readme
-
-
 # the measures of evaluate.py ------------------------------------------------------------------------------------------
 
 
@@ -2025,46 +1912,31 @@ def test_inceptions_features_are_adms(inception):
 
 @pytest.mark.slow
 def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
-    """Catches: pictures that come in another order or in part; a reference's statistics that are not used."""
+    """Catches: pictures in another order or in part; two files whose names differ by a sign and share one result."""
     monkeypatch.setattr(metrics, "FEWEST", 6)
     monkeypatch.setattr(evaluate, "SHARD", 4)
     rng = np.random.default_rng(0)
     theirs, references = (rng.integers(0, 256, (n, 8, 8, 3), np.uint8) for n in (6, 7))
     theirs[3:, :, :, 0] = 0
-    np.savez_compressed(tmp_path / "a#.npz", theirs, [1, 1, 1, 2, 2, 2])
-    np.savez(tmp_path / "ref#1.npz", arr_0=references)
-    flags = ["--reference", str(tmp_path / "ref#1.npz"), "--inception", inception, "--out", str(tmp_path / "result")]
-    evaluate.main(["--samples", str(tmp_path / "a#.npz"), "--num", "99", *flags, "--npz", str(tmp_path / "copies")])
-    (copy,) = (tmp_path / "copies").glob("a-*.npz")
-    copy = np.load(copy)
-    assert np.array_equal(copy["arr_0"], theirs) and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
+    files = [str(tmp_path / name) for name in ("a#.npz", "a+.npz", "ref#1.npz")]
+    for file, pixels in zip(files, (theirs, theirs[::-1], references), strict=True):
+        np.savez_compressed(file, pixels, [1, 1, 1, 2, 2, 2, 3][: len(pixels)])
+    flags = ["--reference", files[2], "--inception", inception, "--out", str(tmp_path / "result"), "--num", "99"]
+    evaluate.main(["--samples", *files[:2], *flags, "--npz", str(tmp_path / "copies")])
+    copies = [dict(np.load(copy)) for copy in (tmp_path / "copies").iterdir()]
+    (copy,) = (copy for copy in copies if np.array_equal(copy["arr_0"], theirs))
+    assert len(copies) == 2 and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
     found, text = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "result.md").read_text()
     assert found["num"] == found["records"]["a#"]["num"] == 6  # that were scored, whatever --num says
-    figures, look = (
-        found["columns"]["a#"],
-        partial(evaluate.inception_features, network=evaluate.load_inception(inception)),
-    )
-    a, b = (look(evaluate.as_tensor(pixels), None)["pool"].numpy() for pixels in (theirs, references))
-    pair = [figure.value for figure in metrics.precision_recall(a, b)]
+    figures, network = found["columns"]["a#"], evaluate.load_inception(inception)
+    pools = [evaluate.inception_features(evaluate.as_tensor(x), None, network)["pool"] for x in (theirs, references)]
+    pair = [figure.value for figure in metrics.precision_recall(*pools)]
     assert [figures["precision"], figures["recall"]] == pytest.approx(pair, abs=0.03)
-    assert figures["distance in class"] == pytest.approx(metrics.class_distance(a, [1, 1, 1, 2, 2, 2]).value, rel=1e-3)
+    apart = metrics.class_distance(pools[0].numpy(), [1, 1, 1, 2, 2, 2]).value
+    assert figures["distance in class"] == pytest.approx(apart, rel=1e-3)
     # too few for the rest, and the table says so
     assert not {"FID", "sFID", "IS"} & set(figures) and "| FID |  |" in text
-    assert "Blank: FID of a#: 2,049 are needed, one more than features (2,048), there are 6 pictures." in text
-
-
-def test_files_are_columns_of_their_own_whatever_their_names(tmp_path):
-    """Catches: two files whose names differ by a sign and share one result, or one place in --npz."""
-    labels = np.arange(8) * 5
-    clean = data.render([data.class_caption(data.TOY_CLASSES[k]) for k in labels], np.random.default_rng(0))
-    clean = (clean.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-    np.savez(tmp_path / "steps=100.npz", clean, labels)
-    np.savez(tmp_path / "steps-100.npz", np.random.default_rng(0).integers(0, 256, clean.shape, np.uint8), labels)
-    files = [str(tmp_path / name) for name in ("steps=100.npz", "steps-100.npz")]
-    evaluate.main(["--samples", *files, "--rewards", "clip", "--out", f"{tmp_path}/e", "--npz", f"{tmp_path}/copies"])
-    columns = json.loads((tmp_path / "e.json").read_text())["columns"]
-    assert columns["steps=100"]["reward: clip"] > 0.8 > 0.3 > columns["steps-100"]["reward: clip"]
-    assert len(list((tmp_path / "copies").iterdir())) == 2
+    assert "2,049 are needed, one more than features (2,048), there are 6 pictures." in text
 
 
 def test_larger_pictures_are_resized_as_pil_does_it():
@@ -2177,8 +2049,8 @@ def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
 # drawing and pages, through the scripts' own main ---------------------------------------------------------------------
 
 
-def test_a_grid_says_everything():
-    """Catches: the last of eight judges cut off below each picture; rows of base and tuned that are mixed up."""
+def test_a_grid_says_everything(tmp_path):
+    """Catches: the last of eight judges cut off below each picture; rows mixed up; a row that is wider than its format."""
     font = report.label_font()
     said = "\n" + "  ".join(f"{name}\u00a0-0.12" for name in rewards.parse_rewards(train.EIGHT))
     for caption in ("a red circle above a blue square " * 9, "\ud800" * 10_000, "a dog"):
@@ -2194,31 +2066,29 @@ def test_a_grid_says_everything():
     circle = torch.from_numpy(data.render(["a red circle"], np.random.default_rng(0)))
     assert sample.label_images("toy-c2i", circle, ["a photo of a red circle"], "x: ") == ["\u2713\u00a0x: a red circle"]
     assert sample.label_images("toy-c2i", circle, ["a photo of a blue circle"])[0][:2] == "\u2717\u00a0"
+    path, many = tmp_path / "a.webp", torch.rand(200, 3, 32, 64)
+    report.save_grid(path, many, ["a"] * 200, report.columns_that_fit(path, many, 200))
+    assert Image.open(path).width == 122 * 134  # 16,383 pixels are all that WebP holds
 
 
-@pytest.mark.parametrize("name, wanted", [("a.webp", 122), ("a.jpg", 200), ("a.png", 200)])
-def test_a_grid_fits_its_format(name, wanted, tmp_path):
-    """Catches: 16,383 pixels are all that WebP holds, and pictures are lost for a row that is wider."""
-    images = torch.rand(200, 3, 32, 64)
-    columns = report.columns_that_fit(tmp_path / name, images, 200)
-    assert columns == wanted
-    report.save_grid(tmp_path / name, images, ["a"] * 200, columns)
-    assert Image.open(tmp_path / name).width == wanted * 134
-
-
-def group_of(K, side, by_token, judges=8):
-    """Arguments of report.draw_step for K pictures of side x side tokens."""
-    rng = np.random.default_rng(K)
-    advantages, names = rng.normal(size=K), [f"qwen-match-{k}" for k in range(judges)]
+def group_of(K, side, by_token):
+    """Arguments of report.draw_step for K pictures of side x side tokens, judged by eight."""
+    rng, judges = np.random.default_rng(K), [f"qwen-match-{k}" for k in range(8)]
+    advantages = rng.normal(size=K)
     return dict(
-        caption='one says "$5" and the other "$7" \ud800 ' * 9, images=torch.rand(K, 3, 8 * side, 8 * side),
-        tokens=torch.randint(16384, (K, side * side)), scores={name: torch.rand(K) for name in names},
-        rewards=torch.tensor(advantages), advantages=advantages[:, None] * rng.random((K, side**2)) if by_token else advantages,
-        change=rng.normal(size=(K, side**2)), weights=dict.fromkeys(names, 0.25), n=64,
-    )  # fmt: skip
+        caption='one says "$5" and the other "$7" \ud800 ' * 9,
+        images=torch.rand(K, 3, 8 * side, 8 * side),
+        tokens=torch.randint(16384, (K, side**2)),
+        scores={judge: torch.rand(K) for judge in judges},
+        rewards=torch.tensor(advantages),
+        advantages=advantages[:, None] * rng.random((K, side**2)) if by_token else advantages,
+        change=rng.normal(size=(K, side**2)),
+        weights=dict.fromkeys(judges, 0.25),
+        n=64,
+    )
 
 
-@pytest.mark.parametrize("K, side, by_token", [(2, 8, True), slow(8, 8, False), (16, 32, True)])
+@pytest.mark.parametrize("K, side, by_token", [(2, 8, True), slow(8, 8, False), slow(16, 32, True)])
 def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token, monkeypatch, tmp_path):
     """Catches: text over text with many judges, few pictures or long captions; a user's style; prices as a formula."""
     drawn, figure_of = [], report.step_figure
@@ -2237,9 +2107,9 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
         assert apart, f"{one.get_text()!r} lies over {other.get_text()!r}"
     assert all(min(box.x0, box.y0) >= 0 for box in boxes)
     assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
-    said, T = [text.get_text() for text in texts], side**2
-    shapes = [f"tokens (64, {T})", f"images (64, 3, {8 * side}, {8 * side})", "rewards (64,)", "advantages (64,)"]
-    assert set(shapes) | {f"change (64, {T})"} <= set(said) and (f"advantages (64, {T})" in said) == by_token
+    said, T = {text.get_text() for text in texts}, side**2
+    shapes = {f"tokens (64, {T})", f"images (64, 3, {8 * side}, {8 * side})", "rewards (64,)", "advantages (64,)"}
+    assert shapes | {f"change (64, {T})"} <= said and (f"advantages (64, {T})" in said) == by_token
 
 
 @pytest.mark.slow
@@ -2265,22 +2135,22 @@ def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
     assert all(torch.equal(a, b) for a, b in zip(one, drawn[0], strict=True))
 
 
-@pytest.mark.parametrize("task", ["c2i", pytest.param("t2i", marks=pytest.mark.slow)])
-def test_train_sample_evaluate_and_report_run(task, tmp_path, monkeypatch, thin_toys, capsys):
+@pytest.mark.parametrize("task", ["c2i", slow("t2i")])
+def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_toys, capsys):
     """Catches: parts that work alone, but whose files, names and headers do not meet; a picture that costs the run."""
     monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
     monkeypatch.setattr(report, "write_curves", lambda folder: 1 / 0)
-    run = tmp_path / "run"
-    train.main(["--task", task, "--steps", "2", "--out", str(run), "--updates-per-batch", "2", *TINY_RUN, *TWO[task]])
+    _, run, (first, second) = tiny_run(task, "--updates-per-batch", "2")
     assert "curves.png is left out (ZeroDivisionError" in capsys.readouterr().out
     files = "before.png after.png before-after.png report.html policy.safetensors state.pt events* samples/*.png"
     assert all(list(run.glob(file)) for file in files.split())
     assert len({file.stat().st_mode for file in run.iterdir() if file.suffix in (".png", ".safetensors", ".pt")}) == 1
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
-    first, second = read_metrics(run)
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
     assert first["kl"] > 0 and first["ratio"] != 1  # the second update of a batch scores a policy that has moved
-    assert_the_glossary_explains(without_seconds(run)[0], ["clip", "realism"])
+    readme = (HERE / "README.md").read_text()
+    names = [re.sub("^(clip|realism)_(mean|std|not_finite)$", r"NAME_\2", key) for key in without_seconds(run)[0]]
+    assert [name for name in names if f"`{name}`" not in readme] == []
     sample.main(["--ckpt", str(run), "--compare", "--num", "1", "--out", f"{run}/s.png", "--npz", f"{run}/s.npz"])
     found = np.load(run / "s.npz")
     assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == found["tokens"].shape[1:] + (64, 3)
@@ -2295,14 +2165,13 @@ def test_train_sample_evaluate_and_report_run(task, tmp_path, monkeypatch, thin_
 
 
 def assert_the_page_is_whole_safe_and_small(run):
-    flags, prompt = json.loads((run / "flags.json").read_text()), "<script>alert('\ud800')</script>"
-    (run / "flags.json").write_text(json.dumps(flags | dict(prompts=prompt)))
-    written = json.loads((run / "samples/writers.json").read_text())
-    (run / "samples/writers.json").write_text(json.dumps(written | dict(caption=prompt)))
+    prompt = "<script>alert('\ud800')</script>"
+    for name, entry in (("flags.json", "prompts"), ("samples/writers.json", "caption")):
+        found = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(found | {entry: prompt}))
     log = (run / "metrics.jsonl").read_text().splitlines()
     late = {key: value for key, value in json.loads(log[0]).items() if key != "realism_mean"}  # a judge that was late
-    lines = [json.dumps(late), *(log[1] for _ in range(5_000))]
-    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(late), *[log[1]] * 5_000]))
     report.main([str(run)])
     text = (run / "report.html").read_text()
     assert "<script>a" not in text and text.count("&lt;script&gt;alert(&#39;?") == 2 and len(text) < 5e6
@@ -2310,17 +2179,8 @@ def assert_the_page_is_whole_safe_and_small(run):
     assert not re.findall(r"""(?:src|href)=["']http""", text) and 'aria-label="realism_mean"' in text
     assert text.count("<svg") > 12 and "renders, round trip" in text and text.count('class="frame"') == 2
     assert "the default, three seeds" in text
-    with pytest.raises(SystemExit, match="give all the same --num"):
-        table = json.loads((run / "evaluation.json").read_text())
-        records = {name: record | dict(num=2) for name, record in table["records"].items()}
-        (run / "fewer.json").write_text(json.dumps(table | dict(records=records)))
-        report.main([str(run / "evaluation.json"), str(run / "fewer.json")])
-    for name, content in (
-        ("flags.json", "{bad"),
-        ("evaluation.json", "[1]"),
-        ("metrics.jsonl", "null"),
-        ("after.png", ""),
-    ):
+    wrong = {"flags.json": "{bad", "evaluation.json": "[1]", "metrics.jsonl": "null", "after.png": ""}
+    for name, content in wrong.items():
         whole = (run / name).read_bytes()
         (run / name).write_text(content)
         with pytest.raises(SystemExit, match=rf"{name} cannot be read"):
@@ -2371,26 +2231,26 @@ def test_the_defaults_curves_stand_behind_the_runs_of_its_task(tmp_path, monkeyp
 
 def test_the_frontier_has_a_point_for_each_recipe_and_a_line_for_its_steps(tmp_path):
     """Catches: seeds joined like a trajectory; tuned at cfg 2 beside the base at 1; the mean of seeds as one more seed."""
-    base, names = dict(policy="base", steps=0, cfg=1.0, best_of=1, temperature=1.0, num=64), {}
-    names["AR-GRPO"] = {
-        "base, cfg 1": (base, 0.4), "base, cfg 2": (base | dict(cfg=2.0), 0.6),
-        "tuned 1, cfg 1": (base | dict(policy="s0", steps=20), 0.7), "tuned 2, cfg 1": (base | dict(policy="s1", steps=20), 0.9),
-        "tuned 3, cfg 2": (base | dict(policy="s2", steps=90, cfg=2.0), 0.95), "mean of 2, cfg 1": (None, 0.8),
-        "renders": (base | dict(policy=None, cfg=None), 0.99),
+    plain = dict(policy="base", steps=0, cfg=1.0, best_of=1, temperature=1.0, num=64)
+    tables = {
+        "AR-GRPO": [({}, 0.4), (dict(cfg=2.0), 0.6), (dict(policy="s0", steps=20), 0.7),
+                    (dict(policy="s1", steps=20), 0.9), (dict(policy="s2", steps=90, cfg=2.0), 0.95),
+                    (dict(policy=None, cfg=None), 0.99)],
+        "best": [({}, 0.4), (dict(best_of=4), 0.8)],
     }  # fmt: skip
-    names["best"] = {"base, cfg 1": (base, 0.4), "base, cfg 1, best of 4": (base | dict(best_of=4), 0.8)}
-    for table, columns in names.items():
-        figures = {name: {report.RIGHT: right, report.RECALL: 0.5} for name, (_, right) in columns.items()}
-        errors = {name: dict.fromkeys(own, 0.01) for name, own in figures.items()}
-        records = {name: record for name, (record, _) in columns.items() if record}
-        table = tmp_path / f"{table}.json"
-        table.write_text(json.dumps(dict(task="c2i", columns=figures, standard_errors=errors, records=records)))
-    paths = [tmp_path / "AR-GRPO.json", tmp_path / "best.json"]
+    for name, columns in tables.items():
+        records = {f"{k}": plain | record for k, (record, _) in enumerate(columns)}
+        figures = {f"{k}": {report.RIGHT: right, report.RECALL: 0.5} for k, (_, right) in enumerate(columns)}
+        figures["mean of 2, cfg 1"] = {report.RIGHT: 0.8, report.RECALL: 0.5}  # which has no record
+        errors = {k: dict.fromkeys(own, 0.01) for k, own in figures.items()}
+        table = dict(task="c2i", columns=figures, standard_errors=errors, records=records)
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    paths = [tmp_path / f"{name}.json" for name in tables]
     (lines,) = report.lines_of(paths).values()
-    found = {
-        label: {name: [figures[report.RIGHT][0] for figures in seeds.values()] for (_, name), seeds in points.items()}
-        for (label, _), points in lines.items()
-    }
+    found = {label: {} for label, _ in lines}
+    for (label, _), points in lines.items():
+        for (_, name), seeds in points.items():
+            found[label][name] = [figures[report.RIGHT][0] for figures in seeds.values()]
     assert found == {
         "base, guidance": {"cfg 1": [0.4], "cfg 2": [0.6]},
         "AR-GRPO": {"20 steps": [0.7, 0.9], "": [0.4]},
@@ -2401,17 +2261,21 @@ def test_the_frontier_has_a_point_for_each_recipe_and_a_line_for_its_steps(tmp_p
     assert report.seeds_mean(seeds, report.RIGHT) == pytest.approx((0.8, math.sqrt((0.02 + 0.01**2) / 2)))
     report.main([*map(str, paths), "--out", str(tmp_path / "frontier.png")])
     assert Image.open(tmp_path / "frontier.png").width > 1000
+    paths[1].write_text(paths[1].read_text().replace('"num": 64', '"num": 2'))
+    with pytest.raises(SystemExit, match="give all the same --num"):
+        report.main([*map(str, paths)])
 
 
 MOVE = """
-  const page = frame.contentDocument, box = page.querySelector('#slides'), found = [];
-  for (const value of [0, 99]) { const slider = box.querySelector('input'); slider.value = value; slider.oninput();
-    found.push(box.querySelector('b').textContent, box.querySelectorAll('.slide:not([hidden])').length) }
-  const writer = page.querySelector('#writer'), look = () => { for (const one of page.querySelectorAll('.model'))
-    found.push([...one.querySelectorAll('.words button')].filter((cell) => cell.textContent != '.').length,
-      one.querySelector('.now').textContent == one.querySelector('.likely .drawn')?.textContent,
-      getComputedStyle(one.querySelector('.frame')).backgroundPosition) };
-  const slider = writer.querySelector('input'); slider.value = 64; slider.oninput(); look();
+  const page = frame.contentDocument, found = [];
+  const move = (slider, value) => { slider.value = value; slider.oninput() };
+  const look = () => page.querySelectorAll('.model').forEach((one) => found.push(
+    [...one.querySelectorAll('.words button')].filter((cell) => cell.textContent != '.').length,
+    one.querySelector('.now').textContent == one.querySelector('.likely .drawn')?.textContent,
+    getComputedStyle(one.querySelector('.frame')).backgroundPosition));
+  for (const value of [0, 99]) { move(page.querySelector('#slides input'), value);
+    found.push(page.querySelector('#slides b').textContent, page.querySelectorAll('.slide:not([hidden])').length) }
+  move(page.querySelector('#writer input'), 64); look();
   page.querySelectorAll('.words button')[9].onclick(); look();
   document.title = JSON.stringify([found, page.documentElement.scrollWidth,
     frame.contentWindow.matchMedia('(prefers-color-scheme: dark)').matches]);
@@ -2420,11 +2284,11 @@ MOVE = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's controls")
-def test_the_controls_of_the_page_move_in_a_browser(tmp_path):
+def test_the_controls_of_the_page_move_in_a_browser(tiny_run, tmp_path, thin_toys):
     """Catches: a slider that shows the same picture at every moment looks like a policy that never changed."""
-    train.main(["--steps", "2", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    text = html.escape((tmp_path / "report.html").read_text())
-    for width, dark in itertools.product((1280, 400), (False, True)):  # in a frame: no window is narrower than 500 px
+    _, run, _ = tiny_run("c2i")
+    text = html.escape((run / "report.html").read_text())
+    for width, dark in ((1280, False), (400, True)):  # in a frame: no window is narrower than 500 px
         frame = f'<iframe id="frame" width="{width}" height="900" srcdoc="{text}"></iframe>'
         (tmp_path / "moved.html").write_text(f"{frame}<script>frame.onload = () => {{ {MOVE} }}</script>")
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--dump-dom"]
@@ -2440,49 +2304,44 @@ def test_the_controls_of_the_page_move_in_a_browser(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i-xl-256"])
 def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
-    """
-    Catches: imageNet's names, T5, the authors' guidance, official files, bfloat16, no verifier: what the toys do
-    not pass.
-    """
-    told, row = [], MODELS[name]  # fewer layers and tokens; .ci/run does the same with all of GPT-B
-    config, vq_config = (
-        replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64),
-        replace(zoo.VQ_16, ch=32),
-    )
-    monkeypatch.setitem(MODELS, name, replace(row, config=config, vq_config=vq_config))
+    """Catches: ImageNet's names, T5, the authors' guidance, official files, bfloat16: what the toys do not pass."""
     monkeypatch.chdir(tmp_path)
+    # fewer layers and tokens; .ci/run does the same with all of GPT-B
+    config = replace(MODELS[name].config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64)
+    files = dict(ckpt=tmp_path / "gpt.pt", vq_ckpt=tmp_path / "vq.pt", text_encoder=HERE / "weights/toy-t5")
+    row = replace(MODELS[name], config=config, vq_config=replace(zoo.VQ_16, ch=32), **files)
+    monkeypatch.setitem(MODELS, name, row)
     torch.manual_seed(0)
     torch.save({"model": Transformer(config).state_dict() | {"freqs_cis": torch.zeros(17, 16, 2)}}, "gpt.pt")
-    vq = VQModel(vq_config).state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
+    vq = VQModel(row.vq_config).state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
     torch.save({"model": vq}, "vq.pt")
-    files, pads, cfg = ["--vq-ckpt", "vq.pt"], [], 2
+    what, pads, cfg = ["--classes", "goldfish"], [], 2
     if config.task == "t2i":
-        files, pads, cfg = [*files, "--text-encoder", str(HERE / "weights/toy-t5")], ["--text-pad", "right"], 4
-    files += ["--prompts", "a photo of a cat"] if pads else ["--classes", "goldfish"]
-    few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", "--ckpt", "gpt.pt"]
-    train.main(["--model", name, *files, *few, *pads, "--rewards", "pyiqa:entropy", "--out", "run"])
+        what, pads, cfg = ["--prompts", "a photo of a cat"], ["--text-pad", "right"], 4
+    few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", *what]
+    train.main(["--model", name, *few, *pads, "--rewards", "pyiqa:piqe", "--out", "run"])
     (first,) = read_metrics(tmp_path / "run")
     assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "right" not in first
     assert first["sampler_gap"] < 0.02  # rounding alone
-    # our own checkpoint names its model, its padding and its base, which is not the hub's
+    assert first["pyiqa:piqe_mean"] < 0  # it counts distortions, 0 to 100, and more must be better
+    # our own checkpoint names its model, its padding and its base
     header = zoo.find_policy("run")[2]
     assert header["step"] == 1 and header["text_pad"] == ("right" if pads else "left") and header["cfg_scale"] == cfg
     assert header["content"]["base"] == zoo.file_hash("gpt.pt")
-    sample.main(["--ckpt", "run", "--compare", "gpt.pt", *files, "--num", "2", "--npz", "new/a.npz"])
+    sample.main(["--ckpt", "run", "--compare", *what, "--num", "2", "--npz", "new/a.npz"])
     said = capsys.readouterr().out
-    assert f"cfg {cfg}" in said and "6 pictures" in said  # a policy is drawn from as it was trained
+    assert f"cfg {cfg}" in said and "4 pictures" in said  # a policy is drawn from as it was trained
     found = np.load("new/a.npz")
     assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["prompts" if pads else "labels"]) == 2
-    evaluate.main(["--ckpt", "run", *files, "--num", "2", "--rewards", "pyiqa:entropy"])
+    evaluate.main(["--ckpt", "run", *what, "--num", "2", "--rewards", "pyiqa:entropy"])
     columns = json.loads(Path("run/evaluation.json").read_text())["columns"]
     assert set(columns) == {f"{policy}, cfg {scale}" for policy in ("base", "tuned") for scale in (1, cfg)}
     assert all(set(figures) == {"reward: pyiqa:entropy", "entropy"} for figures in columns.values())
     # the paper's settings: learned without the guidance that it samples with, so another policy is learned
+    told, preset = [], ["--preset", f"paper-{config.task}", "--model", name, "--rewards", "listener", "--out", "paper"]
     listener = lambda images, prompts: told.extend(prompts) or images.mean((1, 2, 3))  # noqa: E731
     monkeypatch.setitem(rewards.JUDGES, "listener", lambda device, options: listener)
-    monkeypatch.setattr(sample, "finish_run", lambda *_: None)
-    preset = ["--preset", f"paper-{config.task}", "--model", name, "--rewards", "listener", "--out", "paper"]
-    train.main([*preset, *files, *few])
+    train.main([*preset, *few])
     assert set(told) == {"a photo of a cat" if pads else "a photo of goldfish, Carassius auratus"}  # WordNet's
     (paper,) = read_metrics(tmp_path / "paper")
     assert paper["lr"] == 1e-5 and paper["kl"] == 0 and paper["sampler_gap"] > 2 * first["sampler_gap"]
@@ -2522,9 +2381,9 @@ def test_each_file_imports_only_from_the_floors_below_it():
         found = {node.module for node in top if isinstance(node, ast.ImportFrom)}
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
-    assert all(floors[name] == set() for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
+    assert not any(floors[name] for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
     assert floors["zoo"] <= ground and floors["rewards"] | floors["runs"] <= ground | {"zoo"}
-    assert floors["prompts"] <= {"zoo", "data", "parallel"} and "model" not in floors["report"]
+    assert floors["prompts"] <= {"zoo", "data", "parallel"}
+    assert {"model", "sample", "grpo", "rewards"}.isdisjoint(floors["report"])  # it paints arrays
     scripts = {"train", "evaluate", "minimal"}
     assert all(scripts.isdisjoint(floors[name]) for name in {*OURS} - {"test_grpo", "pretrain"})
-    assert {"sample", "grpo", "rewards"}.isdisjoint(floors["report"])  # it paints arrays
