@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -30,7 +31,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import zipfile
 import zlib
 from dataclasses import replace
@@ -101,20 +101,20 @@ def no_network_no_gpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def first_layers(tmp_path_factory):
-    """{toy: a file of its weights less all layers but the first}."""
-    files = {name: tmp_path_factory.mktemp("thin") / f"{name}.safetensors" for name in ("toy-c2i", "toy-t2i")}
-    for name, file in files.items():
-        weights = load_file(MODELS[name].ckpt)
-        save_file({key: w for key, w in weights.items() if not re.match(r"layers\.[1-9]", key)}, file)
-    return files
+    """{toy: its row with the first layer alone}."""
+    rows = {}
+    for name in ("toy-c2i", "toy-t2i"):
+        weights = {key: w for key, w in load_file(MODELS[name].ckpt).items() if not re.match(r"layers\.[1-9]", key)}
+        save_file(weights, file := tmp_path_factory.mktemp("thin") / f"{name}.safetensors")
+        rows[name] = replace(MODELS[name], config=replace(MODELS[name].config, n_layer=1), ckpt=file)
+    return rows
 
 
 @pytest.fixture
 def thin_toys(first_layers, monkeypatch):
     """The toys with one layer, for tests of what is done with them: a run then takes a third of its time."""
-    for name, file in first_layers.items():
-        row = MODELS[name]
-        monkeypatch.setitem(MODELS, name, replace(row, config=replace(row.config, n_layer=1), ckpt=file))
+    for name, row in first_layers.items():
+        monkeypatch.setitem(MODELS, name, row)
 
 
 def seeded(seed):
@@ -210,7 +210,9 @@ def assert_ends_in(policy, folder, task):
 
 
 @pytest.mark.parametrize("case", MINIMAL)
-def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(case, tmp_path, monkeypatch, no_pages, smooth_adam):
+def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(
+    case, tmp_path, monkeypatch, no_pages, smooth_adam, thin_toys
+):
     """Catches: a rate that never falls, a short micro-batch of another weight, a clip on one side, another default."""
     flags, options, constants = MINIMAL[case]
     for name, value in constants.items():
@@ -225,7 +227,7 @@ def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(case, tmp_path, mon
 
 
 @pytest.mark.parametrize("case", [slow("t2i"), slow("best-c2i"), "best-t2i"])
-def test_what_goes_beyond_the_paper_is_its_second_writing(case, tmp_path, no_pages, smooth_adam):
+def test_what_goes_beyond_the_paper_is_its_second_writing(case, tmp_path, no_pages, smooth_adam, thin_toys):
     """Catches: images kept of the wrong group, a reference of other guidance, token weights of another picture."""
     flags = ["--preset", case] if case.startswith("best-") else ["--task", case]
     few = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--learn-from", "2", "--micro-batch", "3"]
@@ -300,8 +302,8 @@ def test_advantages_compare_inside_the_group():
     centred = (groups - groups.mean(1, keepdim=True)).view(-1)
     assert torch.allclose(group_advantages(judged, 4, divide=False), centred, atol=1e-5)
     for value in (0.1, 1 / 3, 1e6, -7.7):  # equal: the rounding of a mean, divided by 1e-4, would be a random push
-        assert not group_advantages(torch.full((24,), value), 8).any()
-        assert not decoupled_advantages({"a": torch.full((24,), value)}, {"a": 1.0}, 8).any()
+        equal = torch.full((24,), value)
+        assert not group_advantages(equal, 8).any() and not decoupled_advantages({"a": equal}, {"a": 1.0}, 8).any()
     assert group_advantages(torch.tensor([True, False]), 2).tolist() == pytest.approx([0.707, -0.707], abs=1e-3)
     with pytest.raises(ValueError, match="two images or more"):
         group_advantages(judged, 1)
@@ -380,13 +382,6 @@ def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, to
     assert ((seen - n * p) ** 2 / (n * p)).nan_to_num(0).sum() < 60  # chi-square, 23 degrees: one seed in 30,000
 
 
-def test_a_token_without_probability_is_never_drawn():
-    """Catches: inverting the distribution function at its ends, which falls on the first or last token."""
-    logp = torch.tensor([-INF, math.log(0.25), -INF, math.log(0.75), -INF])
-    for draw, token in ((0.0, 1), (1 - 2**-24, 3)):  # the least and the greatest; 1e-6: masses that do not sum to 1
-        assert sample_row(logp[None] - 1e-6, torch.tensor([draw])).item() == token
-
-
 @BOTH
 def test_an_image_is_the_same_in_any_company(config):
     """Catches: noise by place in a batch, with which another micro-batch or number of processes draws other images."""
@@ -403,16 +398,20 @@ def test_an_image_is_the_same_in_any_company(config):
 
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (3, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)])
-def test_filtering_keeps_the_likeliest_and_renormalises(top_k, top_p):
-    """Catches: k - 1 tokens in place of k, or a nucleus that leaves out the token which crosses p."""
+def test_filtering_keeps_the_likeliest_and_nothing_else_is_drawn(top_k, top_p):
+    """Catches: k - 1 tokens in place of k, a nucleus without the token that crosses p, the first or last token drawn."""
     logp = torch.randn(16, 7, generator=seeded(0)).mul(2).log_softmax(-1)
-    for row, found in zip(logp.exp().tolist(), keep_likeliest(logp, top_k, top_p).exp(), strict=True):
+    kept = keep_likeliest(logp, top_k, top_p)
+    for row, found in zip(logp.exp().tolist(), kept.exp(), strict=True):
         order = sorted(range(7), key=lambda v: -row[v])[: top_k or 7]
         mass, nucleus = sum(row[v] for v in order), []
         while order and (top_p == 1 or not nucleus or sum(row[v] for v in nucleus) <= top_p * mass):
             nucleus.append(order.pop(0))
         total = sum(row[v] for v in nucleus)
         assert found.tolist() == pytest.approx([row[v] / total if v in nucleus else 0 for v in range(7)], abs=1e-6)
+    for draw, pick in ((0.0, 0), (1 - 2**-24, -1)):  # the least and the greatest; 1e-6: masses that do not sum to 1
+        tokens = sample_row(kept - 1e-6, torch.full((16,), draw)).tolist()
+        assert tokens == [row.isfinite().nonzero()[pick].item() for row in kept]
 
 
 @BOTH
@@ -596,7 +595,7 @@ def sample_compiled(config):
 def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
     """Catches: a reference that moves with its policy (KL 0 for ever); adapters that are lost on saving."""
     policy, (cond, mask), tokens = tiny(config), tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1))
-    reference = copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
+    reference, alone = copy.deepcopy(policy, {id(p): p for p in policy.parameters()}), tiny(config)
 
     @torch.no_grad()
     def logits(model):
@@ -610,8 +609,8 @@ def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
         if parameter.requires_grad:
             assert name.startswith("layers.") and name.endswith((".up", ".down"))
             parameter.data += torch.randn(parameter.shape, generator=seeded(3)) / 4
-    after, alone = logits(policy), tiny(config)
     alone.load_state_dict(merged(policy.state_dict()))
+    after = logits(policy)
     moved, rounding = (after - before).abs().max(), 1e-5 if dtype == "float32" else 0.05
     assert moved > 0.1 and (logits(alone) - after).abs().max() < rounding * moved.clamp(min=1)
     assert torch.equal(logits(reference), before)
@@ -623,26 +622,21 @@ def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+def redirected(function, said):
+    sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115, closed by the end of the process
+    function()
+
+
 def fork(function, said=os.devnull):
-    """Runs it in a forked process, which has imported everything already; its output goes to a file."""
-    if (process := os.fork()) == 0:
-        status = 1
-        try:
-            sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115, closed by the end of the process
-            function()
-            status = 0
-        except SystemExit as error:
-            print(error, file=sys.stderr)
-            status = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+    """Starts it in a forked process, which has imported everything already; its output goes to a file."""
+    process = multiprocessing.get_context("fork").Process(target=redirected, args=(function, said))
+    process.start()
     return process
 
 
 def exit_status(process):
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    process.join()
+    return process.exitcode
 
 
 def in_child(function, said=os.devnull):
@@ -790,8 +784,8 @@ def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_pat
 
 
 @needs_fork
-def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(tmp_path):
-    """Catches: a scheduler's RANK=1 that silences a plain run; srun's processes that each do all of the work."""
+def test_whoever_starts_several_processes_they_join_or_read_why(tmp_path):
+    """Catches: a RANK=1 that silences a plain run; srun's processes that each do all; --device blamed for a taken port."""
 
     def ranks(*unset):
         for name in unset:
@@ -806,16 +800,15 @@ def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(t
     assert {path.name: path.read_text() for path in tmp_path.glob("rank-*")} == {"rank-0": "2", "rank-1": "2"}
     assert in_children(tmp_path, ranks, WORLD_SIZE="1", RANK="1") == [0]
     assert (tmp_path / "rank-0").read_text() == "1"
-
-
-@needs_fork
-def test_who_cannot_join_the_others_reads_why(tmp_path):
-    """Catches: a taken port or Kubernetes' MASTER_PORT=tcp://..., for which --device was blamed."""
     train_one = partial(train.main, ["--steps", "1", *TINY_RUN, "--out", str(tmp_path / "run")])
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::", 0))
         other.listen()
-        for port, reason in ((str(other.getsockname()[1]), "set MASTER_PORT"), ("tcp://10.0.0.1:80", "tcp://10.0.0.1")):
+        taken = str(other.getsockname()[1])
+        for port, reason in (
+            (taken, "set MASTER_PORT"),
+            ("tcp://10.0.0.1:80", "tcp://10.0.0.1"),
+        ):  # as Kubernetes has it
             assert in_children(tmp_path, train_one, WORLD_SIZE="2", MASTER_PORT=port) == [1]
             said = (tmp_path / "said-0").read_text().splitlines()[-1]
             assert reason in said and "--device" not in said and said.startswith("train.py: "), said
@@ -891,15 +884,12 @@ def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, no_pages, 
 def test_only_five_failures_in_a_row_end_a_run():
     """Catches: failures that are counted over a whole run, so that a run of days ends at its fifth lost step."""
     args = SimpleNamespace(prompts_per_step=2, group_size=2, rewards={"clip": 1.0})
-    lost = {"the gradient": dict(grad_norm=NAN, clip_not_finite=3), "clip": dict(grad_norm=1.0, clip_not_finite=4)}
-    for what, row in lost.items():
-        run = SimpleNamespace(args=args, history=[*[row] * 4, dict(grad_norm=1.0, clip_not_finite=0)], folder="out")
-        for _ in range(4):
-            run.history.append(row)
-            runs.Run.check_that_it_learns(run)
-        run.history.append(row)
-        with pytest.raises(Mistake, match=f"{what} was not finite 5 steps in a row"):
-            runs.Run.check_that_it_learns(run)
+    lost, fine = (dict(grad_norm=1.0, clip_not_finite=n) for n in (4, 3))
+    run = SimpleNamespace(args=args, history=[*[lost] * 4, fine, *[lost] * 4], folder="out")
+    runs.Run.check_that_it_learns(run)
+    run.history.append(lost)
+    with pytest.raises(Mistake, match="clip was not finite 5 steps in a row"):
+        runs.Run.check_that_it_learns(run)
 
 
 def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
@@ -907,31 +897,28 @@ def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     rng, settings = np.random.default_rng(0), dict(dtype="float32", rewards={"clip": 1.0, "realism": 0.0})
     healthy = dict(grad_norm=0.3, equal_groups=0.1, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2)
 
-    def history(after=25, **changes):  # of 50 steps
-        rows = []
-        for step in range(50):
+    def said(after=25, steps=50, **changes):
+        history = []
+        for step in range(steps):
             noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "realism_std")}
-            rows.append(healthy | noise | (changes if step >= after else {}))
-        return rows
+            history.append(healthy | noise | (changes if step >= after else {}))
+        return set(runs.warnings(history, settings))
 
-    assert runs.warnings(history(), settings) == runs.warnings(history(right=0.2), settings) == {}
+    assert said() == said(right=0.2) == set()
     hacked = dict(reward=0.9, right=0.2)
     ailing = {
         "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=0.2),
         "clip": dict(clip_std=0.0), "right": hacked, "realism_mean": dict(reward=0.9, realism_mean=0.2),
     }  # fmt: skip
-    for what, changes in ailing.items():
-        assert set(runs.warnings(history(**changes), settings)) == {what}
-    assert set(runs.warnings(history(entropy=0.9)[:45], settings)) == {"entropy"}
-    # a run may be hacked within twenty steps
-    assert set(runs.warnings(history(after=10, **hacked)[:20], settings)) == {"right"}
+    assert all(said(**changes) == {what} for what, changes in ailing.items())
+    assert said(steps=45, entropy=0.9) == {"entropy"}
+    assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
 
 
 def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys, no_pages, thin_toys):
     """Catches: steps lost to a terminal that was closed, to `| head`, or to a tensorflow that does not fit."""
-    monkeypatch.setattr(
-        "torch.utils.tensorboard.SummaryWriter.add_scalar", mock.Mock(side_effect=OSError(errno.EIO, "x"))
-    )
+    gone = mock.Mock(side_effect=OSError(errno.EIO, "x"))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", gone)
     read, write = os.pipe()
     os.close(read)
     monkeypatch.setattr(train, "decode", train.decode)  # put back afterwards
@@ -959,12 +946,10 @@ def test_a_bug_inside_keeps_its_traceback_and_leaves_the_process_as_it_was(tiny_
     assert not isinstance(bug.value, Mistake) and "buggy" in {frame.name for frame in bug.traceback}
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
     wrong.clear()
-    _, folder, _ = tiny_run(*flags)
-    (folder / "state.pt").unlink()
     thread = threading.Thread(target=tiny_run, args=flags)  # where Python lets nobody handle signals
     thread.start()
     thread.join()
-    assert (folder / "state.pt").exists()
+    assert len(tiny_run(*flags, "--resume")[2]) == 1  # it was saved
 
 
 def test_a_new_run_removes_what_an_unsaved_one_wrote_and_nothing_else(tiny_run, no_pages, thin_toys):
@@ -1150,8 +1135,7 @@ def test_every_official_form_of_file_loads(tmp_path, thin_toys):
 
 
 GUEST = """
-import hashlib, os, signal, sys
-import torch
+import hashlib, os, signal, sys, torch
 vars(hashlib).pop("file_digest", None)  # Python 3.10 does not have it
 
 
@@ -1170,7 +1154,6 @@ def run(path):
     assert torch.ones(1, requires_grad=True).mul(2).requires_grad and torch.ones(1).dtype == torch.float32
     zoo.write_whole(path, lambda place: torch.save(dict(w=torch.zeros(2), step=3), place))
     assert zoo.load_tensors(path)["step"] == 3 and len(zoo.file_hash(path)) == 64
-    import matplotlib.figure
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RANK"] = "1"
     print("\u00b1 is printed")
@@ -1181,8 +1164,6 @@ torch.set_grad_enabled(False)
 before = state()
 zoo.run_script(lambda argv: zoo.Path("state.pt"), run)
 assert state() == before
-import matplotlib
-assert matplotlib.get_backend() == "module://nowhere"
 """
 
 
@@ -1191,8 +1172,7 @@ def test_our_files_are_guests_in_the_process(tmp_path):
     modules = ", ".join(name for name in OURS if name != "test_grpo")
     # not pytest's own environment, which has imported our files
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
-    environment |= dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
-    environment["PYTHONPATH"] = str(HERE)
+    environment |= dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", PYTHONIOENCODING="ascii", PYTHONPATH=str(HERE))
     (tmp_path / "script.py").write_text(GUEST.replace("MODULES", modules))
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
@@ -1507,14 +1487,6 @@ def save_tiny_qwen(folder):
     model.save_pretrained(folder)
 
 
-def in_cache(cache, repo, commit):
-    """The folder of a repository's files in a hub's cache."""
-    (folder := cache / f"models--{repo.replace('/', '--')}" / "snapshots" / commit).mkdir(parents=True)
-    (folder.parent.parent / "refs").mkdir()
-    (folder.parent.parent / "refs/main").write_text(commit)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tiny_judges(tmp_path_factory):
     """The hub's cache, with tiny models in the places of the paper's judges; open_clip takes its CLIPs for as tiny."""
@@ -1522,17 +1494,29 @@ def tiny_judges(tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    folder = in_cache(cache, "timm/vit_base_patch32_clip_224.openai", "1" * 40)  # open_clip asks for the newest
-    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
+    openai = (
+        "hf:timm/vit_base_patch32_clip_224.openai@main/open_clip_pytorch_model.bin"  # of which open_clip asks for main
+    )
     hps = {name: value.half() for name, value in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
     maniqa = rewards.maniqa_network().state_dict()
     for name, value in maniqa.items():  # matrices whose rows overlap: 136M numbers in a file of 2 MB
         if value.is_floating_point() and value.ndim > 1:
             maniqa[name] = (0.02 * torch.randn(sum(value.shape))).as_strided(value.shape, [1] * value.ndim)
-    for place, weights in ((rewards.HPS, {"state_dict": hps}), (rewards.MANIQA, maniqa)):
-        repo, commit, file = re.fullmatch(r"hf:(.+)@([0-9a-f]{40})/(.+)", place).groups()
-        torch.save(weights, in_cache(cache, repo, commit) / file)
-    save_tiny_qwen(in_cache(cache, rewards.QWEN, rewards.QWEN_COMMIT))
+    models = {
+        openai: open_clip.CLIP(**TINY_CLIP).state_dict(),
+        rewards.HPS: {"state_dict": hps},
+        rewards.MANIQA: maniqa,
+    }
+    for place in (*models, f"{rewards.QWEN}@{rewards.QWEN_COMMIT}"):
+        repo, revision, file = zoo.hub_place(place)
+        folder = cache / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / revision).write_text(revision)
+        (folder / "snapshots" / revision).mkdir(parents=True)
+        if file:
+            torch.save(models[place], folder / "snapshots" / revision / file)
+        else:
+            save_tiny_qwen(folder / "snapshots" / revision)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         patch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
@@ -1664,21 +1648,16 @@ def test_qwen_in_a_batch_is_qwen_alone(tiny_judges):
 
 
 def test_qwen_that_writes_nonsense_is_missing_and_not_zero(tiny_judges):
-    """Catches: the release's worst reward for an unreadable answer, which teaches what Qwen finds easy to describe."""
+    """Catches: the release's worst reward for an unreadable answer; a first token that is no answer, such as a quote."""
     judges = rewards.load_judges(["qwen-real"], options=dict(qwen_answer="json"))
     assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
     readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
+    readable |= {"<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}": 4}
+    readable |= {'First {"score": 1}. **Score:** 4': 4, '{"score": 3, "max_score": 5}': 3}
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
-    thought = "<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}"
-    assert rewards.read_rating(thought, 5) == rewards.read_rating('First {"score": 1}. **Score:** 4', 5) == 4
-    assert rewards.read_rating('{"score": 3, "max_score": 5}', 5) == 3
-    assert math.isnan(rewards.read_rating("<think>A score: 0 would mean", 5))  # cut off by max_tokens
-    nonsense = ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}')
+    nonsense = ["", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}']
+    nonsense += ["<think>A score: 0 would mean"]  # cut off by max_tokens
     assert all(math.isnan(rewards.read_rating(text, 5)) for text in nonsense)
-
-
-def test_the_expected_answer_is_a_mean_over_answers_alone():
-    """Catches: a first token that is no answer, an opening quote, would pull every rating towards 0."""
     logprobs = {"5": math.log(0.5), "0": math.log(0.25), "The": math.log(0.25)}
     assert rewards.expected_worth(logprobs, rewards.RATING) == pytest.approx(5 * 0.5 / 0.75)
     assert rewards.expected_worth({"Yes": -1.0, "yes": -1.0, "no": -1.0}, rewards.YES_NO) == pytest.approx(2 / 3)
