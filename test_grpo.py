@@ -2,7 +2,7 @@
 The invariants, one per test. Each docstring names the bug that the test catches. No network; tiny seeded models.
 
     pytest -q test_grpo.py              # the quick ones
-    pytest -q test_grpo.py -m slow      # the slow ones: killed runs, fuzzing, a browser, official sizes
+    pytest -q test_grpo.py -m slow      # the slow ones: more runs, a browser, official sizes
 """
 
 import argparse
@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -31,13 +32,13 @@ import sys
 import textwrap
 import threading
 import time
-import traceback
 import zipfile
 import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import matplotlib.figure
 import matplotlib.text
@@ -48,6 +49,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import evaluate
@@ -73,7 +75,7 @@ from grpo import (
     sampler_gap,
 )
 from model import ModelConfig, Transformer, adapters, image_noise, keep_likeliest, merged, sample_row
-from prompts import TextEncoder, captions_of, clean_caption, find_class, known_caption, load_encoder, read_prompts
+from prompts import clean_caption, find_class, load_encoder, read_prompts
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
 from zoo import MODELS, Mistake, load_model, load_tokenizer
 
@@ -86,6 +88,10 @@ NAN, INF = math.nan, math.inf
 QUICK_DTYPE = zoo.quick_dtype
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def no_network_no_gpu(monkeypatch):
     """The same on every machine: what is not in a folder here is not to be had, and scripts run in float32 on the CPU."""
@@ -96,20 +102,20 @@ def no_network_no_gpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def first_layers(tmp_path_factory):
-    """{toy: a file of its weights less all layers but the first}."""
-    files = {name: tmp_path_factory.mktemp("thin") / f"{name}.safetensors" for name in ("toy-c2i", "toy-t2i")}
-    for name, file in files.items():
-        weights = load_file(MODELS[name].ckpt)
-        save_file({key: w for key, w in weights.items() if not re.match(r"layers\.[1-9]", key)}, file)
-    return files
+    """{toy: its row with the first layer alone}."""
+    rows = {}
+    for name in ("toy-c2i", "toy-t2i"):
+        weights = {key: w for key, w in load_file(MODELS[name].ckpt).items() if not re.match(r"layers\.[1-9]", key)}
+        save_file(weights, file := tmp_path_factory.mktemp("thin") / f"{name}.safetensors")
+        rows[name] = replace(MODELS[name], config=replace(MODELS[name].config, n_layer=1), ckpt=file)
+    return rows
 
 
 @pytest.fixture
 def thin_toys(first_layers, monkeypatch):
     """The toys with one layer, for tests of what is done with them: a run then takes a third of its time."""
-    for name, file in first_layers.items():
-        row = MODELS[name]
-        monkeypatch.setitem(MODELS, name, replace(row, config=replace(row.config, n_layer=1), ckpt=file))
+    for name, row in first_layers.items():
+        monkeypatch.setitem(MODELS, name, row)
 
 
 def seeded(seed):
@@ -205,7 +211,9 @@ def assert_ends_in(policy, folder, task):
 
 
 @pytest.mark.parametrize("case", MINIMAL)
-def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(case, tmp_path, monkeypatch, no_pages, smooth_adam):
+def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(
+    case, tmp_path, monkeypatch, no_pages, smooth_adam, thin_toys
+):
     """Catches: a rate that never falls, a short micro-batch of another weight, a clip on one side, another default."""
     flags, options, constants = MINIMAL[case]
     for name, value in constants.items():
@@ -219,8 +227,8 @@ def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(case, tmp_path, mon
     assert case != "twice" or log[0]["clip_frac"] > 0  # and the ratio
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "best-t2i" else pytest.mark.slow) for c in BEYOND])
-def test_what_goes_beyond_the_paper_is_its_second_writing(case, tmp_path, no_pages, smooth_adam):
+@pytest.mark.parametrize("case", [slow("t2i"), slow("best-c2i"), "best-t2i"])
+def test_what_goes_beyond_the_paper_is_its_second_writing(case, tmp_path, no_pages, smooth_adam, thin_toys):
     """Catches: images kept of the wrong group, a reference of other guidance, token weights of another picture."""
     flags = ["--preset", case] if case.startswith("best-") else ["--task", case]
     few = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--learn-from", "2", "--micro-batch", "3"]
@@ -251,12 +259,6 @@ def no_pages(monkeypatch):
     monkeypatch.setattr(sample, "draw_grid", lambda *_: None)
     monkeypatch.setattr(sample, "finish_run", lambda *_: None)
     monkeypatch.setattr(report, "draw_step", lambda *_, **__: None)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Runs with pictures and without report.html."""
-    monkeypatch.setattr(report, "write_page", lambda *_: None)
 
 
 @pytest.fixture
@@ -301,8 +303,8 @@ def test_advantages_compare_inside_the_group():
     centred = (groups - groups.mean(1, keepdim=True)).view(-1)
     assert torch.allclose(group_advantages(judged, 4, divide=False), centred, atol=1e-5)
     for value in (0.1, 1 / 3, 1e6, -7.7):  # equal: the rounding of a mean, divided by 1e-4, would be a random push
-        assert not group_advantages(torch.full((24,), value), 8).any()
-        assert not decoupled_advantages({"a": torch.full((24,), value)}, {"a": 1.0}, 8).any()
+        equal = torch.full((24,), value)
+        assert not group_advantages(equal, 8).any() and not decoupled_advantages({"a": equal}, {"a": 1.0}, 8).any()
     assert group_advantages(torch.tensor([True, False]), 2).tolist() == pytest.approx([0.707, -0.707], abs=1e-3)
     with pytest.raises(ValueError, match="two images or more"):
         group_advantages(judged, 1)
@@ -352,21 +354,6 @@ def test_the_loss_is_the_equation_token_by_token():
     assert torch.allclose(logprobs.grad, -A[:, None].expand(5, 7) / 35)
 
 
-def test_the_kls_value_and_gradient_are_those_that_its_comment_names():
-    """Catches: k3 turned round, which is still positive and still 0 at the start, but holds the policy elsewhere."""
-    theta = torch.randn(6, generator=seeded(0)).double().requires_grad_()
-    ref = torch.randn(6, generator=seeded(1)).double().log_softmax(0)
-    logp = theta.log_softmax(0)
-    p = logp.detach().exp()
-    # the exact expectation over what pi draws: every token of the vocabulary, weighted with its probability
-    pairs = [(logp[v].view(1, 1), ref[v].view(1, 1)) for v in range(6)]
-    parts = [grpo_loss(a, a.detach(), b, torch.zeros(1).double(), kl_coef=1.0) for a, b in pairs]
-    value = sum(p[v] * parts[v][1]["kl"] for v in range(6))
-    assert value.item() == pytest.approx((p * (logp - ref)).sum().item())  # KL(pi || ref)
-    sum(p[v] * parts[v][0] for v in range(6)).backward()
-    assert torch.allclose(theta.grad, p - ref.exp())  # the gradient of KL(ref || pi)
-
-
 def test_a_small_kl_keeps_its_digits():
     """Catches: e^d - 1 - d, which is all rounding for a small d: a first step of noise, and a KL below 0."""
     logprobs = torch.randn(64, 9, generator=seeded(0)) * 3
@@ -374,18 +361,6 @@ def test_a_small_kl_keeps_its_digits():
     kl = grpo_loss(logprobs, logprobs, near, torch.zeros(64))[1]["kl"]
     assert kl == pytest.approx(float((near - logprobs).double().square().mean() / 2), rel=0.01)
     assert grpo_loss(logprobs, logprobs, logprobs, torch.zeros(64))[1]["kl"] == 0
-
-
-def test_the_exact_kl_is_the_sum_over_the_vocabulary():
-    """Catches: a KL turned round, whose value is also 0 at the start; one that sends gradient to the reference."""
-    logits, ref_logits = (torch.randn(2, 3, 24, generator=seeded(k)).requires_grad_() for k in range(2))
-    logp, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    expected = sum(logp[..., v].exp() * (logp[..., v] - ref[..., v]) for v in range(24))  # (2, 3)
-    kl = grpo.exact_kl(logp, ref.detach())
-    loss, stats = grpo_loss(logp[..., 0], logp[..., 0], ref[..., 0], torch.zeros(2), kl_coef=2.0, kl=kl)
-    assert torch.allclose(kl, expected, atol=1e-5) and stats["kl"].item() == pytest.approx(expected.mean().item())
-    (found,), (wanted,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (loss, expected.mean()))
-    assert torch.allclose(found, 2 * wanted, atol=1e-6)
 
 
 # the transformer -----------------------------------------------------------------------------------------------------
@@ -408,13 +383,6 @@ def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, to
     assert ((seen - n * p) ** 2 / (n * p)).nan_to_num(0).sum() < 60  # chi-square, 23 degrees: one seed in 30,000
 
 
-def test_a_token_without_probability_is_never_drawn():
-    """Catches: inverting the distribution function at its ends, which falls on the first or last token."""
-    logp = torch.tensor([-INF, math.log(0.25), -INF, math.log(0.75), -INF])
-    for draw, token in ((0.0, 1), (1 - 2**-24, 3)):  # the least and the greatest; 1e-6: masses that do not sum to 1
-        assert sample_row(logp[None] - 1e-6, torch.tensor([draw])).item() == token
-
-
 @BOTH
 def test_an_image_is_the_same_in_any_company(config):
     """Catches: noise by place in a batch, with which another micro-batch or number of processes draws other images."""
@@ -431,16 +399,20 @@ def test_an_image_is_the_same_in_any_company(config):
 
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (3, 1.0), (99, 1.0), (0, 0.3), (0, 0.9), (4, 0.8), (0, 1e-9)])
-def test_filtering_keeps_the_likeliest_and_renormalises(top_k, top_p):
-    """Catches: k - 1 tokens in place of k, or a nucleus that leaves out the token which crosses p."""
+def test_filtering_keeps_the_likeliest_and_nothing_else_is_drawn(top_k, top_p):
+    """Catches: k - 1 tokens in place of k, a nucleus without the token that crosses p, the first or last token drawn."""
     logp = torch.randn(16, 7, generator=seeded(0)).mul(2).log_softmax(-1)
-    for row, found in zip(logp.exp().tolist(), keep_likeliest(logp, top_k, top_p).exp(), strict=True):
+    kept = keep_likeliest(logp, top_k, top_p)
+    for row, found in zip(logp.exp().tolist(), kept.exp(), strict=True):
         order = sorted(range(7), key=lambda v: -row[v])[: top_k or 7]
         mass, nucleus = sum(row[v] for v in order), []
         while order and (top_p == 1 or not nucleus or sum(row[v] for v in nucleus) <= top_p * mass):
             nucleus.append(order.pop(0))
         total = sum(row[v] for v in nucleus)
         assert found.tolist() == pytest.approx([row[v] / total if v in nucleus else 0 for v in range(7)], abs=1e-6)
+    for draw, pick in ((0.0, 0), (1 - 2**-24, -1)):  # the least and the greatest; 1e-6: masses that do not sum to 1
+        tokens = sample_row(kept - 1e-6, torch.full((16,), draw)).tolist()
+        assert tokens == [row.isfinite().nonzero()[pick].item() for row in kept]
 
 
 @BOTH
@@ -500,41 +472,40 @@ def test_bfloat16_rounds_the_layers_and_neither_weights_nor_logits():
 
 def test_bfloat16_is_the_default_where_the_hardware_has_it(monkeypatch):
     """Catches: bfloat16 on a GPU or a processor that only imitates it, or for a toy on one, which gains nothing."""
-    monkeypatch.setattr(zoo, "quick_dtype", QUICK_DTYPE)
-    for able, expected in ((dict(avx512_bf16=True), "bfloat16"), (dict(amx_bf16=True), "bfloat16"), ({}, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
-        assert zoo.quick_dtype("llamagen-b-256", "cpu") == expected and zoo.quick_dtype("toy-c2i", "cpu") == "float32"
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for able, expected in (("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {able: True}, raising=False)
+        assert QUICK_DTYPE("llamagen-b-256", "cpu") == expected and QUICK_DTYPE("toy-c2i", "cpu") == "float32"
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     for inside, expected in ((True, "bfloat16"), (False, "float32")):  # a T4 has it by emulation alone
-        supported = lambda including_emulation, inside=inside: including_emulation or inside  # noqa: E731
+        supported = lambda including_emulation=True, inside=inside: including_emulation or inside  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert zoo.quick_dtype("toy-c2i", "cuda:1") == expected
+        assert QUICK_DTYPE("toy-c2i", "cuda:1") == expected
 
 
 class Dtypes(TorchDispatchMode):
-    """The dtypes that operations of the rooms see whose tensors lie on the device."""
+    seen = set()  # of what operations return
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        frame, rooms = sys._getframe(), [str(HERE / f"{room}.py") for room in ("model", "grpo", "tokenizer")]
-        while frame and frame.f_code.co_filename not in rooms:
-            frame = frame.f_back
         found = op(*args, **kwargs or {})
-        if frame and frame.f_code.co_name not in ("image_noise", "rope_2d"):  # made on the CPU
-            for tensor in torch.utils._pytree.tree_leaves((args, kwargs, found)):
-                if isinstance(tensor, torch.Tensor):
-                    seen = self.__dict__.setdefault("seen", {})
-                    seen.setdefault(tensor.dtype, (frame.f_code.co_name, str(op)))
+        self.seen |= {x.dtype for x in tree_leaves(found) if isinstance(x, torch.Tensor)}
         return found
 
 
-def test_a_device_never_sees_float64_or_complex_numbers(tmp_path, no_pages, thin_toys):
+@BOTH
+def test_a_device_never_sees_float64_or_complex_numbers(config):
     """Catches: a rotation by complex numbers, or a sum in float64, on an accelerator that has neither (MPS)."""
-    for flags in ([], ["--kl", "exact", "--ref-cfg", "2", "--weigh-tokens", "--cfg-scale", "1.5"]):
-        with Dtypes() as watch:
-            train.main(["--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", str(tmp_path / f"run{len(flags)}"), *flags])
-            evaluate.main(["--ckpt", str(tmp_path / f"run{len(flags)}"), "--num", "8", "--best-of", "2"])
-        assert torch.float32 in watch.seen
-        assert not {torch.float64, torch.complex64, torch.complex128} & watch.seen.keys(), watch.seen
+    model, tokenizer, (cond, mask) = tiny(config), load_tokenizer("toy-c2i"), tiny_cond(config)
+    noise = image_noise(range(8), 9, 0)
+    with Dtypes() as watch:
+        rollout = sample_groups(model, cond, mask, 2, noise, 2.0, 0.7)
+        tokenizer.encode(tokenizer.decode(rollout.tokens[:1, :1].expand(1, 64)))
+        logp = log_policy(model, rollout, 2.0, 0.7)
+        logprobs, A = at_tokens(logp, rollout.tokens), decoupled_advantages({"a": torch.rand(8)}, {"a": 1.0}, 2)
+        A = A[:, None] * grpo.token_weights(logprobs, rollout.sampled_logprobs)
+        grpo_loss(logprobs, logprobs, logprobs, A, kl=grpo.exact_kl(logp, logp))[0].backward()
+        sampler_gap(entropy_of(logp), rollout.sampled_logprobs)
+    assert {torch.float32, torch.int64} < watch.seen
+    assert watch.seen.isdisjoint({torch.float64, torch.complex64, torch.complex128})
 
 
 # the official code's own outputs: assets/official-*.npz --------------------------------------------------------------
@@ -589,6 +560,7 @@ def test_the_tokenizer_agrees_with_the_official_code():
     found, model = official("vq")
     assert torch.equal(model.encode(found["image"]), found["encoded"].long())
     assert (model.decode(found["codes"].long()) - found["decoded"]).abs().max() < 1e-3
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]  # truncated, as officially
 
 
 @pytest.mark.parametrize("name", ["GPT-B 111", "GPT-L 343", "GPT-XL 775", "GPT-XXL 1411", "GPT-3B 3100", "VQ-16 71.9"])
@@ -624,7 +596,7 @@ def sample_compiled(config):
 def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
     """Catches: a reference that moves with its policy (KL 0 for ever); adapters that are lost on saving."""
     policy, (cond, mask), tokens = tiny(config), tiny_cond(config), torch.randint(24, (4, 9), generator=seeded(1))
-    reference = copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
+    reference, alone = copy.deepcopy(policy, {id(p): p for p in policy.parameters()}), tiny(config)
 
     @torch.no_grad()
     def logits(model):
@@ -638,8 +610,8 @@ def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
         if parameter.requires_grad:
             assert name.startswith("layers.") and name.endswith((".up", ".down"))
             parameter.data += torch.randn(parameter.shape, generator=seeded(3)) / 4
-    after, alone = logits(policy), tiny(config)
     alone.load_state_dict(merged(policy.state_dict()))
+    after = logits(policy)
     moved, rounding = (after - before).abs().max(), 1e-5 if dtype == "float32" else 0.05
     assert moved > 0.1 and (logits(alone) - after).abs().max() < rounding * moved.clamp(min=1)
     assert torch.equal(logits(reference), before)
@@ -651,26 +623,21 @@ def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+def redirected(function, said):
+    sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115, closed by the end of the process
+    function()
+
+
 def fork(function, said=os.devnull):
-    """Runs it in a forked process, which has imported everything already; its output goes to a file."""
-    if (process := os.fork()) == 0:
-        status = 1
-        try:
-            sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115, closed by the end of the process
-            function()
-            status = 0
-        except SystemExit as error:
-            print(error, file=sys.stderr)
-            status = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+    """Starts it in a forked process, which has imported everything already; its output goes to a file."""
+    process = multiprocessing.get_context("fork").Process(target=redirected, args=(function, said))
+    process.start()
     return process
 
 
 def exit_status(process):
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    process.join()
+    return process.exitcode
 
 
 def in_child(function, said=os.devnull):
@@ -724,14 +691,10 @@ def half_a_line_and_die(run, metrics):
     die()
 
 
-def kill_in(module, name, call):
-    at_call(call, module, name, die)
-
-
 KILLS = {  # amid the save, policy.safetensors is new and state.pt is not
-    "amid the first save": partial(at_call, 1, torch, "save", cut_and_die),
-    "after a line of metrics that was not saved": partial(at_call, 3, runs.Run, "log", half_a_line_and_die, after=True),
-    "while the pages are made": partial(at_call, 1, sample, "finish_run", die),
+    "amid the first save": (1, torch, "save", cut_and_die),
+    "after a line of metrics that was not saved": (3, runs.Run, "log", half_a_line_and_die, True),
+    "while the pages are made": (1, sample, "finish_run", die),
 }
 
 
@@ -746,30 +709,30 @@ def without_seconds(folder):
 
 
 @needs_fork
-@pytest.mark.parametrize("pages", ["no_pages", pytest.param("no_report", marks=pytest.mark.slow)])
-def test_a_killed_run_continues_as_if_it_had_never_stopped(pages, request, tmp_path, thin_toys):
-    """Catches: a lost optimizer state or random state, a save that is half written, lines of metrics that are twice."""
+@pytest.mark.parametrize("pages, more", [("no_pages", []), slow("thin_toys", ["--lora-rank", "2", "--lr", "3e-3"])])
+def test_a_killed_run_continues_as_if_it_had_never_stopped(pages, more, request, tmp_path, thin_toys):
+    """Catches: a lost optimizer, adapters that start anew, a save that is half written, lines of metrics that are twice."""
     request.getfixturevalue(pages)
-    flags = ["c2i", "--steps", "3", "--save-every", "2"]
+    flags = ["c2i", "--steps", "3", "--save-every", "2", *more]
     run_in(tmp_path / "whole", *flags)
-    for place, arm in KILLS.items():
-        out = tmp_path / place
 
-        def killed(out=out, arm=arm):
-            arm()
-            run_in(out, *flags)
+    def killed(place):
+        at_call(*KILLS[place])
+        run_in(tmp_path / place, *flags)
 
-        assert in_child(killed) == -signal.SIGKILL, place
-        run_in(out, *flags, *["--resume"] * (out / "state.pt").exists())
-        assert outcome(out) == outcome(tmp_path / "whole"), place
-        assert not list(out.glob("*.tmp*"))
+    for place in KILLS:
+        assert in_child(partial(killed, place)) == -signal.SIGKILL, place
+        run_in(tmp_path / place, *flags, *["--resume"] * (tmp_path / place / "state.pt").exists())
+        assert outcome(tmp_path / place) == outcome(tmp_path / "whole"), place
+        assert not list((tmp_path / place).glob("*.tmp*"))
+    load_model("toy-c2i", tmp_path / "whole")  # plain weights, whatever was learned
 
 
 @needs_fork
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGUSR1)])
 def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tmp_path, no_pages, thin_toys):
     """Catches: a Ctrl-C that loses the step, an exit status of 0, after which a shell loop goes on."""
-    run, whole, flags = tmp_path / "run", tmp_path / "whole", ["c2i", "--steps", "3"]
+    run, whole, flags = tmp_path / "run", tmp_path / "whole", ["c2i", "--steps", "2"]
 
     def send(times, *_):
         for _ in range(times):
@@ -793,98 +756,90 @@ def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tmp_path, no_
 
 
 @needs_fork
-@pytest.mark.parametrize(
-    "case", ["t2i --shard --cfg-scale 2", *(pytest.param(task, marks=pytest.mark.slow) for task in ("c2i", "t2i"))]
-)
+@pytest.mark.parametrize("case", ["t2i --shard --cfg-scale 2", slow("c2i"), slow("t2i")])
 def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_path, no_pages, thin_toys, smooth_adam):
     """Catches: each learning for itself, groups cut in two, a loss that is averaged twice, a state only N can read."""
     task, *more = case.split()
+    one, two, shard = tmp_path / "one", tmp_path / "two", [flag for flag in more if flag == "--shard"]
     flags = ["--task", task, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3", "--steps", "3"]
     flags += [flag for flag in more if flag != "--shard"]
-    one, two = tmp_path / "one", tmp_path / "two"
     train.main([*flags, "--out", str(one)])
     two.mkdir()
-    run = [*flags, *more, "--out", str(two), "--save-every", "2"]
-    shard = ["--shard"] * ("--shard" in more)
+    run = partial(train.main, [*flags, *shard, "--out", str(two), "--save-every", "2"])
 
     def killed():
-        kill_in(train, "judge_images", 3)
-        train.main(run)
+        at_call(3, train, "judge_images", die)
+        run()
 
-    statuses = in_children(two, killed, partial(train.main, run))
-    assert statuses == [-signal.SIGKILL, 1], (two / "said-1").read_text()
+    assert in_children(two, killed, run) == [-signal.SIGKILL, 1], (two / "said-1").read_text()
     assert "another process of this run has ended" in (two / "said-1").read_text()
-    again = [*flags, "--out", str(two), "--resume"]
+    again = partial(train.main, [*flags, *shard, "--out", str(two), "--resume"])
     if shard:  # goes on as two, else as one
-        again += shard
-        assert in_children(two, *[partial(train.main, again)] * 2) == [0, 0], (two / "said-0").read_text()
+        assert in_children(two, again, again) == [0, 0], (two / "said-0").read_text()
     else:
-        train.main(again)
-    one_weights, two_weights = (load_file(folder / "policy.safetensors") for folder in (one, two))
-    gap = max((one_weights[name] - two_weights[name]).abs().max() for name in one_weights)
-    assert gap < 3e-6, gap
+        again()
+    ours, theirs = (flat(load_model(f"toy-{task}", folder)) for folder in (one, two))
+    assert (ours - theirs).abs().max() < 3e-6
     for row, expected in zip(without_seconds(two), without_seconds(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
 
 @needs_fork
-def test_whoever_starts_several_processes_they_join_and_a_lone_rank_is_nothing(tmp_path):
-    """Catches: a scheduler's RANK=1 that silences a plain run; srun's processes that each do all of the work."""
+def test_whoever_starts_several_processes_they_join_or_read_why(tmp_path):
+    """Catches: a RANK=1 that silences a plain run; srun's processes that each do all; --device blamed for a taken port."""
 
-    def ranks():
+    def ranks(*unset):
+        for name in unset:
+            del os.environ[name]
         parallel.start(parallel.own_device("cpu"))
         parallel.largest(0)  # waits for all: the first process keeps the store through which the others join
-        Path(tmp_path / f"rank-{parallel.rank()}").write_text(str(parallel.world()))
+        (tmp_path / f"rank-{parallel.rank()}").write_text(str(parallel.world()))
 
+    of_slurm = partial(ranks, "WORLD_SIZE", "RANK")
     slurm = dict(WORLD_SIZE="", SLURM_PROCID="{}", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="{}")
-
-    def of_slurm():
-        del os.environ["WORLD_SIZE"], os.environ["RANK"]
-        ranks()
-
     assert in_children(tmp_path, of_slurm, of_slurm, **slurm) == [0, 0], (tmp_path / "said-1").read_text()
-    assert {path.read_text() for path in tmp_path.glob("rank-*")} == {"2"} and (tmp_path / "rank-1").exists()
-    (tmp_path / "rank-0").unlink()
+    assert {path.name: path.read_text() for path in tmp_path.glob("rank-*")} == {"rank-0": "2", "rank-1": "2"}
     assert in_children(tmp_path, ranks, WORLD_SIZE="1", RANK="1") == [0]
     assert (tmp_path / "rank-0").read_text() == "1"
-
-
-@needs_fork
-def test_who_cannot_join_the_others_reads_why(tmp_path):
-    """Catches: a taken port or Kubernetes' MASTER_PORT=tcp://..., for which --device was blamed."""
     train_one = partial(train.main, ["--steps", "1", *TINY_RUN, "--out", str(tmp_path / "run")])
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::", 0))
         other.listen()
-        for port, reason in ((str(other.getsockname()[1]), "set MASTER_PORT"), ("tcp://10.0.0.1:80", "tcp://10.0.0.1")):
+        taken = str(other.getsockname()[1])
+        for port, reason in (
+            (taken, "set MASTER_PORT"),
+            ("tcp://10.0.0.1:80", "tcp://10.0.0.1"),
+        ):  # as Kubernetes has it
             assert in_children(tmp_path, train_one, WORLD_SIZE="2", MASTER_PORT=port) == [1]
             said = (tmp_path / "said-0").read_text().splitlines()[-1]
             assert reason in said and "--device" not in said and said.startswith("train.py: "), said
 
 
-def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, no_pages):
+def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, no_pages, thin_toys):
     """Catches: a resumed run whose KL is to other weights or that logs a step twice; one refused as its files moved."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    shutil.copytree(HERE / "weights/toy-t5", here / "t5")
-    shutil.copy(MODELS["toy-t2i"].ckpt, here / "base.safetensors")
-    shutil.copy(MODELS["toy-t2i"].vq_ckpt, here / "vq.safetensors")
-    (here / "prompts.txt").write_text("two circles\na circle above a square\n")
+    here, there, row = tmp_path / "here", tmp_path / "there", MODELS["toy-t2i"]
+    shutil.copytree(row.text_encoder, here / "t5")
+    shutil.copy(row.ckpt, here / "base.safetensors")
+    shutil.copy(row.vq_ckpt, here / "vq.safetensors")
+    (here / "a.txt").write_text("two circles\na circle above a square\n")
 
     def run(folder, steps, *more):
-        names = {"--ckpt": "base.safetensors", "--vq-ckpt": "vq.safetensors", "--prompts": "prompts.txt"}
-        files = [
-            word for flag, name in {**names, "--text-encoder": "t5"}.items() for word in (flag, str(folder / name))
-        ]
-        flags = ["--lr-schedule", "constant", "--rewards", "clip", "--steps", str(steps)]
-        return [row["step"] for row in tiny_run("t2i", *flags, *files, *more)[2]]
+        files = f"--ckpt {folder}/base.safetensors --vq-ckpt {folder}/vq.safetensors --text-encoder {folder}/t5"
+        flags = f"{files} --prompts {folder}/a.txt --lr-schedule constant --rewards clip --steps {steps}"
+        return [row["step"] for row in tiny_run("t2i", *flags.split(), *more)[2]]
 
     run(here, 1)
-    for flag, value in (("--kl-coef", "0.7"), ("--seed", "1"), ("--rewards", "clip=2")):
+    for flag, value in (("--kl-coef", "0.7"), ("--rewards", "clip=2")):
         with pytest.raises(SystemExit, match=f"{flag} is "):
             run(here, 2, "--resume", flag, value)
     here.rename(there)
-    places = {"base": "base.safetensors", "tokenizer": "vq.safetensors", "prompts": "prompts.txt"}
-    for name, file in (places | {"text encoder": "t5/config.json"}).items():
+    files = {
+        "base": "base.safetensors",
+        "tokenizer": "vq.safetensors",
+        "prompts": "a.txt",
+        "text encoder": "t5/config.json",
+    }
+    for name, file in files.items():
         whole = (there / file).read_bytes()
         binary = file.endswith(".safetensors")  # one bit of its last number
         changed = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:] if binary else whole.replace(b"two", b"three") + b" "
@@ -898,32 +853,20 @@ def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, no_pages):
     assert run(there, 3, "--resume") == [2]
 
 
-@pytest.mark.slow
-def test_a_run_with_adapters_continues_from_its_save_and_saves_plain_weights(tmp_path, no_pages, thin_toys):
-    """Catches: adapters that a resumed run starts anew, or a policy that no other script can read."""
-    a, b, flags = tmp_path / "a", tmp_path / "b", ["--lora-rank", "2", "--lr", "3e-3", "--lr-schedule", "constant"]
-    run_in(a, "c2i", *flags)
-    run_in(b, "c2i", *flags, "--steps", "1")
-    run_in(b, "c2i", *flags, "--resume")
-    assert (a / "policy.safetensors").read_bytes() == (b / "policy.safetensors").read_bytes()
-    tuned, base = load_model("toy-c2i", a).state_dict(), load_model("toy-c2i").state_dict()
-    moved = {name for name in base if not torch.equal(tuned[name], base[name])}
-    assert moved and all(re.fullmatch(r"layers\.\d\.\w+\.w\w+\.weight", name) for name in moved)
-
-
-def times(factor, loss, stats):
-    return factor * loss, stats
-
-
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_gradient_that_is_not_finite_is_skipped_and_five_end_the_run(
     updates, tiny_run, tmp_path, monkeypatch, no_pages, thin_toys
 ):
     """Catches: an infinite gradient that is clipped to NaN in every weight; of two updates, a good one that hides it."""
     factors = itertools.cycle([INF, 1][:updates])
-    monkeypatch.setattr(train, "grpo_loss", lambda *a: times(next(factors), *grpo_loss(*a)))
+
+    def loss_times_factor(*inputs):
+        loss, stats = grpo_loss(*inputs)
+        return loss * next(factors), stats
+
+    monkeypatch.setattr(train, "grpo_loss", loss_times_factor)
     with pytest.raises(SystemExit, match="the gradient was not finite 5 steps in a row"):
-        tiny_run("c2i", "--save-every", "1", "--steps", "9", "--updates-per-batch", str(updates))
+        tiny_run("c2i", "--save-every", "5", "--steps", "9", "--updates-per-batch", str(updates))
     policy, base = load_model("toy-c2i", tmp_path / "run").state_dict(), load_model("toy-c2i").state_dict()
     assert len(read_metrics(tmp_path / "run")) == 5 and all(w.isfinite().all() for w in policy.values())
     assert updates == 2 or all(torch.equal(w, base[name]) for name, w in policy.items())
@@ -942,15 +885,12 @@ def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, no_pages, 
 def test_only_five_failures_in_a_row_end_a_run():
     """Catches: failures that are counted over a whole run, so that a run of days ends at its fifth lost step."""
     args = SimpleNamespace(prompts_per_step=2, group_size=2, rewards={"clip": 1.0})
-    run = SimpleNamespace(args=args, history=[], folder="out")
-    failures = {"the gradient": dict(grad_norm=NAN, clip_not_finite=3), "clip": dict(grad_norm=1.0, clip_not_finite=4)}
-    for what, failure in failures.items():
-        for row in [failure] * 4 + [dict(grad_norm=1.0, clip_not_finite=0)] + [failure] * 4:
-            run.history.append(row)
-            runs.Run.check_that_it_learns(run)
-        run.history.append(failure)
-        with pytest.raises(Mistake, match=f"{what} was not finite 5 steps in a row"):
-            runs.Run.check_that_it_learns(run)
+    lost, fine = (dict(grad_norm=1.0, clip_not_finite=n) for n in (4, 3))
+    run = SimpleNamespace(args=args, history=[*[lost] * 4, fine, *[lost] * 4], folder="out")
+    runs.Run.check_that_it_learns(run)
+    run.history.append(lost)
+    with pytest.raises(Mistake, match="clip was not finite 5 steps in a row"):
+        runs.Run.check_that_it_learns(run)
 
 
 def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
@@ -958,41 +898,38 @@ def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     rng, settings = np.random.default_rng(0), dict(dtype="float32", rewards={"clip": 1.0, "realism": 0.0})
     healthy = dict(grad_norm=0.3, equal_groups=0.1, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2)
 
-    def history(after=25, **changes):  # of 50 steps
-        rows = []
-        for step in range(50):
+    def said(after=25, steps=50, **changes):
+        history = []
+        for step in range(steps):
             noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "realism_std")}
-            rows.append(healthy | noise | (changes if step >= after else {}))
-        return rows
+            history.append(healthy | noise | (changes if step >= after else {}))
+        return set(runs.warnings(history, settings))
 
-    assert runs.warnings(history(), settings) == runs.warnings(history(right=0.2), settings) == {}
+    assert said() == said(right=0.2) == set()
     hacked = dict(reward=0.9, right=0.2)
     ailing = {
         "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=0.2),
         "clip": dict(clip_std=0.0), "right": hacked, "realism_mean": dict(reward=0.9, realism_mean=0.2),
     }  # fmt: skip
-    for what, changes in ailing.items():
-        assert set(runs.warnings(history(**changes), settings)) == {what}
-    assert set(runs.warnings(history(entropy=0.9)[:45], settings)) == {"entropy"}
-    # a run may be hacked within twenty steps
-    assert set(runs.warnings(history(after=10, **hacked)[:20], settings)) == {"right"}
+    assert all(said(**changes) == {what} for what, changes in ailing.items())
+    assert said(steps=45, entropy=0.9) == {"entropy"}
+    assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
 
 
 def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys, no_pages, thin_toys):
     """Catches: steps lost to a terminal that was closed, to `| head`, or to a tensorflow that does not fit."""
-
-    def gone(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+    gone = mock.Mock(side_effect=OSError(errno.EIO, "x"))
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", gone)
-    tiny_run("c2i")
-    assert capsys.readouterr().out.count("no more TensorBoard events") == 1
-    window = io.StringIO()
-    window.write = gone
+    read, write = os.pipe()
+    os.close(read)
     monkeypatch.setattr(train, "decode", train.decode)  # put back afterwards
-    at_call(1, train, "decode", lambda *_: monkeypatch.setattr(sys, "stdout", window))
-    run_in(tmp_path / "closed", "c2i")
-    assert torch.load(tmp_path / "closed/state.pt")["step"] == 2
+    with open(write, "w", buffering=1) as stream:
+        at_call(2, train, "decode", lambda *_: monkeypatch.setattr(sys, "stdout", stream))
+        tiny_run("c2i")
+        parallel.Screen(stream).flush()
+    print("closed", file=parallel.Screen(stream))
+    assert torch.load(tmp_path / "run/state.pt")["step"] == 2
+    assert capsys.readouterr().out.count("no more TensorBoard events") == 1
 
 
 def test_a_bug_inside_keeps_its_traceback_and_leaves_the_process_as_it_was(tiny_run, monkeypatch, no_pages, thin_toys):
@@ -1010,12 +947,10 @@ def test_a_bug_inside_keeps_its_traceback_and_leaves_the_process_as_it_was(tiny_
     assert not isinstance(bug.value, Mistake) and "buggy" in {frame.name for frame in bug.traceback}
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
     wrong.clear()
-    _, folder, _ = tiny_run(*flags)
-    (folder / "state.pt").unlink()
     thread = threading.Thread(target=tiny_run, args=flags)  # where Python lets nobody handle signals
     thread.start()
     thread.join()
-    assert (folder / "state.pt").exists()
+    assert len(tiny_run(*flags, "--resume")[2]) == 1  # it was saved
 
 
 def test_a_new_run_removes_what_an_unsaved_one_wrote_and_nothing_else(tiny_run, no_pages, thin_toys):
@@ -1042,10 +977,9 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(
     file, call, room, tiny_run, tmp_path, no_pages, thin_toys
 ):
     """Catches: a state that is cut. The limit on a file's size stands in for the end of the disk."""
+    import resource
 
     def fill(*_):
-        import resource
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
@@ -1054,92 +988,35 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(
         tiny_run("c2i", "--save-every", "1")
 
     assert in_child(short_of_room, tmp_path / "said") == 1
-    assert f"{file} could not be written" in (tmp_path / "said").read_text()
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert f"{file} could not be written" in said and "Traceback" not in said
     assert torch.load(tmp_path / "run/state.pt")["step"] == 1 and not list((tmp_path / "run").glob("*.tmp*"))
     assert len(tiny_run("c2i", "--save-every", "1", "--resume")[2]) == 2
 
 
 @needs_fork
-def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(tmp_path):
+def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
     """Catches: two runs that write into one folder; a run that cannot start on Lustre, where flock() is unknown."""
     first = runs.hold(tmp_path)
     with pytest.raises(Mistake, match="another run is writing"):
         runs.hold(tmp_path)
     first.release()
-
-    def no_flock():
-        import fcntl
-
-        def flock(*_):
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-        fcntl.flock = flock
-        runs.hold(tmp_path)
-
-    assert in_child(no_flock, tmp_path / "said") == 0
-    assert "no lock on this file system" in (tmp_path / "said").read_text()
-
-
-def test_presets_are_the_releases_and_the_command_line_wins():
-    """Catches: a setting that a preset forgets, which is then ours and not the paper's."""
-    args = train.parse_args(["--preset", "paper-c2i"])
-    assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
-    assert (args.lr, args.kl_coef, args.cfg_scale, args.learn_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
-    assert args.rewards["clip"] == 5 and args.rewards["qwen-odd"] == 0.25 and len(args.rewards) == 8
-    assert (args.adam_beta2, args.qwen_answer, args.judge_options["clip_pretrained"]) == (0.999, "json", "openai")
-    assert (args.class_names[1], args.temperature, args.clip_eps) == ("goldfish, Carassius auratus", 1, 0.2)
-    args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5", "--learn-cfg", "4"])
-    assert (args.model, args.kl_coef, args.learn_cfg, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
-    assert (args.steps, args.prompts_per_step, args.cfg_scale) == (600, 8, 4)
-    ours = train.parse_args(["--model", "llamagen-xl-384"])  # where the release is wrong, our own default differs
-    assert (ours.learn_cfg, ours.cfg_scale, ours.lr_schedule) == (2, 2, "linear")
-    best = train.parse_args(["--preset", "best-t2i", "--steps", "5"])
-    assert (best.model, best.kl, best.ref_cfg, best.weigh_tokens, best.steps) == ("toy-t2i", "exact", 3, True, 5)
-    assert best.out == Path("out/best-t2i")  # beside the plain run, not in its folder
-    best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own recipe
-    assert (best.model, best.cfg_scale, best.ref_cfg, best.kl_coef) == ("llamagen-xl-384", 1, 2, 0.1)
-    flags = [[], ["--clip-pretrained", "laion2b_s34b_b79k"], ["--model", "llamagen-xl-384"]]
-    clips = [train.parse_args(more).judge_options["clip_model"] for more in flags]
-    assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu", "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    assert runs.hold(tmp_path) is None and "no lock on this file system" in capsys.readouterr().out
 
 
 # files and prompts ----------------------------------------------------------------------------------------------------
 
 
-WORDS = ["a", "photo", "of", "red", "circle", "cat", "dog", ",", ".", '"']
-
-
-def save_tiny_t5(folder, dim=64):
-    """A T5 encoder with its own kind of tokenizer (Unigram, as FLAN-T5's), in the form that the hub has."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"\u2581{word}", -2.0) for word in WORDS)]
-    pieces += [(letter, -5.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz,."]
-    words = Tokenizer(models.Unigram(pieces, unk_id=2))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=len(pieces), d_model=dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder)
-    return folder
-
-
-def test_text_features_are_those_that_llamagen_was_trained_on(tmp_path):
-    """
-    Catches: features at padding, or text away from the image: official weights see a prompt that they never
-    learned.
-    """
-    encode = TextEncoder(save_tiny_t5(tmp_path), replace(T2I, cond_len=12, caption_dim=64))
-    captions = ["A Photo of a red circle", "cat", "a photo of a red circle"]
+def test_text_features_are_those_that_llamagen_was_trained_on():
+    """Catches: features at padding, or text away from the image: official weights see a prompt that they never learned."""
+    encode = load_encoder("toy-t2i")
+    captions = ["<b>A Photo</b> of a red circle", "circle", "a photo of a red circle"]
     features, mask = encode(captions)
     assert features.shape == (3, 12, 64) and features.dtype == torch.float32 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [7, 2, 7] and mask[1].tolist() == [False] * 10 + [True] * 2  # with </s>
-    assert not features[~mask].any() and torch.equal(features[0], features[2])  # case is lost
-    assert torch.allclose(encode(["cat"])[0][0], features[1], atol=1e-5)
+    assert not features[~mask].any() and torch.equal(features[0], features[2])  # cleaned
+    assert torch.allclose(encode(["circle"])[0][0], features[1], atol=1e-5)
     long = "a photo of a red circle, a photo of a red circle, a photo of a red circle"
     assert encode([long])[1].all() and encode.count_cut([*captions, long, long]) == 1  # cut to P
     # The released AR-GRPO pads on the right and predicts token 0 from what T5 makes of the last padding position.
@@ -1202,7 +1079,7 @@ def test_a_path_is_never_taken_for_a_caption_nor_a_caption_for_a_path(tmp_path, 
             read_prompts("llamagen-t2i-xl-256", None, [str(tmp_path / name)])
     prompts = ["a dog " * 80, "half of a pair: \ud83d", "https://example.com/a"]
     assert read_prompts("llamagen-t2i-xl-256", None, prompts) == [prompts[0], "half of a pair: ?"]
-    assert "https://example.com/a" in capsys.readouterr().out and known_caption("llamagen-t2i-xl-256", prompts[2]) == ""
+    assert "https://example.com/a" in capsys.readouterr().out
     with pytest.raises(Mistake, match="no caption is left"):
         read_prompts("llamagen-t2i-xl-256", None, prompts[2:])
 
@@ -1216,41 +1093,36 @@ def test_classes_have_names_numbers_and_wordnets_ids():
             find_class("llamagen-b-256", name)
 
 
-def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, monkeypatch, no_pages, thin_toys):
+def test_what_a_policy_was_trained_with_is_known_by_content(tmp_path, monkeypatch, thin_toys):
     """Catches: another base that is compared in silence, because it lies where the right one lay or is the default."""
     monkeypatch.chdir(tmp_path)
     for name, place in (("mine", MODELS["toy-c2i"].ckpt), ("vq", MODELS["toy-c2i"].vq_ckpt)):
         save_file({key: 1.01 * value for key, value in load_file(place).items()}, f"{name}.safetensors")
-    train.main(["--ckpt", "mine.safetensors", "--steps", "1", *TINY_RUN, *TWO["c2i"], "--out", "run"])
-    name, _, header = zoo.find_policy("run")
-    assert zoo.base_of(name, header, "mine.safetensors") == Path("mine.safetensors")
+    header = dict(model="toy-c2i", step=1, content=zoo.content_of("toy-c2i", Path("mine.safetensors")))
+    for name in ("one", "two"):  # the same bytes, in whatever order the header is
+        zoo.save_weights(load_file("mine.safetensors"), f"{name}.safetensors", header)
+        header = dict(reversed(header.items()))
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+    _, _, found = zoo.find_policy("one.safetensors")
+    assert zoo.base_of("toy-c2i", found, "mine.safetensors") == Path("mine.safetensors")
     compare = ["--compare", "--num", "1", "--out", "a.png"]
-    for script, flags in ((sample, compare), (sample, [*compare, "--base", MODELS[name].ckpt]), (evaluate, [])):
+    for script, flags in ((sample, compare), (sample, [*compare, "--base", MODELS["toy-c2i"].ckpt]), (evaluate, [])):
         with pytest.raises(SystemExit, match="--base"):
-            script.main(["--ckpt", "run", "--classes", "7", *map(str, flags)])
+            script.main(["--ckpt", "one.safetensors", "--classes", "7", *map(str, flags)])
     with pytest.raises(SystemExit, match="another tokenizer"):
-        sample.main(["--ckpt", "run", "--vq-ckpt", "vq.safetensors"])
-    one, two = Path("one.safetensors"), Path("two.safetensors")
-    for path in (one, two):
-        zoo.save_weights(load_file("vq.safetensors"), path, dict(model="toy-c2i", step=1, b=2, a=1))
-    assert one.read_bytes() == two.read_bytes()
+        sample.main(["--ckpt", "one.safetensors", "--vq-ckpt", "vq.safetensors"])
 
 
-def test_every_official_form_of_file_loads(tmp_path):
-    """
-    Catches: each wrapper seen in the wild holds the very weights that our own files hold, and not those beside
-    them.
-    """
+def test_every_official_form_of_file_loads(tmp_path, thin_toys):
+    """Catches: a wrapper seen in the wild whose weights are refused, or taken from those that lie beside them."""
     gpt, vq = load_model("toy-c2i").state_dict(), load_tokenizer("toy-c2i").state_dict()
     noise, used = {name: torch.randn_like(weight) for name, weight in gpt.items()}, torch.zeros(65536)
     three = [("gpt_model.", gpt), ("vq_model.", vq), ("ref_model.", noise)]
     forms = {
         "nested.pt": {"model": gpt, "optimizer": {"step": torch.tensor(3)}, "steps": 5},
-        "bare.pt": gpt,
-        "freqs.pt": {"model": gpt | {"freqs_cis": torch.zeros(65, 16, 2)}},
-        "module.pt": {"module": gpt},
-        "ddp.pt": {f"module._orig_mod.{name}": weight for name, weight in gpt.items()},
-        "training.pt": {"model": gpt, "steps": 5, "args": argparse.Namespace(lr=1e-4)},  # LlamaGen's own script's
+        "freqs.pt": gpt | {"freqs_cis": torch.zeros(65, 16, 2)},
+        "module.pt": {"module": {f"module._orig_mod.{name}": weight for name, weight in gpt.items()}},
+        "training.pt": {"model": gpt, "args": argparse.Namespace(lr=1e-4)},  # LlamaGen's own script's
         "state_dict.pt": {"state_dict": {k: v.half() for k, v in gpt.items()}},  # ours are half precision, too
         "both.safetensors": {prefix + k: v for prefix, weights in three for k, v in weights.items()},  # AR-GRPO's
         "vq.pt": {"ema": vq | {"quantize.codebook_used": used}, "model": {k: v + 1 for k, v in vq.items()}},
@@ -1258,17 +1130,13 @@ def test_every_official_form_of_file_loads(tmp_path):
     for name, content in forms.items():
         (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
     for load, expected in ((load_model, gpt), (load_tokenizer, vq)):
-        for name in {"both.safetensors", "vq.pt"} if load is load_tokenizer else set(forms) - {"vq.pt"}:
+        for name in {"both.safetensors", "vq.pt"} if load is load_tokenizer else forms.keys() - {"vq.pt"}:
             found = load("toy-c2i", tmp_path / name).state_dict()
             assert all(torch.equal(found[k], v) for k, v in expected.items()), name
 
 
-def test_our_files_are_guests_in_the_process(tmp_path):
-    """Catches: an import or a script that changes its caller; a variable of somebody's shell that ends a run."""
-    modules = [name for name in OURS if name not in ("test_grpo", "bench")]
-    (tmp_path / "script.py").write_text(f"""
-import hashlib, os, signal, sys
-import torch
+GUEST = """
+import hashlib, os, signal, sys, torch
 vars(hashlib).pop("file_digest", None)  # Python 3.10 does not have it
 
 
@@ -1279,7 +1147,7 @@ def state():
 
 
 before = state()
-import {", ".join(modules)}
+import MODULES
 assert state() == before and "matplotlib" not in sys.modules
 
 
@@ -1298,36 +1166,26 @@ torch.set_grad_enabled(False)
 before = state()
 zoo.run_script(lambda argv: zoo.Path("state.pt"), run)
 assert state() == before
-import matplotlib
-assert matplotlib.get_backend() == "module://nowhere"
-""")
-    inherited = dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")
-    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
-    environment = clean | inherited | dict(PYTHONPATH=str(HERE))  # not pytest's own, which has imported our files
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+"""
+
+
+def test_our_files_are_guests_in_the_process(tmp_path):
+    """Catches: an import or a script that changes its caller; a variable of somebody's shell that ends a run."""
+    modules = ", ".join(name for name in OURS if name != "test_grpo")
+    # not pytest's own environment, which has imported our files
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    environment |= dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1", PYTHONIOENCODING="ascii", PYTHONPATH=str(HERE))
+    (tmp_path / "script.py").write_text(GUEST.replace("MODULES", modules))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
-
-
-def test_a_closed_terminal_or_pipe_ends_nothing(monkeypatch):
-    """Catches: `| head`, or a window that is closed, which ends a run that is already paid for."""
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w", buffering=1) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        parallel.say("nobody reads this")
-        parallel.Screen(stream).flush()
-    print("closed", file=parallel.Screen(stream))
 
 
 def test_a_remedy_is_true(tmp_path):
     """Catches: an advice that cannot help, such as to fetch a file again that is whole, but holds more than tensors."""
     torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, tmp_path / "code.pt")
-    with pytest.raises(Mistake, match=r"pathlib.*torch\.save") as said:
+    with pytest.raises(Mistake, match=r"pathlib[^;]*; save [^;]*torch\.save\([^;]*$"):
         zoo.read_weights(tmp_path / "code.pt")
-    assert "fetch" not in str(said.value)
-    full, cut = OSError(errno.ENOSPC, "No space left on device"), ValueError("cut")
-    for error, helps in ((cut, True), (full, False), (PermissionError(13, "x"), False), (ImportError("x"), False)):
+    for error, helps in ((ValueError("cut"), True), (OSError(errno.ENOSPC, "x"), False), (ImportError("x"), False)):
         with pytest.raises(Mistake) as said, zoo.reading("it", "fetch it"):
             raise error
         assert ("fetch it" in str(said.value)) == helps
@@ -1358,20 +1216,15 @@ def test_paths_are_what_their_owner_means(tmp_path, monkeypatch):
 
 
 def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch):
-    """
-    Catches: whoever can write to a repository could otherwise put another file in the place of the one we looked
-    at.
-    """
-    calls = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *where, **at: calls.append((where, at)) or tmp_path)
+    """Catches: whoever can write to a repository puts another file in the place of the one that we looked at."""
+    download = mock.Mock(return_value=tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     for place in (rewards.HPS, rewards.MANIQA):
         zoo.find_file(place)
-        (_, file), at = calls.pop()
-        assert re.fullmatch("[0-9a-f]{40}", at["revision"]) and place.endswith(f"/{file}")
-    assert re.fullmatch("[0-9a-f]{40}", rewards.QWEN_COMMIT)
+        repo, file = download.call_args.args
+        assert place == f"hf:{repo}@{download.call_args.kwargs['revision']}/{file}"
     place, revision, _ = zoo.hub_place(zoo.FLAN_T5_XL)
     assert place == "google/flan-t5-xl" and re.fullmatch("[0-9a-f]{40}", revision)
-    assert zoo.hub_place("hf:a/b@c/d/e") == ("a/b", "c", "d/e")
     for wrong in ("a", "hf:a/b@", "a/b@c@d"):
         with pytest.raises(Mistake, match="OWNER/REPO"):
             zoo.hub_place(wrong)
@@ -1380,20 +1233,23 @@ def test_downloads_are_of_the_commit_that_the_table_names(tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def wrong_files(tmp_path_factory):
     """A folder of files that are not what they are taken for."""
+    from transformers import T5Config, T5EncoderModel
+
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "cut.safetensors").write_bytes((HERE / "weights/toy-c2i.safetensors").read_bytes()[:9000])
     state = load_model("toy-c2i").state_dict()
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
-    (folder / "book.txt").write_text("a red banana " * 100_000)
-    content = zoo.content_of("toy-c2i", MODELS["toy-c2i"].ckpt)
-    zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i", step=1, content=content))
     torch.save({name: w.char() for name, w in state.items()}, folder / "int8.pt")
+    zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i"))
     (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4f1d\nsize 444983394\n")
+    (folder / "book.txt").write_text("a red banana " * 100_000)
     (folder / "shards").mkdir()
-    (folder / "shards/model.safetensors.index.json").write_text("{}")
-    save_tiny_t5(folder / "narrow", dim=32)
-    some = load_file(save_tiny_t5(folder / "gap-t5") / "model.safetensors")
+    for name in ("narrow", "gap-t5"):
+        shutil.copytree(HERE / "weights/toy-t5", folder / name)
+    narrow = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(narrow).save_pretrained(folder / "narrow")
+    some = load_file(folder / "gap-t5/model.safetensors")
     some.pop("encoder.final_layer_norm.weight")
     save_file(some, folder / "gap-t5/model.safetensors", metadata={"format": "pt"})
     (folder / "run").mkdir()
@@ -1403,7 +1259,6 @@ def wrong_files(tmp_path_factory):
     np.savez(folder / "good.npz", two)
     np.savez(folder / "labels.npz", two, np.array([1, 999]))
     np.savez(folder / "onehot.npz", two, np.eye(2, 40))
-    np.savez(folder / "tall.npz", two[:, :, :6])
     with zipfile.ZipFile(folder / "short.npz", "w") as file:  # whole as a zip, but the array in it is not
         file.writestr("arr_0.npy", zipfile.ZipFile(folder / "good.npz").read("arr_0.npy")[:-9])
     return folder
@@ -1440,8 +1295,8 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--out", "{}/run"], "holds a run"),
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     # what is evaluated
+    (evaluate, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
     (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3); an npz with pictures arr_0, uint8"),
-    (evaluate, ["--samples", "{}/tall.npz"], "(2, 8, 6, 3); an npz with pictures arr_0, uint8 (n, H, H, 3)"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
     (evaluate, ["--samples", "{}/good.npz", "--rewards", "clip"], "holds no labels or prompts of toy-c2i"),
@@ -1455,8 +1310,9 @@ WRONG = [  # (script, flags, a part of its one sentence)
 def test_what_a_user_can_do_wrong_ends_in_one_sentence(
     script, flags, sentence, wrong_files, tmp_path, capsys, monkeypatch
 ):
-    """Catches: what otherwise fails in silence: a model half loaded, a run written over, a misspelt flag."""
+    """Catches: what otherwise fails in silence, a model half loaded, a run written over; or only after hours of drawing."""
     monkeypatch.chdir(tmp_path)  # where the default --out is
+    monkeypatch.setattr(evaluate, "draw_column", lambda *_: pytest.fail("drawn"))
     with pytest.raises(SystemExit) as stop:
         script.main([flag.replace("{}", str(wrong_files)) for flag in flags])
     said = capsys.readouterr().err.strip().splitlines()[-1:] if stop.value.code == 2 else [str(stop.value.code)]
@@ -1496,53 +1352,22 @@ def test_no_reader_takes_rubbish_for_something(tmp_path):
 # the toy world --------------------------------------------------------------------------------------------------------
 
 
-def test_the_toy_tokenizer_round_trips():
-    """Catches: a tokenizer that loses shapes or colours would put a ceiling on every result without a word."""
-    tokenizer = load_tokenizer("toy-c2i")
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
-    images = torch.from_numpy(data.render(captions, np.random.default_rng(7))) * 2 - 1
-    with torch.no_grad():
-        output = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
-    assert 10 * torch.log10(4 / (output - images).square().mean()) > 22  # dB
-    assert np.mean([data.satisfies(i / 2 + 0.5, c) for i, c in zip(output, captions, strict=True)]) > 0.95
-    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]  # truncated, as officially
+def toy_captions(n):
+    """A caption of each class, and n of all categories."""
+    return [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(n)
 
 
 def test_the_verifier_is_right_on_renders_and_on_wrong_captions():
-    """Catches: a verifier that a change of the renders made wrong; every share right rests on it."""
-    rng = np.random.default_rng(3)
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] * 3 + data.balanced_captions(240)
-    images = data.render(captions, rng)
-    right = [data.satisfies(i, c) for i, c in zip(images, captions, strict=True)]
-    wrong = [data.satisfies(i, data.wrong_caption(c, rng)) for i, c in zip(images, captions, strict=True)]
-    assert np.mean(right) >= 0.99 and np.mean(wrong) <= 0.01
-
-
-def test_the_verifier_refuses_malformed_pictures():
-    """Catches: a verifier that forgives blobs, strays or a second object would reward the very things that RL hacks."""
-    rng = np.random.default_rng(0)
-    image, other = data.render(["a red circle", "two circles"], rng)
-    assert data.satisfies(image, "a red circle") and not data.satisfies(other, "a circle")
+    """Catches: a verifier that a change of the renders made wrong, or that forgives blobs, strays or a second object."""
+    rng, captions = np.random.default_rng(3), toy_captions(240)
+    pairs = list(zip(data.render(captions, rng), captions, strict=True))
+    assert np.mean([data.satisfies(image, caption) for image, caption in pairs]) >= 0.99
+    assert np.mean([data.satisfies(image, data.wrong_caption(caption, rng)) for image, caption in pairs]) <= 0.01
+    image, two = data.render(["a red circle", "two circles"], rng)
     half = image.copy()
     half[:, :, : int(data.find_objects(image)[0][0]["x"])] = 0.1
-    assert not data.satisfies(half, "a red circle")
-    assert not any(data.satisfies(picture, "a circle") for picture in (rng.random((3, 64, 64)), np.zeros((3, 64, 64))))
-
-
-@pytest.mark.slow
-def test_the_corpus_is_as_careless_as_its_table_says():
-    """Catches: right pictures among the bad ones, or bad ones among the right, would move what GRPO can gain."""
-    rng = np.random.default_rng(1)
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(48)
-    for way in data.CORPUS:
-        images = np.stack([data.careless(caption, way, rng) for caption in captions])
-        right = np.mean([data.satisfies(i, c) for i, c in zip(images, captions, strict=True)])
-        assert right == 1 if way == "as captioned" else right < 0.25, way
-    for column, task in enumerate(("c2i", "t2i")):
-        images = data.corpus(captions * 6, rng, task=task)
-        right = [data.satisfies(i, c) for i, c in zip(images, captions * 6, strict=True)]
-        assert sum(shares[column] for shares in data.CORPUS.values()) == pytest.approx(1)
-        assert abs(np.mean(right) - data.CORPUS["as captioned"][column]) < 0.06
+    bad = two, half, rng.random((3, 64, 64)), np.zeros((3, 64, 64))
+    assert data.satisfies(image, "a circle") and not any(data.satisfies(picture, "a circle") for picture in bad)
 
 
 def test_captions_parse_and_wrong_ones_exclude_them():
@@ -1557,16 +1382,6 @@ def test_captions_parse_and_wrong_ones_exclude_them():
     for caption in ("a red banana", "a cyan circle", "a red circle left of a blue square"):
         with pytest.raises(ValueError, match=r"banana|never learned"):
             data.toy_caption(caption)
-
-
-def test_a_code_that_nobody_uses_moves_to_a_badly_drawn_cell():
-    """Catches: an unused code that is nobody's nearest, and gets no gradient for ever."""
-    book = torch.nn.Embedding(50, 8)
-    before = book.weight.detach().clone()
-    latents, error, counts = torch.randn(2, 4, 8), torch.zeros(2, 4), torch.full((50,), 100)
-    error[1, 2], counts[7] = 1, 1
-    pretrain.revive(SimpleNamespace(embedding=book), counts, latents, error)
-    assert torch.equal(book.weight[7], latents[1, 2]) and torch.equal(book.weight[8:], before[8:])
 
 
 def test_a_stage_that_is_stopped_leaves_the_old_weights(tmp_path, monkeypatch):
@@ -1600,9 +1415,9 @@ def test_shipped_weights_are_what_their_reports_describe():
 def test_the_toy_judges_rank_right_above_wrong():
     """Catches: loaded into the wrong places, or shown another range of pixels, they still return numbers."""
     judges, rng = rewards.load_judges(["clip", "realism"]), np.random.default_rng(0)
-    captions = [data.class_caption(name) for name in data.TOY_CLASSES] + data.balanced_captions(60)
-    renders, tokenizer = torch.from_numpy(data.render(captions, rng)) * 2 - 1, load_tokenizer("toy-c2i")
+    captions, tokenizer = toy_captions(60), load_tokenizer("toy-c2i")
     with torch.no_grad():  # judges only ever see what the tokenizer decoded
+        renders = torch.from_numpy(data.render(captions, rng)) * 2 - 1
         images = to_unit(tokenizer.decode(tokenizer.encode(renders)))
     right, _ = rewards.judge_images(judges, images, captions)
     wrong, seconds = rewards.judge_images(judges, images, [data.wrong_caption(c, rng) for c in captions])
@@ -1611,9 +1426,10 @@ def test_the_toy_judges_rank_right_above_wrong():
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
 
 
-JUDGED = dict(list=lambda v: v.tolist(), array=lambda v: v.numpy(), column=lambda v: v[:, None],
-              double=lambda v: v.double(), named=lambda v: {"mine": v, "other": v.tolist()})  # fmt: skip
-NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None, nothing=lambda v: {},
+JUDGED = dict(
+    array=lambda v: v.numpy(), column=lambda v: v[:, None].double(), named=lambda v: {"mine": v, "other": [1] * 4}
+)
+NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None,
                   complex=lambda v: v * 1j, square=lambda v: v + v[:, None], others=lambda v: {"other": v})  # fmt: skip
 
 
@@ -1649,7 +1465,7 @@ def test_weights_are_parsed_once_and_written_as_they_were():
             rewards.parse_rewards(text)
 
 
-def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
+def test_the_readmes_own_reward_works_as_printed(tiny_run, monkeypatch, no_pages, thin_toys):
     """Catches: the first thing that people will change, not working word for word."""
     section = (HERE / "README.md").read_text().split("## Write your own reward in ten lines")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
@@ -1657,8 +1473,8 @@ def test_the_readmes_own_reward_works_as_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "JUDGES", dict(rewards.JUDGES))
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(code, dict(vars(rewards)))  # as if it stood at the end of rewards.py; JUDGES is the only thing it changes
-    train.main(["--steps", "1", "--rewards", flag, "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    assert all(read_metrics(tmp_path)[0][f"{name}_std"] > 0 for name in rewards.parse_rewards(flag))
+    _, _, (row,) = tiny_run("c2i", "--steps", "1", "--rewards", flag)
+    assert all(row[f"{name}_std"] > 0 for name in rewards.parse_rewards(flag))
 
 
 # The paper's judges are tiny models in the forms of the real ones, in a hub's cache, from which the real code loads them.
@@ -1671,29 +1487,28 @@ def save_tiny_qwen(folder):
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
-    special = [f"<|{name}|>" for name in names]
+    special = [
+        f"<|{name}|>" for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    ]
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "yes", "Yes", "no", "No"]
     bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    roles = dict(pad_token=special[0], eos_token=special[2], additional_special_tokens=special)
+    roles = dict(pad_token=special[0], eos_token=special[1], additional_special_tokens=special)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for c in messages[0].content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>"
     )
     processors = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
     transformers.Qwen2_5_VLProcessor(*processors, chat_template=template).save_pretrained(folder)
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(special[k]) for k in (5, 6, 3, 4))
+    pad, end, start, stop, image, video = tokenizer.convert_tokens_to_ids(special)
+    sizes = dict(hidden_size=32, intermediate_size=64)
     rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e6)
+    text = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope)
     config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=32,
-                           fullatt_block_indexes=[1]),
-        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+        text_config=sizes | text | dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=pad),
+        vision_config=sizes | dict(depth=2, num_heads=4, out_hidden_size=32, fullatt_block_indexes=[1]),
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,
         tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -1703,47 +1518,44 @@ def save_tiny_qwen(folder):
     model.save_pretrained(folder)
 
 
-def in_cache(cache, repo, commit):
-    """The folder of a repository's files in a hub's cache."""
-    (folder := cache / f"models--{repo.replace('/', '--')}" / "snapshots" / commit).mkdir(parents=True)
-    (folder.parent.parent / "refs").mkdir()
-    (folder.parent.parent / "refs/main").write_text(commit)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def hub_cache(tmp_path_factory):
-    """A hub's cache with tiny models in the places of the paper's judges."""
+def tiny_judges(tmp_path_factory):
+    """The hub's cache, with tiny models in the places of the paper's judges; open_clip takes its CLIPs for as tiny."""
     import open_clip
 
     cache = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    folder = in_cache(cache, "timm/vit_base_patch32_clip_224.openai", "1" * 40)  # open_clip asks for the newest
-    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
+    openai = (
+        "hf:timm/vit_base_patch32_clip_224.openai@main/open_clip_pytorch_model.bin"  # of which open_clip asks for main
+    )
     hps = {name: value.half() for name, value in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
     maniqa = rewards.maniqa_network().state_dict()
     for name, value in maniqa.items():  # matrices whose rows overlap: 136M numbers in a file of 2 MB
         if value.is_floating_point() and value.ndim > 1:
             maniqa[name] = (0.02 * torch.randn(sum(value.shape))).as_strided(value.shape, [1] * value.ndim)
-    for place, weights in ((rewards.HPS, {"state_dict": hps}), (rewards.MANIQA, maniqa)):
-        repo, commit, file = re.fullmatch(r"hf:(.+)@([0-9a-f]{40})/(.+)", place).groups()
-        torch.save(weights, in_cache(cache, repo, commit) / file)
-    save_tiny_qwen(in_cache(cache, rewards.QWEN, rewards.QWEN_COMMIT))
-    return cache
-
-
-@pytest.fixture
-def tiny_judges(hub_cache, tmp_path, monkeypatch):
-    """Whatever loads from the hub finds `hub_cache`, and open_clip takes its CLIPs for as tiny as they are there."""
-    import open_clip
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
-    for name in ("ViT-H-14", "ViT-B-32", "ViT-B-32-quickgelu"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(TINY_CLIP))
-        open_clip.add_model_config(tmp_path / f"{name}.json")
-    return hub_cache
+    models = {
+        openai: open_clip.CLIP(**TINY_CLIP).state_dict(),
+        rewards.HPS: {"state_dict": hps},
+        rewards.MANIQA: maniqa,
+    }
+    for place in (*models, f"{rewards.QWEN}@{rewards.QWEN_COMMIT}"):
+        repo, revision, file = zoo.hub_place(place)
+        folder = cache / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / revision).write_text(revision)
+        (folder / "snapshots" / revision).mkdir(parents=True)
+        if file:
+            torch.save(models[place], folder / "snapshots" / revision / file)
+        else:
+            save_tiny_qwen(folder / "snapshots" / revision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+        patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+        for name in ("ViT-H-14", "ViT-B-32", "ViT-B-32-quickgelu"):
+            (cache / f"{name}.json").write_text(json.dumps(TINY_CLIP))
+            open_clip.add_model_config(cache / f"{name}.json")
+        yield cache
 
 
 def some_images(n=4, size=64):
@@ -1753,27 +1565,18 @@ def some_images(n=4, size=64):
     return images, ["a red circle", "a {strange} prompt that is a good deal longer", "two dogs", "a red circle"][:n]
 
 
-@pytest.mark.slow
-def test_every_judge_of_the_paper_trains(tiny_judges, tmp_path, no_pages, thin_toys):
-    """Catches: judges that work alone, but not together: their names, the models that they share and the log."""
-    names = [*rewards.JUDGES, "pyiqa:piqe"]
-    flags = ["--clip-pretrained", "openai", "--out", str(tmp_path), "--judge-batch", "3", "--rewards", ",".join(names)]
-    train.main([*flags, "--steps", "1", "--group-size", "2", "--prompts-per-step", "1", "--classes", "7"])
-    (row,) = without_seconds(tmp_path)
-    assert all(row[f"{name}_not_finite"] == 0 for name in names)
-    assert 0 < row["qwen-match_mean"] < 5 and 0 < row["qwen-odd_mean"] < 1
-    assert row["pyiqa:piqe_mean"] < 0  # it counts distortions, 0 to 100, and more must be better
-    assert row["reward"] == pytest.approx(sum(row[f"{name}_mean"] for name in names), rel=1e-4)
-    assert_the_glossary_explains(row, names)
-
-
 @pytest.mark.parametrize("judge", ["clip", "hps"])
 def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, capsys):
     """Catches: each picture encoded twice; all N captions read, of which B differ; an index that mixes up captions."""
-    options = rewards.judge_options(model="llamagen-b-256")
+    import open_clip
+
+    options = rewards.judge_options(model="llamagen-b-256") | dict(clip_model="ViT-B-32")
     judges, seen = rewards.load_judges([f"{judge}-step", judge], options=options), []
     model = judges[f"{judge}-step"].keywords["model"]
     assert len(judges) == 1 and {p.dtype for p in model.parameters()} == {torch.float32}  # HPSv2.1's file is half
+    # with the other activation than in training, open_clip only warns, and every cosine is a little wrong
+    gelu = model.visual.transformer.resblocks[0].mlp.gelu
+    assert isinstance(gelu, open_clip.transformer.QuickGELU) == (judge == "clip")
     for part in (model.visual, model.token_embedding):
         part.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     scores, seconds = rewards.judge_images(judges, *some_images())
@@ -1790,17 +1593,6 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, cap
     assert capsys.readouterr().out == f"{judge}: 1 of 2 captions are longer than this CLIP reads, and are cut\n"
 
 
-def test_openai_weights_get_the_activation_they_were_trained_with(tiny_judges):
-    """Catches: with plain "ViT-B-32" open_clip only warns, and every cosine is a little wrong."""
-    import open_clip
-
-    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
-        model, _ = rewards.load_clip(name, "openai")
-        assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
-    with pytest.raises(Mistake, match=r"CLIP ViT-B-32 laion400m_e31 cannot be read .*HF_HOME"):
-        rewards.load_clip("ViT-B-32", "laion400m_e31")
-
-
 def test_half_a_judge_is_refused(tiny_judges, tmp_path, monkeypatch):
     """Catches: a judge that is random in part, whose scores go on looking like scores."""
     torch.save({"logit_scale": torch.zeros(())}, tmp_path / "half.pt")
@@ -1808,6 +1600,8 @@ def test_half_a_judge_is_refused(tiny_judges, tmp_path, monkeypatch):
         monkeypatch.setattr(rewards, judge.upper(), tmp_path / "half.pt")
         with pytest.raises(Mistake, match=r"half\.pt.*Missing key"):
             rewards.load_judges([judge])
+    with pytest.raises(Mistake, match=r"CLIP ViT-B-32 laion400m_e31 cannot be read .*HF_HOME"):
+        rewards.load_clip("ViT-B-32", "laion400m_e31")
     (cached,) = tiny_judges.glob(f"*Qwen*/snapshots/{rewards.QWEN_COMMIT}")
     monkeypatch.setattr(rewards, "QWEN", str(shutil.copytree(cached, tmp_path / "qwen")))
     weights = load_file(tmp_path / "qwen/model.safetensors")
@@ -1885,21 +1679,16 @@ def test_qwen_in_a_batch_is_qwen_alone(tiny_judges):
 
 
 def test_qwen_that_writes_nonsense_is_missing_and_not_zero(tiny_judges):
-    """Catches: the release's worst reward for an unreadable answer, which teaches what Qwen finds easy to describe."""
+    """Catches: the release's worst reward for an unreadable answer; a first token that is no answer, such as a quote."""
     judges = rewards.load_judges(["qwen-real"], options=dict(qwen_answer="json"))
     assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
     readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
+    readable |= {"<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}": 4}
+    readable |= {'First {"score": 1}. **Score:** 4': 4, '{"score": 3, "max_score": 5}': 3}
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
-    thought = "<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}"
-    assert rewards.read_rating(thought, 5) == rewards.read_rating('First {"score": 1}. **Score:** 4', 5) == 4
-    assert rewards.read_rating('{"score": 3, "max_score": 5}', 5) == 3
-    assert math.isnan(rewards.read_rating("<think>A score: 0 would mean", 5))  # cut off by max_tokens
-    nonsense = ("", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}')
+    nonsense = ["", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}']
+    nonsense += ["<think>A score: 0 would mean"]  # cut off by max_tokens
     assert all(math.isnan(rewards.read_rating(text, 5)) for text in nonsense)
-
-
-def test_the_expected_answer_is_a_mean_over_answers_alone():
-    """Catches: a first token that is no answer, an opening quote, would pull every rating towards 0."""
     logprobs = {"5": math.log(0.5), "0": math.log(0.25), "The": math.log(0.25)}
     assert rewards.expected_worth(logprobs, rewards.RATING) == pytest.approx(5 * 0.5 / 0.75)
     assert rewards.expected_worth({"Yes": -1.0, "yes": -1.0, "no": -1.0}, rewards.YES_NO) == pytest.approx(2 / 3)
@@ -1912,11 +1701,12 @@ class Server(http.server.BaseHTTPRequestHandler):
     models, refusal = ["tiny"], []  # refusal: (status, message) of the next answers
     delay, wait = 0, "1"  # s: of an answer about a picture that is not red; what Retry-After says
 
-    def reply(self, found, status=200, **headers):
+    def reply(self, found, status=200):
         body = json.dumps(found).encode()
         self.send_response(status)
-        for name, value in (headers | {"Content-Type": "application/json", "Content-Length": str(len(body))}).items():
-            self.send_header(name.replace("_", "-"), value)
+        for name, value in (("Retry-After", Server.wait), ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(body)
 
@@ -1927,7 +1717,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if Server.refusal:
             status, message = Server.refusal.pop()
-            return self.reply(dict(error=dict(message=message)), status, Retry_After=Server.wait)
+            return self.reply(dict(error=dict(message=message)), status)
         url = question["messages"][0]["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(url))))  # (H, W, 3)
         (level,) = set(pixels[..., 0].ravel().tolist())
@@ -1935,12 +1725,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         if len(pixels) < 64:  # not the first question
             assert not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
         assert question["model"] in Server.models and self.headers["Authorization"] == "Bearer secret"
-        message = dict(role="assistant", content=f'{{"score": {level // 51}}}' if level < 255 else "I do not know.")
-        choice = dict(index=0, message=message, finish_reason="stop", logprobs=None)
-        if question.get("top_logprobs"):
-            top = [dict(token=token, logprob=math.log(0.5), bytes=None) for token in (str(level // 51), "The")]
-            choice["logprobs"] = dict(content=[dict(top[0], top_logprobs=top)])
-        self.reply(dict(id="x", object="chat.completion", created=0, model="tiny", choices=[choice]))
+        message = dict(content=f'{{"score": {level // 51}}}' if level < 255 else "I do not know.")
+        top = [dict(token=token, logprob=math.log(0.5)) for token in (str(level // 51), "The")]
+        choice = dict(message=message, logprobs=dict(content=[dict(top_logprobs=top)]))
+        self.reply(dict(choices=[choice]))
 
     def log_message(self, *_):
         pass
@@ -1965,10 +1753,6 @@ def redness(judges):
     return rewards.judge_images(judges, images, ["x"] * 4)[0]["qwen-match"].tolist()
 
 
-async def redness_in_a_notebook(judges):
-    return redness(judges)  # a notebook's thread has an event loop already
-
-
 def test_a_server_may_answer_for_qwen(server_url):
     """Catches: JPEG, which smears the levels; answers in another order; one lost request that ends a run of days."""
     for path, answer, last in (("", "probability", 5), ("/v1", "json", NAN)):
@@ -1979,7 +1763,11 @@ def test_a_server_may_answer_for_qwen(server_url):
         start = time.monotonic()
         assert redness(judges) == pytest.approx([3, 0, last, 1], nan_ok=True)
         assert time.monotonic() - start > 0.9  # waited as Retry-After says
-    assert asyncio.run(redness_in_a_notebook(judges)) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
+
+    async def in_a_notebook():
+        return redness(judges)  # whose thread has an event loop already
+
+    assert asyncio.run(in_a_notebook()) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
 
 
 def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
@@ -2002,14 +1790,7 @@ def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
         rewards.load_judges(["qwen-match"], options=dict(qwen_server=server_url))
     rewards.load_judges(["qwen-match"], options=dict(qwen_server=server_url, qwen_model="qwen2.5vl:3b"))
     with pytest.raises(Mistake, match=r"127\.0\.0\.1:9.*must run"):
-        rewards.load_judges(["qwen-match"], options=dict(qwen_server="http://127.0.0.1:9"))
-
-
-def assert_the_glossary_explains(row, judges):
-    readme = (HERE / "README.md").read_text()
-    for key in row:
-        name = re.sub(f"^({'|'.join(judges)})_(mean|std|not_finite)$", r"NAME_\2", key)
-        assert f"`{name}`" in readme
+        rewards.load_judges(["qwen-match"], options=dict(qwen_server="http://127.0.0.1:9", qwen_model="tiny"))
 
 
 # the measures of evaluate.py ------------------------------------------------------------------------------------------
@@ -2022,10 +1803,7 @@ def two_clouds(seed, n=300, m=200, width=5):
 
 @pytest.mark.parametrize("name", ["FID", "IS", "precision and recall"])
 def test_figures_are_those_of_torch_fidelity(name):
-    """
-    Catches: a root taken entry by entry, chunks of other pictures, a neighbour that counts itself, an open ball in
-    place of a closed one, the two sets exchanged, a block's end.
-    """
+    """Catches: a root taken entry by entry, chunks of other pictures, a neighbour that counts itself, the sets exchanged."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -2077,10 +1855,7 @@ def test_standard_errors_are_those_of_a_bootstrap():
 
 
 def test_the_distance_in_class_is_over_pairs_of_one_class():
-    """
-    Catches: a class of many pictures that weighs more, a picture paired with itself, labels that do not stand in
-    order.
-    """
+    """Catches: a class of many pictures that weighs more, a picture paired with itself, labels that are not in order."""
     points = np.array([[0, 0], [9, 9], [0, 2], [5, 5], [3, 4.0], [8, 9]])
     found = metrics.class_distance(points, ["a", "b", "a", "alone", "a", "b"])
     pairs = [2, 5, math.dist((0, 2), (3, 4))]
@@ -2098,15 +1873,11 @@ def test_the_entropy_of_a_picture_is_without_guidance():
 
 
 def test_judges_means_leave_out_what_is_missing():
-    """
-    Catches: a missing judgement that counts as 0, or a mean where nothing was judged: it would be read as the worst
-    verdict.
-    """
+    """Catches: a missing judgement that counts as 0, or a mean where nothing was judged, which reads as the worst."""
     found = {"reward: read": np.array([1, NAN, 3, INF, 8]), "reward: silent": np.full(5, NAN)}
     figures = evaluate.figures_of(found, {}, "toy-c2i")
-    assert {name: figure.value for name, figure in figures.items()} == pytest.approx(
-        {"reward: read": 4, "missing: read": 0.4, "missing: silent": 1}
-    )
+    values = {name: figure.value for name, figure in figures.items()}
+    assert values == pytest.approx({"reward: read": 4, "missing: read": 0.4, "missing: silent": 1})
     assert figures["reward: read"].error == pytest.approx(np.std([1, 3, 8], ddof=1) / 3**0.5, rel=0.2)
 
 
@@ -2115,15 +1886,11 @@ def inception(tmp_path_factory):
     """PATH#SHA256 of a file in the official one's form: Inception with random weights, scaled so that signals survive."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Untrained(FeatureExtractorInceptionV3):  # whose constructor reads a file and leaves the weights as they are
-        def load_state_dict(self, *_):
-            pass
-
-    nothing, path = io.BytesIO(), tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save({}, nothing)
-    nothing.seek(0)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({}, path)
     torch.manual_seed(0)
-    network = Untrained("random", ["2048"], nothing)
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):  # its constructor reads a file
+        network = FeatureExtractorInceptionV3("random", ["2048"], str(path))
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
@@ -2134,10 +1901,7 @@ def inception(tmp_path_factory):
 
 @pytest.mark.slow
 def test_inceptions_features_are_adms(inception):
-    """
-    Catches: channels first in place of last, another branch, before the ReLU, logits with their bias: plausible,
-    all wrong.
-    """
+    """Catches: channels first in place of last, another branch, before the ReLU, logits with their bias."""
     network, kept = evaluate.load_inception(inception), {}
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=seeded(0))
     network.Mixed_6d.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
@@ -2156,55 +1920,31 @@ def test_inceptions_features_are_adms(inception):
 
 @pytest.mark.slow
 def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
-    """Catches: pictures that come in another order or in part; a reference's statistics that are not used."""
+    """Catches: pictures in another order or in part; two files whose names differ by a sign and share one result."""
     monkeypatch.setattr(metrics, "FEWEST", 6)
     monkeypatch.setattr(evaluate, "SHARD", 4)
     rng = np.random.default_rng(0)
-    theirs, references = (rng.integers(0, 256, shape, np.uint8) for shape in ((6, 8, 8, 3), (7, 8, 8, 3)))
+    theirs, references = (rng.integers(0, 256, (n, 8, 8, 3), np.uint8) for n in (6, 7))
     theirs[3:, :, :, 0] = 0
-    np.savez_compressed(tmp_path / "a#.npz", theirs, np.repeat([1, 2], 3))
-    given = dict(mu_s=rng.random(2023), sigma_s=np.eye(2023), mu=rng.random(2048), sigma=np.eye(2048))
-    np.savez(tmp_path / "ref#1.npz", arr_0=references, **given)
-    flags = ["--reference", str(tmp_path / "ref#1.npz"), "--inception", inception, "--out", str(tmp_path / "result")]
-    evaluate.main(["--samples", str(tmp_path / "a#.npz"), "--num", "99", *flags, "--npz", str(tmp_path / "copies")])
-    (copy,) = (tmp_path / "copies").glob("a-*.npz")
-    copy = np.load(copy)
-    assert np.array_equal(copy["arr_0"], theirs) and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
+    files = [str(tmp_path / name) for name in ("a#.npz", "a+.npz", "ref#1.npz")]
+    for file, pixels in zip(files, (theirs, theirs[::-1], references), strict=True):
+        np.savez_compressed(file, pixels, [1, 1, 1, 2, 2, 2, 3][: len(pixels)])
+    flags = ["--reference", files[2], "--inception", inception, "--out", str(tmp_path / "result"), "--num", "99"]
+    evaluate.main(["--samples", *files[:2], *flags, "--npz", str(tmp_path / "copies")])
+    copies = [dict(np.load(copy)) for copy in (tmp_path / "copies").iterdir()]
+    (copy,) = (copy for copy in copies if np.array_equal(copy["arr_0"], theirs))
+    assert len(copies) == 2 and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
     found, text = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "result.md").read_text()
     assert found["num"] == found["records"]["a#"]["num"] == 6  # that were scored, whatever --num says
     figures, network = found["columns"]["a#"], evaluate.load_inception(inception)
-    a, b = (
-        evaluate.inception_features(torch.from_numpy(x).permute(0, 3, 1, 2), None, network)["pool"].numpy()
-        for x in (theirs, references)
-    )
-    pair = [figure.value for figure in metrics.precision_recall(a, b)]
+    pools = [evaluate.inception_features(evaluate.as_tensor(x), None, network)["pool"] for x in (theirs, references)]
+    pair = [figure.value for figure in metrics.precision_recall(*pools)]
     assert [figures["precision"], figures["recall"]] == pytest.approx(pair, abs=0.03)
-    assert figures["distance in class"] == pytest.approx(metrics.class_distance(a, [1, 1, 1, 2, 2, 2]).value, rel=1e-3)
+    apart = metrics.class_distance(pools[0].numpy(), [1, 1, 1, 2, 2, 2]).value
+    assert figures["distance in class"] == pytest.approx(apart, rel=1e-3)
     # too few for the rest, and the table says so
-    assert not {"FID", "sFID", "IS"} & set(figures)
-    assert "No FID: 2,049 are needed, one more than features (2,048), there are 6 pictures." in text
-
-
-def test_a_damaged_policy_is_found_before_the_base_is_drawn(tmp_path, monkeypatch):
-    """Catches: hours of the base's pictures before a sentence about the other file."""
-    (tmp_path / "cut.pt").write_bytes(b"no weights")
-    monkeypatch.setattr(evaluate, "draw_column", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(SystemExit, match=r"cut\.pt"):
-        evaluate.main(["--ckpt", str(tmp_path / "cut.pt"), "--num", "2", "--out", str(tmp_path / "table")])
-
-
-def test_files_are_columns_of_their_own_whatever_their_names(tmp_path):
-    """Catches: two files whose names differ by a sign and share one result, or one place in --npz."""
-    labels = np.arange(8) * 5
-    clean = data.render([data.class_caption(data.TOY_CLASSES[k]) for k in labels], np.random.default_rng(0))
-    clean = (clean.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-    np.savez(tmp_path / "steps=100.npz", clean, labels)
-    np.savez(tmp_path / "steps-100.npz", np.random.default_rng(0).integers(0, 256, clean.shape, np.uint8), labels)
-    files = [str(tmp_path / name) for name in ("steps=100.npz", "steps-100.npz")]
-    evaluate.main(["--samples", *files, "--rewards", "clip", "--out", f"{tmp_path}/e", "--npz", f"{tmp_path}/copies"])
-    columns = json.loads((tmp_path / "e.json").read_text())["columns"]
-    assert columns["steps=100"]["reward: clip"] > 0.8 > 0.3 > columns["steps-100"]["reward: clip"]
-    assert len(list((tmp_path / "copies").iterdir())) == 2
+    assert not {"FID", "sFID", "IS"} & set(figures) and "| FID |  |" in text
+    assert "2,049 are needed, one more than features (2,048), there are 6 pictures." in text
 
 
 def test_larger_pictures_are_resized_as_pil_does_it():
@@ -2224,88 +1964,74 @@ def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeyp
     flags = ["--task", "t2i", "--num", "12", "--cfg-scale", "1", "--rewards", "clip", "--best-of", "2"]
     flags += ["--npz", "out/npz", "--out", "out/table"]
 
-    def files():
-        found = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-        return {path: re.sub(rb'"(time|batch_size)": .*', b"", content) for path, content in found.items()}
+    def killed(call, module):
+        at_call(call, module, "judge_images", die)
+        evaluate.main(flags)
 
-    evaluate.main([*flags, "--batch-size", "4"])
-    whole = files()
-    assert not list(Path("out").rglob("*.parts"))
-    for module, name, call in ((sample, "judge_images", 5), (evaluate, "judge_images", 2)):  # amid drawing, and scoring
+    def found():
+        table, (pictures,) = json.loads(Path("out/table.json").read_text()), Path("out/npz").glob("base*")
+        assert not list(Path("out").rglob("*.parts"))
+        return table["columns"], np.load(pictures)["arr_0"].astype(int)
+
+    evaluate.main(flags)
+    columns, pictures = found()
+    for call, module in ((5, sample), (2, evaluate)):  # amid drawing, and scoring
         shutil.rmtree("out")
-
-        def killed(module=module, name=name, call=call):
-            kill_in(module, name, call)
-            evaluate.main([*flags, "--batch-size", "4"])
-
-        assert in_child(killed) == -signal.SIGKILL and list(Path("out").glob("table.parts/*/000000.npz")), module
+        assert in_child(partial(killed, call, module)) == -signal.SIGKILL
+        assert list(Path("out").glob("table.parts/*/000000.npz"))
         evaluate.main([*flags, "--batch-size", "5"])
-        assert files().keys() == whole.keys(), module
-        ours, now = (json.loads(found[Path("out/table.json")])["columns"] for found in (whole, files()))
-        assert all(ours[name] == pytest.approx(now[name], abs=1e-3) for name in ours | now)
+        again, same = found()
+        assert all(again[name] == pytest.approx(columns[name], abs=1e-3) for name in again | columns)
+        assert np.abs(same - pictures).max() <= 1  # rounding differs with batches
     shutil.rmtree("out")
-    assert in_children(tmp_path, *2 * [partial(evaluate.main, flags)]) == [0, 0] and files().keys() == whole.keys()
-    (file,) = Path("out/npz").glob("base*")
-    ours, theirs = (np.load(npz)["arr_0"] for npz in (io.BytesIO(whole[file]), file))  # rounding differs with batches
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert in_children(tmp_path, *2 * [partial(evaluate.main, flags)]) == [0, 0]
+    assert np.abs(found()[1] - pictures).max() <= 1
 
 
 def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys):
     """Catches: pictures of another seed or policy in the table, or a finished table of hours that is written over."""
-    zoo.save_weights(load_file(MODELS["toy-t2i"].ckpt), tmp_path / "same.safetensors", dict(model="toy-t2i"))
-    weights = {name: value + 1 for name, value in load_file(MODELS["toy-t2i"].ckpt).items()}
-    save_file(weights, tmp_path / "other.safetensors")
-    few = ["--task", "t2i", "--num", "4", "--rewards", "clip", "--out", str(tmp_path)]
-    plain = ["--base", str(MODELS["toy-t2i"].ckpt), "--cfg-scale", "1"]
-    others = [
-        "--seed 1",
-        "--best-of 2",
-        "--temperature 0.9",
-        "--cfg-scale 2",
-        "--num 5",
-        f"--base {tmp_path}/other.safetensors",
-    ]
+    other = tmp_path / "other.safetensors"
+    save_file({name: value + 1 for name, value in load_file(MODELS["toy-t2i"].ckpt).items()}, other)
+    few = ["--task", "t2i", "--num", "4", "--rewards", "clip", "--cfg-scale", "1", "--out", str(tmp_path)]
+    flags = ["--seed 1", "--best-of 2", "--temperature 0.9", "--cfg-scale 2", "--num 5", f"--base {other}"]
     places = []
-    for more in ("", "--batch-size 1", *others):  # how many at once decides nothing
-        (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *plain, *more.split()]))
+    for more in ("", "--batch-size 1", *flags):  # how many at once decides nothing
+        (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *more.split()]))
         places.append(column.file.split("-")[-1])
-    assert places[0] == places[1] and len(set(places)) == 1 + len(others)
-    for name, seed in (("evaluation", "0"), ("evaluation-2", "1")):
-        evaluate.main([*few, "--cfg-scale", "1", "--seed", seed])
+    assert places[0] == places[1] and len(set(places)) == 1 + len(flags)
+    for name, seed in (("evaluation", 0), ("evaluation-2", 1)):
+        evaluate.main([*few, "--seed", str(seed)])
         found = json.loads((tmp_path / f"{name}.json").read_text())
-        assert (
-            found["seed"] == found["records"]["base, cfg 1"]["seed"] == int(seed) and time.time() - found["time"] < 60
-        )
+        assert found["seed"] == found["records"]["base, cfg 1"]["seed"] == seed and time.time() - found["time"] < 60
 
 
 @pytest.mark.slow
 def test_genevals_folders_are_what_its_scorer_reads(tmp_path, monkeypatch, capsys, thin_toys):
     """Catches: a line of GenEval's in another folder, so that another picture is scored; one empty line moves all."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "SHARD", 5)
     prompts = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
     lines = [json.dumps(dict(tag="colors", include=[dict(count=1)], prompt=prompt)) for prompt in prompts]
     Path("lines.jsonl").write_text("\n\n".join(lines) + "\n")
-    model, encode = load_model("toy-t2i"), load_encoder("toy-t2i")
-    images, _ = sample.draw(model, load_tokenizer("toy-t2i"), encode, [prompt for prompt in prompts for _ in range(4)])
-    pixels = to_uint8(images * 2 - 1).permute(0, 2, 3, 1).numpy().astype(int)
+    how = load_model("toy-t2i"), load_tokenizer("toy-t2i"), load_encoder("toy-t2i")
+    images, _ = sample.draw(*how, [prompt for prompt in prompts for _ in range(4)])
+    pixels = evaluate.as_pixels(images * 2 - 1).astype(int)
     flags = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5", "--out", "g"]
-    monkeypatch.setattr(evaluate, "SHARD", 5)
     evaluate.main([*flags, "--ckpt", str(MODELS["toy-t2i"].ckpt), "--geneval", "lines.jsonl"])
     assert "evaluate_images.py g-pictures/COLUMN" in capsys.readouterr().out
-    for folder in Path("g-pictures").iterdir():  # base and tuned are the same weights: so the same random numbers
+    folders = list(Path("g-pictures").iterdir())
+    assert len(folders) == 2
+    for folder in folders:  # base and tuned are the same weights: so the same random numbers
         for n, line in enumerate(lines):
             assert json.loads((folder / f"{n:05d}/metadata.jsonl").read_text()) == json.loads(line)
             four = [np.asarray(Image.open(folder / f"{n:05d}/samples/{k:04d}.png")) for k in range(4)]
             assert abs(np.stack(four) - pixels[4 * n : 4 * n + 4]).max() <= 1
-    assert len(list(Path("g-pictures").iterdir())) == 2
     found = json.loads(Path("g.json").read_text())
-    changes = found["differences"]["tuned, cfg 1"]
-    assert changes["reward: clip"] == [0, 0] and found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
+    assert found["differences"]["tuned, cfg 1"]["reward: clip"] == [0, 0]
+    assert found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
     Path("lines.jsonl").write_text("\n".join([lines[0], json.dumps(dict(prompt="###")), lines[2]]))
     items = evaluate.geneval_items(Path("lines.jsonl"), "llamagen-t2i-xl-256")
-    assert [json.loads(item.metadata)["prompt"] for item in items] == [item.prompt for item in items] and len(
-        items
-    ) == 8
+    assert [json.loads(item.metadata)["prompt"] for item in items] == [prompts[k] for k in (0, 0, 0, 0, 2, 2, 2, 2)]
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
@@ -2320,7 +2046,7 @@ def test_the_share_right_of_captions_is_a_mean_over_categories():
 def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
     """Catches: the first --ckpt's padding taken for everyone's; the base's figures would depend on its company."""
     monkeypatch.chdir(tmp_path)
-    header = dict(model="toy-t2i", step=1, content=zoo.content_of("toy-t2i", MODELS["toy-t2i"].ckpt))
+    header = dict(model="toy-t2i", content=zoo.content_of("toy-t2i", MODELS["toy-t2i"].ckpt))
     for pad in ("left", "right"):
         zoo.save_weights(load_file(MODELS["toy-t2i"].ckpt), f"{pad}.safetensors", header | dict(text_pad=pad))
     for order in (["left", "right"], ["right", "left"]):
@@ -2345,8 +2071,7 @@ def test_a_grid_says_everything():
     assert labels == [*"abc", *"vwx", "d", "e", "", "y", "z", ""]  # base above tuned, row by row; white where none is
     assert pictures[:, 0, 0, 0].tolist() == [0, 1, 2, 5, 6, 7, 3, 4, 1, 8, 9, 1]
     circle = torch.from_numpy(data.render(["a red circle"], np.random.default_rng(0)))
-    for model, mark in (("toy-c2i", "\u2713\u00a0"), ("llamagen-b-256", "")):
-        assert sample.label_images(model, circle, ["a photo of a red circle"], "x: ") == [f"{mark}x: a red circle"]
+    assert sample.label_images("toy-c2i", circle, ["a photo of a red circle"], "x: ") == ["\u2713\u00a0x: a red circle"]
     assert sample.label_images("toy-c2i", circle, ["a photo of a blue circle"])[0][:2] == "\u2717\u00a0"
 
 
@@ -2356,7 +2081,7 @@ def test_a_grid_fits_its_format(tmp_path):
     assert Image.open(tmp_path / "a.webp").width == 122 * 134
 
 
-@pytest.mark.parametrize("K, side, by_token", [(2, 8, True), (8, 8, False), (16, 32, True)])
+@pytest.mark.parametrize("K, side, by_token", [(2, 8, True), slow(8, 8, False), slow(16, 32, True)])
 def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token, monkeypatch, tmp_path):
     """Catches: text over text; a user's style; prices as a formula; the scores of one picture above another."""
     drawn, savefig, T = [], matplotlib.figure.Figure.savefig, side**2
@@ -2385,51 +2110,43 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
 
 @pytest.mark.slow
 def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
-    """
-    Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins; the worst
-    of N.
-    """
-    model, tokenizer, encode = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i")
-    prompts, weights = [3, 3, 7, 0], dict(bright=1.0, red=0.5)
+    """Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins."""
+    how = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i"), [3, 3, 7, 0]
     red = lambda images: torch.where(images[:, 0].mean((1, 2)) > 0.3, NAN, images[:, 0].mean((1, 2)))  # noqa: E731
     judges = dict(both=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
-    captions, model_and_more = captions_of("toy-c2i", prompts), (model, tokenizer, encode)
-    plain = sample.draw(*model_and_more, prompts, 5, first=2)
-    drawn = [plain, *(sample.draw(*model_and_more, prompts, (5, sample.CANDIDATE, j), first=2) for j in (1, 2))]
-    for k, noise in ((0, image_noise([2], 64, 5)), (1, image_noise([2], 64, 5, sample.CANDIDATE, 1))):
-        tokens, _ = model.generate(*encode(prompts[:1]), noise=noise)
-        assert torch.equal(tokens[0], drawn[k][1][0])
-    images, tokens = sample.draw_best(3, judges, weights, captions, *model_and_more, prompts, 5, first=2, batch_size=3)
-    chosen = set()
-    assert sum(int(red(x).isnan().sum()) for x, _ in drawn) in range(1, 12)  # some are missing, and not all
-    for k in range(4):
-        candidates = [x[k] for x, _ in drawn]
-        mean = statistics.fmean([v for v in (float(red(x[None])) for x in candidates) if math.isfinite(v)] or [0])
-        worth = [float(x.mean()) + 0.5 * (v if math.isfinite(v := float(red(x[None]))) else mean) for x in candidates]
-        best = worth.index(max(worth))
-        chosen.add(best)
-        assert torch.equal(tokens[k], drawn[best][1][k]) and (images[k] - candidates[best]).abs().max() < 1e-4
-    assert len(chosen) > 1  # the toy's pictures: not always the first, or the last
-    one = sample.draw_best(1, judges, weights, captions, *model_and_more, prompts, 5, first=2)
-    assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
+    judged = judges, dict(bright=1.0, red=0.5), ["x"] * 4
+    drawn = [sample.draw(*how, seed, first=2) for seed in (5, (5, sample.CANDIDATE, 1), (5, sample.CANDIDATE, 2))]
+    for seed, (_, tokens) in zip(((5,), (5, sample.CANDIDATE, 1)), drawn, strict=False):
+        assert torch.equal(how[0].generate(torch.tensor([3]), noise=image_noise([2], 64, *seed))[0][0], tokens[0])
+    pictures = torch.stack([images for images, _ in drawn], 1)  # (4, 3, 3, H, W)
+    reds = torch.stack([red(images) for images, _ in drawn], 1)  # (4, 3)
+    assert 0 < reds.isnan().sum() < 12  # some are missing, and not all
+    reds = torch.where(reds.isnan(), reds.nanmean(1, keepdim=True).nan_to_num(0), reds)
+    chosen = (pictures.mean((2, 3, 4)) + 0.5 * reds).argmax(1).tolist()
+    assert len(set(chosen)) > 1  # not always the first, or the last
+    images, tokens = sample.draw_best(3, *judged, *how, 5, first=2, batch_size=3)
+    for k, best in enumerate(chosen):
+        assert torch.equal(tokens[k], drawn[best][1][k]) and (images[k] - pictures[k, best]).abs().max() < 1e-4
+    one = sample.draw_best(1, *judged, *how, 5, first=2)
+    assert all(torch.equal(a, b) for a, b in zip(one, drawn[0], strict=True))
 
 
-@pytest.mark.parametrize("task", ["c2i", pytest.param("t2i", marks=pytest.mark.slow)])
-def test_train_sample_evaluate_and_report_run(task, tmp_path, monkeypatch, thin_toys, capsys):
+@pytest.mark.parametrize("task", ["c2i", slow("t2i")])
+def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_toys, capsys):
     """Catches: parts that work alone, but whose files, names and headers do not meet; a picture that costs the run."""
     monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
     monkeypatch.setattr(report, "write_curves", lambda folder: 1 / 0)
-    run = tmp_path / "run"
-    train.main(["--task", task, "--steps", "2", "--out", str(run), "--updates-per-batch", "2", *TINY_RUN, *TWO[task]])
+    _, run, (first, second) = tiny_run(task, "--updates-per-batch", "2")
     assert "curves.png is left out (ZeroDivisionError" in capsys.readouterr().out
     files = "before.png after.png before-after.png report.html policy.safetensors state.pt events* samples/*.png"
     assert all(list(run.glob(file)) for file in files.split())
     assert len({file.stat().st_mode for file in run.iterdir() if file.suffix in (".png", ".safetensors", ".pt")}) == 1
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
-    first, second = read_metrics(run)
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
     assert first["kl"] > 0 and first["ratio"] != 1  # the second update of a batch scores a policy that has moved
-    assert_the_glossary_explains(without_seconds(run)[0], ["clip", "realism"])
+    readme = (HERE / "README.md").read_text()
+    names = [re.sub("^(clip|realism)_(mean|std|not_finite)$", r"NAME_\2", key) for key in without_seconds(run)[0]]
+    assert [name for name in names if f"`{name}`" not in readme] == []
     sample.main(["--ckpt", str(run), "--compare", "--num", "1", "--out", f"{run}/s.png", "--npz", f"{run}/s.npz"])
     found = np.load(run / "s.npz")
     assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == found["tokens"].shape[1:] + (64, 3)
@@ -2444,14 +2161,13 @@ def test_train_sample_evaluate_and_report_run(task, tmp_path, monkeypatch, thin_
 
 
 def assert_the_page_is_whole_safe_and_small(run):
-    flags, prompt = json.loads((run / "flags.json").read_text()), "<script>alert('\ud800')</script>"
-    (run / "flags.json").write_text(json.dumps(flags | dict(prompts=prompt)))
-    written = json.loads((run / "samples/writers.json").read_text())
-    (run / "samples/writers.json").write_text(json.dumps(written | dict(caption=prompt)))
+    prompt = "<script>alert('\ud800')</script>"
+    for name, entry in (("flags.json", "prompts"), ("samples/writers.json", "caption")):
+        found = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(found | {entry: prompt}))
     log = (run / "metrics.jsonl").read_text().splitlines()
     late = {key: value for key, value in json.loads(log[0]).items() if key != "realism_mean"}  # a judge that was late
-    lines = [json.dumps(late), *(log[1] for _ in range(5_000))]
-    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(late), *[log[1]] * 5_000]))
     report.main([str(run)])
     text = (run / "report.html").read_text()
     assert "<script>a" not in text and text.count("&lt;script&gt;alert(&#39;?") == 2 and len(text) < 5e6
@@ -2459,17 +2175,8 @@ def assert_the_page_is_whole_safe_and_small(run):
     assert not re.findall(r"""(?:src|href)=["']http""", text) and 'aria-label="realism_mean"' in text
     assert text.count("<svg") > 12 and "renders, round trip" in text and text.count('class="frame"') == 2
     assert "the default, three seeds" in text
-    with pytest.raises(SystemExit, match="give all the same --num"):
-        table = json.loads((run / "evaluation.json").read_text())
-        records = {name: record | dict(num=2) for name, record in table["records"].items()}
-        (run / "fewer.json").write_text(json.dumps(table | dict(records=records)))
-        report.main([str(run / "evaluation.json"), str(run / "fewer.json")])
-    for name, content in (
-        ("flags.json", "{bad"),
-        ("evaluation.json", "[1]"),
-        ("metrics.jsonl", "null"),
-        ("after.png", ""),
-    ):
+    wrong = {"flags.json": "{bad", "evaluation.json": "[1]", "metrics.jsonl": "null", "after.png": ""}
+    for name, content in wrong.items():
         whole = (run / name).read_bytes()
         (run / name).write_text(content)
         with pytest.raises(SystemExit, match=rf"{name} cannot be read"):
@@ -2544,17 +2251,21 @@ def test_the_frontier_has_a_point_for_each_recipe_and_a_line_for_its_steps(tmp_p
     assert report.seeds_mean(seeds, report.RIGHT) == pytest.approx((0.8, math.sqrt((0.02 + 0.01**2) / 2)))
     report.main([str(path), "--out", str(tmp_path / "frontier.png")])
     assert Image.open(tmp_path / "frontier.png").width > 1000
+    (tmp_path / "few.json").write_text(path.read_text().replace('"num": 64', '"num": 2'))
+    with pytest.raises(SystemExit, match="give all the same --num"):
+        report.main([str(path), str(tmp_path / "few.json")])
 
 
 MOVE = """
-  const page = frame.contentDocument, box = page.querySelector('#slides'), found = [];
-  for (const value of [0, 99]) { const slider = box.querySelector('input'); slider.value = value; slider.oninput();
-    found.push(box.querySelector('b').textContent, box.querySelectorAll('.slide:not([hidden])').length) }
-  const writer = page.querySelector('#writer'), look = () => { for (const one of page.querySelectorAll('.model'))
-    found.push([...one.querySelectorAll('.words button')].filter((cell) => cell.textContent != '.').length,
-      one.querySelector('.now').textContent == one.querySelector('.likely .drawn')?.textContent,
-      getComputedStyle(one.querySelector('.frame')).backgroundPosition) };
-  const slider = writer.querySelector('input'); slider.value = 64; slider.oninput(); look();
+  const page = frame.contentDocument, found = [];
+  const move = (slider, value) => { slider.value = value; slider.oninput() };
+  const look = () => page.querySelectorAll('.model').forEach((one) => found.push(
+    [...one.querySelectorAll('.words button')].filter((cell) => cell.textContent != '.').length,
+    one.querySelector('.now').textContent == one.querySelector('.likely .drawn')?.textContent,
+    getComputedStyle(one.querySelector('.frame')).backgroundPosition));
+  for (const value of [0, 99]) { move(page.querySelector('#slides input'), value);
+    found.push(page.querySelector('#slides b').textContent, page.querySelectorAll('.slide:not([hidden])').length) }
+  move(page.querySelector('#writer input'), 64); look();
   page.querySelectorAll('.words button')[9].onclick(); look();
   document.title = JSON.stringify([found, page.documentElement.scrollWidth,
     frame.contentWindow.matchMedia('(prefers-color-scheme: dark)').matches]);
@@ -2563,11 +2274,11 @@ MOVE = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to move the page's controls")
-def test_the_controls_of_the_page_move_in_a_browser(tmp_path):
+def test_the_controls_of_the_page_move_in_a_browser(tiny_run, tmp_path, thin_toys):
     """Catches: a slider that shows the same picture at every moment looks like a policy that never changed."""
-    train.main(["--steps", "2", "--out", str(tmp_path), *TINY_RUN, *TWO["c2i"]])
-    text = html.escape((tmp_path / "report.html").read_text())
-    for width, dark in itertools.product((1280, 400), (False, True)):  # in a frame: no window is narrower than 500 px
+    _, run, _ = tiny_run("c2i")
+    text = html.escape((run / "report.html").read_text())
+    for width, dark in ((1280, False), (400, True)):  # in a frame: no window is narrower than 500 px
         frame = f'<iframe id="frame" width="{width}" height="900" srcdoc="{text}"></iframe>'
         (tmp_path / "moved.html").write_text(f"{frame}<script>frame.onload = () => {{ {MOVE} }}</script>")
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--dump-dom"]
@@ -2583,49 +2294,44 @@ def test_the_controls_of_the_page_move_in_a_browser(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i-xl-256"])
 def test_the_official_path_end_to_end(name, tmp_path, monkeypatch, capsys):
-    """
-    Catches: imageNet's names, T5, the authors' guidance, official files, bfloat16, no verifier: what the toys do
-    not pass.
-    """
-    told, row = [], MODELS[name]  # fewer layers and tokens; .ci/run does the same with all of GPT-B
-    config, vq_config = (
-        replace(row.config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64),
-        replace(zoo.VQ_16, ch=32),
-    )
-    monkeypatch.setitem(MODELS, name, replace(row, config=config, vq_config=vq_config))
+    """Catches: ImageNet's names, T5, the authors' guidance, official files, bfloat16: what the toys do not pass."""
     monkeypatch.chdir(tmp_path)
+    # fewer layers and tokens; .ci/run does the same with all of GPT-B
+    config = replace(MODELS[name].config, n_layer=1, n_head=2, dim=64, grid_size=4, caption_dim=64)
+    files = dict(ckpt=tmp_path / "gpt.pt", vq_ckpt=tmp_path / "vq.pt", text_encoder=HERE / "weights/toy-t5")
+    row = replace(MODELS[name], config=config, vq_config=replace(zoo.VQ_16, ch=32), **files)
+    monkeypatch.setitem(MODELS, name, row)
     torch.manual_seed(0)
     torch.save({"model": Transformer(config).state_dict() | {"freqs_cis": torch.zeros(17, 16, 2)}}, "gpt.pt")
-    vq = VQModel(vq_config).state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
+    vq = VQModel(row.vq_config).state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
     torch.save({"model": vq}, "vq.pt")
-    files, pads, cfg = ["--vq-ckpt", "vq.pt"], [], 2
+    what, pads, cfg = ["--classes", "goldfish"], [], 2
     if config.task == "t2i":
-        files, pads, cfg = [*files, "--text-encoder", str(save_tiny_t5(tmp_path / "t5"))], ["--text-pad", "right"], 4
-    files += ["--prompts", "a photo of a cat"] if pads else ["--classes", "goldfish"]
-    few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", "--ckpt", "gpt.pt"]
-    train.main(["--model", name, *files, *few, *pads, "--rewards", "pyiqa:entropy", "--out", "run"])
+        what, pads, cfg = ["--prompts", "a photo of a cat"], ["--text-pad", "right"], 4
+    few = ["--prompts-per-step", "1", "--group-size", "2", "--dtype", "bfloat16", "--steps", "1", *what]
+    train.main(["--model", name, *few, *pads, "--rewards", "pyiqa:piqe", "--out", "run"])
     (first,) = read_metrics(tmp_path / "run")
     assert first["kl"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and "right" not in first
     assert first["sampler_gap"] < 0.02  # rounding alone
-    # our own checkpoint names its model, its padding and its base, which is not the hub's
+    assert first["pyiqa:piqe_mean"] < 0  # it counts distortions, 0 to 100, and more must be better
+    # our own checkpoint names its model, its padding and its base
     header = zoo.find_policy("run")[2]
     assert header["step"] == 1 and header["text_pad"] == ("right" if pads else "left") and header["cfg_scale"] == cfg
     assert header["content"]["base"] == zoo.file_hash("gpt.pt")
-    sample.main(["--ckpt", "run", "--compare", "gpt.pt", *files, "--num", "2", "--npz", "new/a.npz"])
+    sample.main(["--ckpt", "run", "--compare", *what, "--num", "2", "--npz", "new/a.npz"])
     said = capsys.readouterr().out
-    assert f"cfg {cfg}" in said and "6 pictures" in said  # a policy is drawn from as it was trained
+    assert f"cfg {cfg}" in said and "4 pictures" in said  # a policy is drawn from as it was trained
     found = np.load("new/a.npz")
     assert found["arr_0"].shape == (2, 64, 64, 3) and len(found["prompts" if pads else "labels"]) == 2
-    evaluate.main(["--ckpt", "run", *files, "--num", "2", "--rewards", "pyiqa:entropy"])
+    evaluate.main(["--ckpt", "run", *what, "--num", "2", "--rewards", "pyiqa:entropy"])
     columns = json.loads(Path("run/evaluation.json").read_text())["columns"]
     assert set(columns) == {f"{policy}, cfg {scale}" for policy in ("base", "tuned") for scale in (1, cfg)}
     assert all(set(figures) == {"reward: pyiqa:entropy", "entropy"} for figures in columns.values())
     # the paper's settings: learned without the guidance that it samples with, so another policy is learned
+    told, preset = [], ["--preset", f"paper-{config.task}", "--model", name, "--rewards", "listener", "--out", "paper"]
     listener = lambda images, prompts: told.extend(prompts) or images.mean((1, 2, 3))  # noqa: E731
     monkeypatch.setitem(rewards.JUDGES, "listener", lambda device, options: listener)
-    monkeypatch.setattr(sample, "finish_run", lambda *_: None)
-    preset = ["--preset", f"paper-{config.task}", "--model", name, "--rewards", "listener", "--out", "paper"]
-    train.main([*preset, *files, *few])
+    train.main([*preset, *few])
     assert set(told) == {"a photo of a cat" if pads else "a photo of goldfish, Carassius auratus"}  # WordNet's
     (paper,) = read_metrics(tmp_path / "paper")
     assert paper["lr"] == 1e-5 and paper["kl"] == 0 and paper["sampler_gap"] > 2 * first["sampler_gap"]
@@ -2665,9 +2371,9 @@ def test_each_file_imports_only_from_the_floors_below_it():
         found = {node.module for node in top if isinstance(node, ast.ImportFrom)}
         found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         floors[name] = found & set(OURS)
-    assert all(floors[name] == set() for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
+    assert not any(floors[name] for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
     assert floors["zoo"] <= ground and floors["rewards"] | floors["runs"] <= ground | {"zoo"}
-    assert floors["prompts"] <= {"zoo", "data", "parallel"} and "model" not in floors["report"]
+    assert floors["prompts"] <= {"zoo", "data", "parallel"}
+    assert {"model", "sample", "grpo", "rewards"}.isdisjoint(floors["report"])  # it paints arrays
     scripts = {"train", "evaluate", "minimal"}
     assert all(scripts.isdisjoint(floors[name]) for name in {*OURS} - {"test_grpo", "pretrain"})
-    assert {"sample", "grpo", "rewards"}.isdisjoint(floors["report"])  # it paints arrays
