@@ -43,15 +43,25 @@ def guest(what):
         parallel.say(f"{what} is left out ({type(error).__name__}: {reason})")
 
 
-def our_style():
-    """A context in which assets/figures.mplstyle holds. Importing pyplot would choose a backend for the caller."""
-    import matplotlib.style
+def load_matplotlib():
+    """matplotlib without pyplot, which would choose a backend for the caller."""
+    try:
+        import matplotlib.style
+    except ValueError:  # MPLBACKEND names a notebook's backend, which this environment lacks
+        with zoo.environment(MPLBACKEND="agg"):
+            import matplotlib.style
+    return matplotlib
 
-    return matplotlib.style.context(["default", ASSETS / "figures.mplstyle"])
+
+def our_style():
+    """A context in which assets/figures.mplstyle holds."""
+    return load_matplotlib().style.context(["default", ASSETS / "figures.mplstyle"])
 
 
 def save_figure(path, draw, *arguments):
-    """Writes the matplotlib figure that draw(*arguments) returns, in the form that the path ends in. Raises OSError."""
+    """Writes the matplotlib figure that draw(*arguments) returns. Raises Mistake, OSError."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise Mistake(f"{path}: a figure's name ends in .png, .svg or .pdf")
     path.parent.mkdir(parents=True, exist_ok=True)
     with our_style():
         figure = draw(*arguments)
@@ -97,11 +107,9 @@ def save_grid(path, images, labels, columns, title=""):
     Writes images (n, 3, H, W) in [0, 1] as a grid `columns` wide, each with its label below it: a caption, which may
     begin with a mark, and after a newline the judges' scores. Raises OSError.
     """
-    from matplotlib import get_data_path
-
     path = Path(path)
     # all characters are as wide, and it knows the languages of Europe
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 9)
+    font = ImageFont.truetype(f"{load_matplotlib().get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 9)
     n, _, height, width = images.shape
     zoom = max(1, CELL // width)
     labels = [label_lines(label, int(width * zoom / font.getlength("m"))) for label in labels]
