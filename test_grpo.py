@@ -1285,7 +1285,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "its name ends in .npz"),
     (sample, ["--npz", "{}/good.npz"], "choose another name for --npz"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
-    (train, ["--rewards", "pyiqa:qalign"], "would run code that it downloads"),
+    (train, ["--rewards", "pyiqa:qalign"], "none of the metrics that can judge here"),
     # prompts
     (sample, ["--task", "t2i", "--prompts", "{}/book.txt"], "is not in the toy world"),
     (sample, ["--classes", "red circel"], "did you mean 'red circle'"),
