@@ -27,12 +27,12 @@ import zoo
 from model import merged
 from zoo import Mistake
 
-# What a resumed run must share with the first to draw the same curve. Files are compared by content, in `content_of`.
-SETTINGS = (
-    "model", "seed", "prompts_per_step", "group_size", "learn_from", "temperature", "cfg_scale", "learn_cfg",
-    "ref_cfg", "text_pad", "rewards", "reward_norm", "clip_model", "clip_pretrained", "qwen_answer", "qwen_model",
-    "lr", "lr_schedule", "adam_beta2", "kl_coef", "kl", "weigh_tokens", "clip_eps", "updates_per_batch", "lora_rank",
-    "dtype",
+# The flags that a resumed run may change, or whose files are compared by content. All others it must share with the
+# first run, to draw the same curve.
+FREE = (
+    "preset", "task", "ckpt", "base", "vq_ckpt", "text_encoder", "classes", "class_names", "prompts", "pool", "steps",
+    "qwen_server", "qwen_model", "judge_timeout", "judge_batch", "judge_options", "device", "compile", "micro_batch",
+    "checkpoint_layers", "shard", "out", "save_every", "resume",
 )  # fmt: skip
 PATIENCE = 5  # steps in a row that may fail
 OUTPUTS = (  # of training alone: a new run in a folder without state.pt removes them
@@ -77,9 +77,10 @@ class Run:
         """Starts the run or resumes it."""
         args = self.args
         self.policy, self.optimizer = policy, optimizer
-        values = vars(args) | dict(qwen_model=args.judge_options["qwen_model"])  # the server's own name of its model
-        names = [*SETTINGS, "steps"] if args.lr_schedule == "linear" else SETTINGS  # each step's rate depends on them
-        self.settings = {name: values[name] for name in names}
+        self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.settings["qwen_model"] = args.judge_options["qwen_model"]  # the server's own name of its model
+        if args.lr_schedule == "linear":  # each step's rate depends on them
+            self.settings["steps"] = args.steps
         self.content = zoo.content_of(args.model, args.base, args.vq_ckpt, args.text_encoder)
         self.content["prompts"] = hashlib.sha256(json.dumps(args.pool).encode()).hexdigest()
         if args.resume:

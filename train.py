@@ -411,7 +411,7 @@ PRESETS = [name for name in RECIPES if name.startswith(("paper-", "best-"))]
 
 
 def add_flags(parser):
-    """A flag that changes what is learned also belongs to runs.SETTINGS, which --resume compares."""
+    """What --resume may change stands in runs.FREE."""
     add = parser.add_argument_group("what is trained").add_argument
     add("--preset", choices=PRESETS, help="paper-: the official release's settings; best-: one step beyond it. "
         "Explicit flags override it")  # fmt: skip
