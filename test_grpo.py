@@ -376,7 +376,7 @@ def test_tokens_are_drawn_as_often_as_the_policy_says(cfg_scale, temperature, to
     p = torch.where(p >= p.sort().values[-(top_k or 24)], p, 0) / p.sort().values[-(top_k or 24) :].sum()
     model.config = replace(C2I, grid_size=1)  # only the first token
     options = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k)
-    tokens, logprobs = model.generate(torch.full((n,), 2), noise=image_noise(range(n), 1, 0), **options)
+    tokens, logprobs = model.generate(torch.full((n,), 2), noise=torch.rand(n, 1, generator=seeded(0)), **options)
     assert torch.allclose(logprobs[:, 0].double().exp(), p[tokens[:, 0]], atol=1e-5)
     seen = torch.bincount(tokens[:, 0], minlength=24).double()
     assert not seen[p == 0].any()
@@ -560,7 +560,7 @@ def test_the_tokenizer_agrees_with_the_official_code():
     found, model = official("vq")
     assert torch.equal(model.encode(found["image"]), found["encoded"].long())
     assert (model.decode(found["codes"].long()) - found["decoded"]).abs().max() < 1e-3
-    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 5.0])).tolist() == [0, 128, 255, 255]  # truncated, as officially
+    assert to_uint8(torch.tensor([-1, 0, 0.005, 5])).tolist() == [0, 128, 128, 255]  # truncated, as officially
 
 
 @pytest.mark.parametrize("name", ["GPT-B 111", "GPT-L 343", "GPT-XL 775", "GPT-XXL 1411", "GPT-3B 3100", "VQ-16 71.9"])
@@ -693,7 +693,7 @@ def half_a_line_and_die(run, metrics):
 
 KILLS = {  # amid the save, policy.safetensors is new and state.pt is not
     "amid the first save": (1, torch, "save", cut_and_die),
-    "after a line of metrics that was not saved": (3, runs.Run, "log", half_a_line_and_die, True),
+    "after a line of metrics that was not saved": (2, runs.Run, "log", half_a_line_and_die, True),
     "while the pages are made": (1, sample, "finish_run", die),
 }
 
@@ -713,7 +713,7 @@ def without_seconds(folder):
 def test_a_killed_run_continues_as_if_it_had_never_stopped(pages, more, request, tmp_path, thin_toys):
     """Catches: a lost optimizer, adapters that start anew, a save that is half written, lines of metrics that are twice."""
     request.getfixturevalue(pages)
-    flags = ["c2i", "--steps", "3", "--save-every", "2", *more]
+    flags = ["c2i", "--save-every", "1", *more]
     run_in(tmp_path / "whole", *flags)
 
     def killed(place):
@@ -761,14 +761,14 @@ def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_pat
     """Catches: each learning for itself, groups cut in two, a loss that is averaged twice, a state only N can read."""
     task, *more = case.split()
     one, two, shard = tmp_path / "one", tmp_path / "two", [flag for flag in more if flag == "--shard"]
-    flags = ["--task", task, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3", "--steps", "3"]
+    flags = ["--task", task, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3", "--steps", "2"]
     flags += [flag for flag in more if flag != "--shard"]
     train.main([*flags, "--out", str(one)])
     two.mkdir()
-    run = partial(train.main, [*flags, *shard, "--out", str(two), "--save-every", "2"])
+    run = partial(train.main, [*flags, *shard, "--out", str(two), "--save-every", "1"])
 
     def killed():
-        at_call(3, train, "judge_images", die)
+        at_call(2, train, "judge_images", die)
         run()
 
     assert in_children(two, killed, run) == [-signal.SIGKILL, 1], (two / "said-1").read_text()
@@ -2135,8 +2135,12 @@ def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
 def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_toys, capsys):
     """Catches: parts that work alone, but whose files, names and headers do not meet; a picture that costs the run."""
     monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
+    monkeypatch.setattr(sample, "LIKELY", 2)
+    monkeypatch.setattr(metrics, "FEWEST", 24)
     monkeypatch.setattr(report, "write_curves", lambda folder: 1 / 0)
-    _, run, (first, second) = tiny_run(task, "--updates-per-batch", "2")
+    with monkeypatch.context() as quick:
+        quick.setattr(report, "chart_of", lambda *_: "")  # half of a page's time, and another page follows
+        _, run, (first, second) = tiny_run(task, "--updates-per-batch", "2")
     assert "curves.png is left out (ZeroDivisionError" in capsys.readouterr().out
     files = "before.png after.png before-after.png report.html policy.safetensors state.pt events* samples/*.png"
     assert all(list(run.glob(file)) for file in files.split())
@@ -2150,11 +2154,12 @@ def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_
     sample.main(["--ckpt", str(run), "--compare", "--num", "1", "--out", f"{run}/s.png", "--npz", f"{run}/s.npz"])
     found = np.load(run / "s.npz")
     assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[1:] == found["tokens"].shape[1:] + (64, 3)
-    evaluate.main(["--ckpt", str(run), "--num", "48", "--cfg-scale", "1"])
+    evaluate.main(["--ckpt", str(run), "--num", "24", "--cfg-scale", "1"])
     columns = json.loads((run / "evaluation.json").read_text())["columns"]
     assert list(columns) == ["base, cfg 1", "tuned, cfg 1", "renders, round trip"]
-    base = columns["base, cfg 1"]
-    assert columns["renders, round trip"]["right: all"] > 0.9 and 0 <= base["recall, latents"] < 1
+    base, renders = columns["base, cfg 1"], columns["renders, round trip"]
+    assert renders["right: all"] > 0.9 and 0 <= base["precision, latents"] < renders["precision, latents"]
+    assert 0 < base["recall, latents"] <= 1
     total = base["reward: clip"] + 0.25 * base["reward: realism"]  # what the run was trained by
     assert base["reward: weighted sum"] == pytest.approx(total, rel=1e-6)
     assert_the_page_is_whole_safe_and_small(run)
