@@ -497,7 +497,10 @@ def write_results(args, columns, figures):
     facts["tuned"] = [path for path, policy in args.policies[1:]]
     numbers = {column.record["num"] for column in columns}
     facts["num"] = numbers.pop() if len(numbers) == 1 else sorted(numbers)  # of pictures that were scored
-    said = [f"{flag} {value}" for flag, value in facts.items() if value not in (None, [])]
+    said = []
+    for flag, value in facts.items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        said += [f"{flag} {text}"] if text not in ("None", "") else []
     parts = [textwrap.fill(", ".join(said), 120, break_long_words=False, break_on_hyphens=False), *tables]
     if changes:
         paired = "not paired" if args.samples else "paired by picture"
