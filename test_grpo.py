@@ -2096,7 +2096,7 @@ def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
     """Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins."""
     how = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i"), [3, 3, 7, 0]
     red = lambda images: torch.where(images[:, 0].mean((1, 2)) > 0.3, NAN, images[:, 0].mean((1, 2)))  # noqa: E731
-    judges = dict(both=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
+    judges = dict(bright=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
     judged = judges, dict(bright=1.0, red=0.5), ["x"] * 4
     drawn = [sample.draw(*how, seed, first=2) for seed in (5, (5, sample.CANDIDATE, 1), (5, sample.CANDIDATE, 2))]
     for seed, (_, tokens) in zip(((5,), (5, sample.CANDIDATE, 1)), drawn, strict=False):
