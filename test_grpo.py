@@ -1005,6 +1005,22 @@ def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(t
     assert runs.hold(tmp_path) is None and "no lock on this file system" in capsys.readouterr().out
 
 
+def test_presets_are_the_releases_and_the_command_line_wins():
+    """Catches: a setting that a preset forgets, which is then ours and not the paper's."""
+    args = train.parse_args(["--preset", "paper-c2i"])
+    assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
+    assert (args.lr, args.kl_coef, args.cfg_scale, args.learn_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
+    assert args.rewards["clip"] == 5 and args.rewards["qwen-odd"] == 0.25 and len(args.rewards) == 8
+    assert (args.adam_beta2, args.qwen_answer, args.judge_options["clip_pretrained"]) == (0.999, "json", "openai")
+    assert args.class_names[1] == "goldfish, Carassius auratus"
+    args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5"])
+    assert (args.model, args.kl_coef, args.cfg_scale, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
+    best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own recipe
+    assert (best.cfg_scale, best.ref_cfg, best.kl_coef, best.learn_cfg, best.kl) == (1, 2, 0.1, 1, "exact")
+    clips = [train.parse_args(more).judge_options["clip_model"] for more in ([], ["--model", "llamagen-xl-384"])]
+    assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
+
+
 # files and prompts ----------------------------------------------------------------------------------------------------
 
 

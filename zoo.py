@@ -540,7 +540,7 @@ def sentence_of(error):
 
 def run_script(parse_args, run, argv=None):
     """run(parse_args(argv)). What the user can mend ends in one sentence and exit code 1, a bug in its traceback."""
-    script = Path(sys.modules[run.__module__].__file__).name
+    script = Path(getattr(sys.modules[run.__module__], "__file__", "")).name or "python"  # a notebook has no file
     with guest():
         try:
             run(parse_args(argv))
