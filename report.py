@@ -496,7 +496,8 @@ def write_page(folder, path=None):
     """The page of a run at `path` or FOLDER/report.html: assets/page.html, filled. Raises Mistake, OSError."""
     rows, flags = read_metrics(folder), read_json(folder / "flags.json")
     ailments = {}
-    for k, row in enumerate(rows):
+    settled = isinstance(flags.get("rewards"), dict)  # not without flags.json, or in a run of an older version
+    for k, row in enumerate(rows if settled else []):
         recent = rows[max(0, k - 40) : k + 1]
         for what, sentence in warnings(recent, flags).items():
             ailments.setdefault(what, (row["step"], sentence))  # where it was first given
