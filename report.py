@@ -16,8 +16,10 @@ import base64
 import io
 import json
 import math
+import os
 import textwrap
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import jinja2
@@ -45,11 +47,12 @@ def guest(what):
 
 def load_matplotlib():
     """matplotlib without pyplot, which would choose a backend for the caller."""
-    try:
+    backend = os.environ.get("MPLBACKEND", "")
+    package = backend.removeprefix("module://").partition(".")[0]
+    # a script that a notebook starts inherits the notebook's backend, which its own environment may lack
+    is_missing = backend.startswith("module://") and find_spec(package) is None
+    with zoo.environment(MPLBACKEND="" if is_missing else backend):
         import matplotlib.style
-    except ValueError:  # MPLBACKEND names a notebook's backend, which this environment lacks
-        with zoo.environment(MPLBACKEND="agg"):
-            import matplotlib.style
     return matplotlib
 
 
