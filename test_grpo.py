@@ -349,7 +349,9 @@ def test_the_loss_is_the_equation_token_by_token():
     found = [loss, *(stats[name] for name in ("loss", "kl", "ratio", "clip_frac")), sampler_gap(logprobs, old)]
     means = np.mean(terms, 0)
     assert [value.item() for value in found] == pytest.approx([means[0], *means], abs=1e-5)
-    assert torch.equal(grpo_loss(logprobs, old, ref, A)[0], grpo_loss(logprobs, old, ref, A, 0.2, 0.1)[0])  # the paper's
+    assert torch.equal(
+        grpo_loss(logprobs, old, ref, A)[0], grpo_loss(logprobs, old, ref, A, 0.2, 0.1)[0]
+    )  # the paper's
     logprobs.requires_grad_()  # given twice, as in the first update: the gradient is REINFORCE's, and not 0
     grpo_loss(logprobs, logprobs, logprobs.detach(), A, kl_coef=0.0)[0].backward()
     assert torch.allclose(logprobs.grad, -A[:, None].expand(5, 7) / 35)
