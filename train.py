@@ -172,8 +172,8 @@ def train(args, run):
         metrics |= learning_metrics(history, grad_norms)
         metrics |= verify(args, images, captions)
         run.lap("report")
-        group = {name: values[rows] for name, values in scores.items()}
-        draw_group(args, step, policy, parts, images, captions, group, rewards, kept)
+        own_scores = {name: values[rows] for name, values in scores.items()}
+        draw_group(args, step, policy, parts, images, captions, own_scores, rewards, kept)
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         run.end_step(step, parallel.average({"step": step} | metrics))
