@@ -228,7 +228,6 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-TINY_RUN = ["--prompts-per-step", "2", "--group-size", "2"]
 TWO = {"c2i": ["--classes", "7", "8"], "t2i": ["--prompts", "two circles", "a circle above a square"]}
 
 
@@ -247,7 +246,8 @@ def tiny_run(tmp_path):
 
 
 def run_in(folder, task, *flags):
-    argv = ["--task", task, "--steps", "2", *TINY_RUN, *TWO[task], "--out", str(folder), *flags]
+    few = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "2"]
+    argv = ["--task", task, *few, *TWO[task], "--out", str(folder), *flags]
     train.main(argv)
     return train.parse_args(argv), folder, read_metrics(folder)
 
@@ -547,7 +547,7 @@ def test_sizes_have_the_published_parameter_counts(name):
 def test_compiled_sampling_draws_the_same_tokens(config, tmp_path):
     """Catches: cache lengths that are rounded up, with keys that are seen before they are written."""
     # in a child, because processes that fork after torch.compile was used do not hear signals
-    assert in_child(partial(sample_compiled, config), tmp_path / "said") == 0, (tmp_path / "said").read_text()
+    assert in_children(tmp_path, partial(sample_compiled, config)) == [0], (tmp_path / "said-0").read_text()
 
 
 def sample_compiled(config):
@@ -582,26 +582,11 @@ def test_adapters_learn_beside_weights_that_the_reference_shares():
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def redirected(function, said):
+def member(function, said, environment):
+    """What a forked process does, which has imported everything already; its output goes to a file."""
     sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115, closed by the end of the process
+    os.environ.update(environment)
     function()
-
-
-def fork(function, said=os.devnull):
-    """Starts it in a forked process, which has imported everything already; its output goes to a file."""
-    process = multiprocessing.get_context("fork").Process(target=redirected, args=(function, said))
-    process.start()
-    return process
-
-
-def exit_status(process):
-    process.join()
-    return process.exitcode
-
-
-def in_child(function, said=os.devnull):
-    """The exit status of function() in a forked process."""
-    return exit_status(fork(function, said))
 
 
 def in_children(folder, *functions, **environment):
@@ -609,28 +594,25 @@ def in_children(folder, *functions, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    names = dict(WORLD_SIZE=str(len(functions)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) | environment
+    names = dict(RANK="{}", WORLD_SIZE=str(len(functions)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) | environment
+    processes = []
+    for k, function in enumerate(functions):
+        arguments = function, folder / f"said-{k}", {name: value.format(k) for name, value in names.items()}
+        processes.append(multiprocessing.get_context("fork").Process(target=member, args=arguments))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
-    def member(k, function):
-        os.environ.update({name: value.format(k) for name, value in (names | dict(RANK="{}")).items()})
-        function()
 
-    processes = [fork(partial(member, k, function), folder / f"said-{k}") for k, function in enumerate(functions)]
-    return [exit_status(process) for process in processes]
-
-
-def at_call(number, module, name, do, after=False):
-    """Lets do(arguments of the call) happen before, or after, call `number` of module.name."""
+def at_call(number, module, name, do):
+    """Lets do(arguments of the call) happen before call `number` of module.name."""
     original, calls = getattr(module, name), itertools.count(1)
 
     def called(*args, **options):
-        due = next(calls) == number
-        if due and not after:
+        if next(calls) == number:
             do(*args)
-        result = original(*args, **options)
-        if due and after:
-            do(*args)
-        return result
+        return original(*args, **options)
 
     setattr(module, name, called)
 
@@ -644,7 +626,7 @@ def cut_and_die(state, path):
     die()
 
 
-def half_a_line_and_die(run, metrics):
+def half_a_line_and_die(run, steps_done):
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "rew')
     die()
@@ -652,7 +634,7 @@ def half_a_line_and_die(run, metrics):
 
 KILLS = {  # amid the save, policy.safetensors is new and state.pt is not
     "amid the first save": (1, torch, "save", cut_and_die),
-    "after a line of metrics that was not saved": (2, runs.Run, "log", half_a_line_and_die, True),
+    "after a line of metrics that was not saved": (2, runs.Run, "save", half_a_line_and_die),
     "while the pages are made": (1, sample, "finish_run", die),
 }
 
@@ -680,7 +662,7 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(pages, more, request,
         run_in(tmp_path / place, *flags)
 
     for place in KILLS:
-        assert in_child(partial(killed, place)) == -signal.SIGKILL, place
+        assert in_children(tmp_path, partial(killed, place)) == [-signal.SIGKILL], place
         run_in(tmp_path / place, *flags, *["--resume"] * (tmp_path / place / "state.pt").exists())
         assert outcome(tmp_path / place) == outcome(tmp_path / "whole"), place
         assert not list((tmp_path / place).glob("*.tmp*"))
@@ -689,9 +671,8 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(pages, more, request,
 
 @needs_fork
 @pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGUSR1)])
-def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tmp_path, no_pages, thin_toys):
+def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tiny_run, tmp_path, no_pages, thin_toys):
     """Catches: a Ctrl-C that loses the step, an exit status of 0, after which a shell loop goes on."""
-    run, whole, flags = tmp_path / "run", tmp_path / "whole", ["c2i", "--steps", "2"]
 
     def send(times, *_):
         for _ in range(times):
@@ -702,42 +683,36 @@ def test_a_signal_ends_the_step_saves_and_gives_its_status(number, tmp_path, no_
         at_call(1, train, "judge_images", partial(send, times))
         # a background process may ignore it
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        run_in(run, *flags)
+        tiny_run("c2i")
 
     # the second one stops at once: as Python ends by a Ctrl-C, or by the signal itself
-    assert in_child(partial(signalled, 2)) == (130 if number == signal.SIGINT else -number)
-    assert not (run / "state.pt").exists()
-    assert in_child(partial(signalled, 1), tmp_path / "said") == 128 + number
-    assert "--resume" in (tmp_path / "said").read_text() and len(read_metrics(run)) == 1
-    run_in(run, *flags, "--resume")
-    run_in(whole, *flags)
-    assert without_seconds(run) == without_seconds(whole)
+    assert in_children(tmp_path, partial(signalled, 2)) == [130 if number == signal.SIGINT else -number]
+    assert not (tmp_path / "run/state.pt").exists()
+    assert in_children(tmp_path, partial(signalled, 1)) == [128 + number]
+    assert "--resume" in (tmp_path / "said-0").read_text() and len(read_metrics(tmp_path / "run")) == 1
+    assert [row["step"] for row in tiny_run("c2i", "--resume")[2]] == [0, 1]
 
 
 @needs_fork
 @pytest.mark.parametrize("case", ["t2i --shard --cfg-scale 2", slow("c2i"), slow("t2i")])
 def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_path, no_pages, thin_toys, smooth_adam):
     """Catches: each learning for itself, groups cut in two, a loss that is averaged twice, a state only N can read."""
-    task, *more = case.split()
-    one, two, shard = tmp_path / "one", tmp_path / "two", [flag for flag in more if flag == "--shard"]
-    flags = ["--task", task, "--prompts-per-step", "2", "--group-size", "3", "--micro-batch", "3", "--steps", "2"]
-    flags += [flag for flag in more if flag != "--shard"]
-    train.main([*flags, "--out", str(one)])
-    two.mkdir()
-    run = partial(train.main, [*flags, *shard, "--out", str(two), "--save-every", "1"])
+    flags = [*case.split(), "--group-size", "3", "--micro-batch", "3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_in(one, *[flag for flag in flags if flag != "--shard"])
+    run = partial(run_in, two, *flags, "--save-every", "1")
 
     def killed():
         at_call(2, train, "judge_images", die)
         run()
 
-    assert in_children(two, killed, run) == [-signal.SIGKILL, 1], (two / "said-1").read_text()
-    assert "another process of this run has ended" in (two / "said-1").read_text()
-    again = partial(train.main, [*flags, *shard, "--out", str(two), "--resume"])
-    if shard:  # goes on as two, else as one
-        assert in_children(two, again, again) == [0, 0], (two / "said-0").read_text()
+    assert in_children(tmp_path, killed, run) == [-signal.SIGKILL, 1], (tmp_path / "said-1").read_text()
+    assert "another process of this run has ended" in (tmp_path / "said-1").read_text()
+    if "--shard" in flags:  # goes on as two, else as one
+        assert in_children(tmp_path, *2 * [partial(run, "--resume")]) == [0, 0], (tmp_path / "said-0").read_text()
     else:
-        again()
-    ours, theirs = (flat(load_model(f"toy-{task}", folder)) for folder in (one, two))
+        run("--resume")
+    ours, theirs = (flat(load_model(f"toy-{flags[0]}", folder)) for folder in (one, two))
     assert (ours - theirs).abs().max() < 3e-6
     for row, expected in zip(without_seconds(two), without_seconds(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=2e-5)
@@ -760,15 +735,13 @@ def test_whoever_starts_several_processes_they_join_or_read_why(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.glob("rank-*")} == {"rank-0": "2", "rank-1": "2"}
     assert in_children(tmp_path, ranks, WORLD_SIZE="1", RANK="1") == [0]
     assert (tmp_path / "rank-0").read_text() == "1"
-    train_one = partial(train.main, ["--steps", "1", *TINY_RUN, "--out", str(tmp_path / "run")])
+    train_one = partial(run_in, tmp_path / "run", "c2i")
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::", 0))
         other.listen()
         taken = str(other.getsockname()[1])
-        for port, reason in (
-            (taken, "set MASTER_PORT"),
-            ("tcp://10.0.0.1:80", "tcp://10.0.0.1"),
-        ):  # as Kubernetes has it
+        kubernetes = "tcp://10.0.0.1:80"  # its variable of that name
+        for port, reason in ((taken, "set MASTER_PORT"), (kubernetes, "tcp://10.0.0.1")):
             assert in_children(tmp_path, train_one, WORLD_SIZE="2", MASTER_PORT=port) == [1]
             said = (tmp_path / "said-0").read_text().splitlines()[-1]
             assert reason in said and "--device" not in said and said.startswith("train.py: "), said
@@ -787,25 +760,23 @@ def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, no_pages, t
         flags = f"{files} --prompts {folder}/a.txt --lr-schedule constant --rewards clip --steps {steps}"
         return [row["step"] for row in tiny_run("t2i", *flags.split(), *more)[2]]
 
+    def refused(folder, sentence, *more):
+        with pytest.raises(SystemExit, match=sentence):
+            run(folder, 2, "--resume", *more)
+
     run(here, 1)
-    for flag, value in (("--kl-coef", "0.7"), ("--rewards", "clip=2")):
-        with pytest.raises(SystemExit, match=f"{flag} is "):
-            run(here, 2, "--resume", flag, value)
+    refused(here, "--kl-coef is ", "--kl-coef", "0.7")
+    refused(here, "--rewards is ", "--rewards", "clip=2")
     here.rename(there)
-    files = {
-        "base": "base.safetensors",
-        "tokenizer": "vq.safetensors",
-        "prompts": "a.txt",
-        "text encoder": "t5/config.json",
-    }
-    for name, file in files.items():
-        whole = (there / file).read_bytes()
-        binary = file.endswith(".safetensors")  # one bit of its last number
-        changed = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:] if binary else whole.replace(b"two", b"three") + b" "
-        (there / file).write_bytes(changed)
-        with pytest.raises(SystemExit, match=f"another {name}"):
-            run(there, 2, "--resume")
-        (there / file).write_bytes(whole)
+    for file in there.rglob("*"):
+        names = {"base": "base", "vq": "tokenizer", "config": "text encoder", "a": "prompts"}
+        if file.stem in names:
+            whole = file.read_bytes()
+            binary = file.suffix == ".safetensors"  # one bit of its last number
+            flipped = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
+            file.write_bytes(flipped if binary else whole.replace(b"two", b"three") + b" ")
+            refused(there, f"another {names[file.stem]}")
+            file.write_bytes(whole)
     assert run(there, 2, "--resume") == [0, 1]
     # somebody has deleted the log, and the step that was logged since then was not saved
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 2}\n')
@@ -928,32 +899,32 @@ def test_a_new_run_removes_what_an_unsaved_one_wrote_and_nothing_else(tiny_run, 
     assert len(read_metrics(folder)) == 2 and (folder / "notes.txt").exists()
 
 
+FULL = {"state.pt": (torch, "save", 10**5), "metrics.jsonl": (runs.Run, "log", 999)}
+
+
 @needs_fork
-@pytest.mark.parametrize(
-    "file, call, room", [("state.pt", (torch, "save"), 10**5), ("metrics.jsonl", (runs.Run, "log"), 999)]
-)
-def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(
-    file, call, room, tiny_run, tmp_path, no_pages, thin_toys
-):
+@pytest.mark.parametrize("file", FULL)
+def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(file, tiny_run, tmp_path, no_pages, thin_toys):
     """Catches: a state that is cut. The limit on a file's size stands in for the end of the disk."""
     import resource
+
+    module, name, room = FULL[file]
 
     def fill(*_):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     def short_of_room():
-        at_call(2, *call, fill)
+        at_call(2, module, name, fill)
         tiny_run("c2i", "--save-every", "1")
 
-    assert in_child(short_of_room, tmp_path / "said") == 1
-    said = (tmp_path / "said").read_text()
+    assert in_children(tmp_path, short_of_room) == [1]
+    said = (tmp_path / "said-0").read_text()
     assert f"{file} could not be written" in said and "Traceback" not in said
     assert torch.load(tmp_path / "run/state.pt")["step"] == 1 and not list((tmp_path / "run").glob("*.tmp*"))
     assert len(tiny_run("c2i", "--save-every", "1", "--resume")[2]) == 2
 
 
-@needs_fork
 def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
     """Catches: two runs that write into one folder; a run that cannot start on Lustre, where flock() is unknown."""
     first = runs.hold(tmp_path)
@@ -1956,7 +1927,7 @@ def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeyp
     columns, pictures = found()
     for call, module in ((5, sample), (2, evaluate)):  # amid drawing, and scoring
         shutil.rmtree("out")
-        assert in_child(partial(killed, call, module)) == -signal.SIGKILL
+        assert in_children(tmp_path, partial(killed, call, module)) == [-signal.SIGKILL]
         assert list(Path("out").glob("table.parts/*/000000.npz"))
         evaluate.main([*flags, "--batch-size", "5"])
         again, same = found()
