@@ -91,22 +91,14 @@ def no_network_no_gpu(monkeypatch):
     monkeypatch.setattr(zoo, "quick_dtype", lambda *_: "float32")
 
 
-@pytest.fixture(scope="session")
-def first_layers(tmp_path_factory):
-    """{toy: its row with the first layer alone}."""
-    rows = {}
-    for name in ("toy-c2i", "toy-t2i"):
-        weights = {key: w for key, w in load_file(MODELS[name].ckpt).items() if not re.match(r"layers\.[1-9]", key)}
-        save_file(weights, file := tmp_path_factory.mktemp("thin") / f"{name}.safetensors")
-        rows[name] = replace(MODELS[name], config=replace(MODELS[name].config, n_layer=1), ckpt=file)
-    return rows
-
-
 @pytest.fixture
-def thin_toys(first_layers, monkeypatch):
+def thin_toys(tmp_path_factory, monkeypatch):
     """The toys with one layer, for tests of what is done with them: a run then takes a third of its time."""
-    for name, row in first_layers.items():
-        monkeypatch.setitem(MODELS, name, row)
+    for name in ("toy-c2i", "toy-t2i"):
+        row, file = MODELS[name], tmp_path_factory.mktemp("thin") / f"{name}.safetensors"
+        weights = {key: w for key, w in load_file(row.ckpt).items() if not re.match(r"layers\.[1-9]", key)}
+        save_file(weights, file)
+        monkeypatch.setitem(MODELS, name, replace(row, config=replace(row.config, n_layer=1), ckpt=file))
 
 
 def seeded(seed):
@@ -217,11 +209,9 @@ def test_what_goes_beyond_the_paper_is_its_second_writing(tmp_path, no_pages, sm
 
 def test_the_rate_rises_for_a_tenth_of_the_run_and_falls_to_0():
     """Catches: a run without its warm-up, which ends with less diversity."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0)
-    args = SimpleNamespace(lr=1.0, lr_schedule="linear", steps=20)
+    args, optimizer = SimpleNamespace(lr=1.0, lr_schedule="linear", steps=20), SimpleNamespace(param_groups=[])
     rates = [train.set_lr(args, optimizer, step) for step in range(20)]
     assert rates == pytest.approx([0.5, 0.95] + [1 - step / 20 for step in range(2, 20)])
-    assert optimizer.param_groups[0]["lr"] == rates[-1]
 
 
 def flat(model):
@@ -278,9 +268,6 @@ def test_advantages_compare_inside_the_group():
     """Catches: one group of all N, a biased std, an eps of 1e-8 that blows nearly equal rewards up."""
     judged = torch.cat([torch.randn(16, generator=seeded(0)) * 3 + 7, torch.tensor([1e-4, 2e-4, 0, 1e-4])])
     assert group_advantages(judged, 4).tolist() == pytest.approx(by_group(judged), abs=1e-4, rel=1e-4)
-    groups = judged.view(-1, 4)
-    centred = (groups - groups.mean(1, keepdim=True)).view(-1)
-    assert torch.allclose(group_advantages(judged, 4, divide=False), centred, atol=1e-5)
     for value in (0.1, 1 / 3, 1e6, -7.7):  # equal: the rounding of a mean, divided by 1e-4, would be a random push
         equal = torch.full((24,), value)
         assert not group_advantages(equal, 8).any() and not grpo.decoupled_advantages({"a": equal}, {"a": 1.0}, 8).any()
@@ -807,9 +794,9 @@ def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, no_pages, 
     for name, values in (("silent", [NAN] * 8), ("loud", [-3.0, NAN, -1, -2, INF, NAN, NAN, NAN])):
         monkeypatch.setitem(rewards.JUDGES, name, lambda *_, values=values: lambda *_: torch.tensor(values))
     _, _, (row,) = tiny_run("c2i", "--steps", "1", "--group-size", "4", "--rewards", "silent=2,loud")
-    assert "silent_mean" not in row and row["silent_not_finite"] == 8
-    assert row["reward"] == -1 and row["equal_groups"] == 0.5  # of -3, its group's mean -2, -1, -2, and 0 four times
-    assert (row["loud_mean"], row["loud_not_finite"]) == (-2, 5) and row["loud_std"] == pytest.approx((2 / 3) ** 0.5)
+    expected = dict(silent_not_finite=8, loud_not_finite=5, loud_mean=-2, loud_std=0.816497)
+    expected |= dict(reward=-1, equal_groups=0.5)  # of -3, its group's mean -2, -1, -2, and 0 four times
+    assert "silent_mean" not in row and {name: row[name] for name in expected} == expected
 
 
 def test_only_five_failures_in_a_row_end_a_run():
@@ -935,22 +922,28 @@ def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(t
     assert runs.hold(tmp_path) is None and "no lock on this file system" in capsys.readouterr().out
 
 
+PRESETS = {  # the first two are the release's
+    "--preset paper-c2i": dict(
+        model="llamagen-xl-384", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, kl_coef=0.1, cfg_scale=2,
+        learn_cfg=1, lr_schedule="constant", adam_beta2=0.999, qwen_answer="json",
+    ),
+    "--preset paper-t2i --prompts cat --kl-coef 0.5": dict(
+        model="llamagen-t2i-xl-256", kl_coef=0.5, cfg_scale=4, text_pad="right",
+    ),
+    "--preset best-llamagen-c2i": dict(cfg_scale=1, ref_cfg=2, kl_coef=0.1, learn_cfg=1, kl="exact"),
+    "--preset best-c2i": dict(lr=5e-4, kl_coef=0.28, ref_cfg=2, reward_norm="mean", weigh_tokens=True),
+    "--task t2i": dict(lr=6e-4, kl_coef=0.1, kl="exact", reward_norm="group", group_size=16, learn_from=8),
+}  # fmt: skip
+
+
 def test_presets_are_the_releases_and_the_command_line_wins():
     """Catches: a setting that a preset forgets, which is then ours and not the paper's."""
+    for flags, expected in PRESETS.items():
+        found = vars(train.parse_args(flags.split()))
+        assert {name: found[name] for name in expected} == expected, flags
     args = train.parse_args(["--preset", "paper-c2i"])
-    assert (args.model, args.steps, args.prompts_per_step, args.group_size) == ("llamagen-xl-384", 400, 4, 8)
-    assert (args.lr, args.kl_coef, args.cfg_scale, args.learn_cfg, args.lr_schedule) == (1e-5, 0.1, 2, 1, "constant")
     assert args.rewards["clip"] == 5 and args.rewards["qwen-odd"] == 0.25 and len(args.rewards) == 8
-    assert (args.adam_beta2, args.qwen_answer, args.judge_options["clip_pretrained"]) == (0.999, "json", "openai")
-    assert args.class_names[1] == "goldfish, Carassius auratus"
-    args = train.parse_args(["--preset", "paper-t2i", "--prompts", "a cat", "--kl-coef", "0.5"])
-    assert (args.model, args.kl_coef, args.cfg_scale, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
-    args = train.parse_args(["--task", "t2i"])
-    assert (args.lr, args.kl_coef, args.kl, args.reward_norm, args.learn_from) == (6e-4, 0.1, "exact", "group", 8)
-    args = train.parse_args(["--preset", "best-c2i"])
-    assert (args.lr, args.kl_coef, args.ref_cfg, args.reward_norm, args.weigh_tokens) == (5e-4, 0.28, 2, "mean", True)
-    best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own recipe
-    assert (best.cfg_scale, best.ref_cfg, best.kl_coef, best.learn_cfg, best.kl) == (1, 2, 0.1, 1, "exact")
+    assert args.judge_options["clip_pretrained"] == "openai" and args.class_names[1] == "goldfish, Carassius auratus"
     clips = [train.parse_args(more).judge_options["clip_model"] for more in ([], ["--model", "llamagen-xl-384"])]
     assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
 
@@ -963,12 +956,10 @@ def test_text_features_are_those_that_llamagen_was_trained_on():
     encode = load_encoder("toy-t2i")
     captions = ["<b>A Photo</b> of a red circle", "circle", "a photo of a red circle"]
     features, mask = encode(captions)
-    assert features.shape == (3, 12, 64) and features.dtype == torch.float32 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [7, 2, 7] and mask[1].tolist() == [False] * 10 + [True] * 2  # with </s>
     assert not features[~mask].any() and torch.equal(features[0], features[2])  # cleaned
-    assert torch.allclose(encode(["circle"])[0][0], features[1], atol=1e-5)
     long = "a photo of a red circle, a photo of a red circle, a photo of a red circle"
-    assert encode([long])[1].all() and encode.count_cut([*captions, long, long]) == 1  # cut to P
+    assert encode.count_cut([*captions, long, long]) == 1  # cut to P
     # The released AR-GRPO pads on the right and predicts token 0 from what T5 makes of the last padding position.
     other, other_mask = encode(captions, "right")
     read = encode.words(captions[1], max_length=12, padding="max_length", return_tensors="pt")
@@ -1130,11 +1121,8 @@ def test_our_files_are_guests_in_the_process(tmp_path):
     assert done.returncode == 0 and "? is printed" in done.stdout, done.stderr
 
 
-def test_a_remedy_is_true(tmp_path):
-    """Catches: an advice that cannot help, such as to fetch a file again that is whole, but holds more than tensors."""
-    torch.save({"model": {"w": torch.zeros(2)}, "code": Path}, tmp_path / "code.pt")
-    with pytest.raises(Mistake, match=r"pathlib[^;]*; save [^;]*torch\.save\([^;]*$"):
-        zoo.read_weights(tmp_path / "code.pt")
+def test_a_remedy_is_true():
+    """Catches: an advice that cannot help, such as to fetch a file again where the disk is full."""
     for error, helps in ((ValueError("cut"), True), (OSError(errno.ENOSPC, "x"), False), (ImportError("x"), False)):
         with pytest.raises(Mistake) as said, zoo.reading("it", "fetch it"):
             raise error
@@ -1191,6 +1179,7 @@ def wrong_files(tmp_path_factory):
     torch.save({name: w for name, w in state.items() if name != "norm.weight"}, folder / "missing.pt")
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
     torch.save({name: w.char() for name, w in state.items()}, folder / "int8.pt")
+    torch.save({"model": state, "code": Path}, folder / "code.pt")
     zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i"))
     (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4f1d\nsize 444983394\n")
     (folder / "book.txt").write_text("a red banana " * 100_000)
@@ -1220,6 +1209,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (sample, ["--ckpt", "{}/cut.safetensors"], "damaged or cut"),
     (sample, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
     (sample, ["--ckpt", "{}/int8.pt"], "torch.int8, whole numbers"),
+    (sample, ["--ckpt", "{}/code.pt"], "which is not loaded; save its weights alone"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight"),
     (sample, ["--ckpt", "{}/nan.pt"], "norm.weight holds NaN"),
     (sample, ["--task", "t2i", "--ckpt", "{}/ours.safetensors"], "toy-c2i, which is c2i: leave out --task"),
@@ -1277,13 +1267,15 @@ def test_no_reader_takes_rubbish_for_something(tmp_path):
     tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
     torch.save(tensors, tmp_path / "w.pt")
     zoo.save_weights(tensors, tmp_path / "w.safetensors", dict(model="toy-c2i", step=3))
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
+    asked = argparse.Namespace(model="toy-c2i", rewards={"clip": 1})
+    readers = {
+        "w.pt": zoo.read_weights,
+        "w.safetensors": lambda path: zoo.find_policy(path) and zoo.read_weights(path),
+        "a.npz": lambda path: list(evaluate.read_npz(path, evaluate.labels_of(path, asked))),
+    }
     for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
         (tmp_path / name).write_text(FORMS[name])
-    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
-    readers = {"w.pt": zoo.read_weights, "w.safetensors": lambda path: zoo.find_policy(path) and zoo.read_weights(path)}
-    asked = argparse.Namespace(model="toy-c2i", rewards={"clip": 1})
-    readers["a.npz"] = lambda path: list(evaluate.read_npz(path, evaluate.labels_of(path, asked)))
-    for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
         readers[name] = lambda path: read_prompts("llamagen-t2i-xl-256", None, [str(path)])
     for name, read in readers.items():
         path = tmp_path / name
@@ -1376,32 +1368,42 @@ def test_the_toy_judges_rank_right_above_wrong():
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
 
 
-JUDGED = dict(
-    array=lambda v: v.numpy(), column=lambda v: v[:, None].double(), named=lambda v: {"mine": v, "other": [1] * 4}
+JUDGED = (
+    lambda values: values.numpy(),
+    lambda values: values[:, None].double(),
+    lambda values: {"mine": values, "other": [1] * 4},
 )
-NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None,
-                  complex=lambda v: v * 1j, square=lambda v: v + v[:, None], others=lambda v: {"other": v})  # fmt: skip
+NOT_JUDGED = (
+    lambda values: values[:-1],
+    lambda values: values + values[:, None],
+    lambda values: values * 1j,
+    lambda values: ["good"] * 4,
+    lambda values: None,
+    lambda values: {"other": values},
+)
 
 
-@pytest.mark.parametrize("name", [*JUDGED, *NOT_JUDGED])
-def test_a_judge_of_ones_own_returns_what_can_be_meant(name):
+def test_a_judge_of_ones_own_returns_what_can_be_meant():
     """Catches: (N, 1) that broadcasts to (N, N) in the weighted sum; a judge that edits what the next one reads."""
     images, prompts = torch.rand(4, 3, 8, 8), ["a", "b", "c", "d"]
     expected = images.mean((1, 2, 3))
 
-    def vandal(images, prompts):
-        values = images.mean((1, 2, 3))
-        images.zero_()
-        prompts[:] = ["an award-winning photo"] * len(prompts)
-        return (JUDGED | NOT_JUDGED)[name](values)
+    def judged(form):
+        def vandal(images, prompts):
+            values = images.mean((1, 2, 3))
+            images.zero_()
+            prompts[:] = ["an award-winning photo"] * len(prompts)
+            return form(values)
 
-    if name in NOT_JUDGED:
-        with pytest.raises(Mistake, match="judge 'mine' returned"):
-            rewards.judge_images({"mine": vandal}, images, prompts)
-        return
-    values = rewards.judge_images({"mine": vandal}, images, prompts)[0]["mine"]
-    assert values.dtype == torch.float32 and values.shape == (4,) and torch.allclose(values, expected)
+        return rewards.judge_images({"mine": vandal}, images, prompts)[0]["mine"]
+
+    for form in JUDGED:
+        values = judged(form)
+        assert values.dtype == torch.float32 and values.shape == (4,) and torch.allclose(values, expected)
     assert torch.equal(images.mean((1, 2, 3)), expected) and prompts == ["a", "b", "c", "d"]
+    for form in NOT_JUDGED:
+        with pytest.raises(Mistake, match="judge 'mine' returned"):
+            judged(form)
 
 
 def test_weights_are_parsed_once_and_written_as_they_were():
@@ -1475,19 +1477,14 @@ def tiny_judges(tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    openai = (
-        "hf:timm/vit_base_patch32_clip_224.openai@main/open_clip_pytorch_model.bin"  # of which open_clip asks for main
-    )
-    hps = {name: value.half() for name, value in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
+    openai = "hf:timm/vit_base_patch32_clip_224.openai@main/open_clip_pytorch_model.bin"  # as open_clip asks for it
+    clip = open_clip.CLIP(**TINY_CLIP).state_dict()
+    hps = {"state_dict": {name: value.half() for name, value in clip.items()}}
     maniqa = rewards.maniqa_network().state_dict()
     for name, value in maniqa.items():  # matrices whose rows overlap: 136M numbers in a file of 2 MB
         if value.is_floating_point() and value.ndim > 1:
             maniqa[name] = (0.02 * torch.randn(sum(value.shape))).as_strided(value.shape, [1] * value.ndim)
-    models = {
-        openai: open_clip.CLIP(**TINY_CLIP).state_dict(),
-        rewards.HPS: {"state_dict": hps},
-        rewards.MANIQA: maniqa,
-    }
+    models = {openai: clip, rewards.HPS: hps, rewards.MANIQA: maniqa}
     for place in (*models, f"{rewards.QWEN}@{rewards.QWEN_COMMIT}"):
         repo, revision, file = zoo.hub_place(place)
         folder = cache / f"models--{repo.replace('/', '--')}"
@@ -1746,44 +1743,36 @@ def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
 # the measures of evaluate.py ------------------------------------------------------------------------------------------
 
 
-def two_clouds(seed, n=300, m=200, width=5):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((n, width)) @ rng.standard_normal((width, width)), rng.standard_normal((m, width)) + 1
-
-
-@pytest.mark.parametrize("name", ["FID", "IS", "precision and recall"])
-def test_figures_are_those_of_torch_fidelity(name):
+def test_figures_are_those_of_torch_fidelity():
     """Catches: a root taken entry by entry, chunks of other pictures, a neighbour that counts itself, the sets exchanged."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    if name == "FID":
-        a, b = two_clouds(0)
-        stats = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
-        expected = fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
-        assert metrics.frechet_distance(a, *metrics.gaussian(b)).value == pytest.approx(expected, rel=1e-6)
-    elif name == "IS":
-        logits = torch.randn(60, 7, generator=seeded(0)).double() * 3
-        expected = isc_features_to_metric(logits, splits=3, shuffle=False)["inception_score_mean"]
-        assert metrics.inception_score(logits, 20).value == pytest.approx(expected)
-    else:
-        rng = np.random.default_rng(1)  # on a coarse grid, so that many distances are equal
-        a, b = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
-        for k, rows in ((1, 512), (3, 7)):
-            options = dict(prc_neighborhood=k, prc_batch_size=99, save_cpu_ram=False, verbose=False)
-            expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **options)
-            found = [figure.value for figure in metrics.precision_recall(a, b, k, rows)]
-            assert found == pytest.approx([expected["precision"], expected["recall"]], abs=1e-6)
-            assert 0.2 < found[0] < 0.9 and found[0] != found[1]
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((300, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((200, 5)) + 1
+    stats = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    expected = fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
+    assert metrics.frechet_distance(a, *metrics.gaussian(b)).value == pytest.approx(expected, rel=1e-6)
+    logits = torch.randn(60, 7, generator=seeded(0)).double() * 3
+    expected = isc_features_to_metric(logits, splits=3, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(logits, 20).value == pytest.approx(expected)
+    # on a coarse grid, so that many distances are equal
+    a, b = rng.integers(0, 9, (25, 2)).astype(float), rng.integers(3, 12, (20, 2)).astype(float)
+    for k, rows in ((1, 512), (3, 7)):
+        options = dict(prc_neighborhood=k, prc_batch_size=99, save_cpu_ram=False, verbose=False)
+        expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **options)
+        found = [figure.value for figure in metrics.precision_recall(a, b, k, rows)]
+        assert found == pytest.approx([expected["precision"], expected["recall"]], abs=1e-6)
+        assert 0.2 < found[0] < 0.9 and found[0] != found[1]
 
 
 def test_standard_errors_are_those_of_a_bootstrap():
     """Catches: an error or a pairing of the wrong size, which makes noise a finding, or a finding noise."""
-    rng, references = np.random.default_rng(0), two_clouds(2)[1]
-    a = two_clouds(2, 400)[0]
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((400, 5)) @ rng.standard_normal((5, 5))
     b = a + 0.3 * rng.standard_normal(a.shape) + 0.2  # the same pictures, a little changed
-    mu, cov = metrics.gaussian(references)
+    mu, cov = metrics.gaussian(rng.standard_normal((200, 5)) + 1)
     measures = {
         "mean": lambda x: metrics.mean_of(x[:, 0]),
         "Frechet": lambda x: metrics.frechet_distance(x, mu, cov),
@@ -1813,6 +1802,10 @@ def test_the_distance_in_class_is_over_pairs_of_one_class():
     assert metrics.class_distance(points[:2], ["a", "b"]) is None
 
 
+def values_of(figures):
+    return {name: figure.value for name, figure in figures.items()}
+
+
 def test_the_entropy_of_a_picture_is_without_guidance():
     """Catches: the guided distribution's entropy, which is lower, in the place of the conditional model's."""
     model, labels = load_model("toy-c2i"), torch.tensor([0, 7, 39])
@@ -1826,8 +1819,7 @@ def test_judges_means_leave_out_what_is_missing():
     """Catches: a missing judgement that counts as 0, or a mean where nothing was judged, which reads as the worst."""
     found = {"reward: read": np.array([1, NAN, 3, INF, 8]), "reward: silent": np.full(5, NAN)}
     figures = evaluate.figures_of(found, {}, "toy-c2i")
-    values = {name: figure.value for name, figure in figures.items()}
-    assert values == pytest.approx({"reward: read": 4, "missing: read": 0.4, "missing: silent": 1})
+    assert values_of(figures) == pytest.approx({"reward: read": 4, "missing: read": 0.4, "missing: silent": 1})
     assert figures["reward: read"].error == pytest.approx(np.std([1, 3, 8], ddof=1) / 3**0.5, rel=0.2)
 
 
@@ -1844,7 +1836,6 @@ def inception(tmp_path_factory):
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-    assert len(network.state_dict()) == 566  # as the official file has
     torch.save(network.state_dict(), path)
     return f"{path}#{zoo.file_hash(path)}"
 
@@ -1860,9 +1851,9 @@ def test_inceptions_features_are_adms(inception):
     assert {name: x.shape for name, x in found.items()} == dict(pool=(2, 2048), logits=(2, 1008), spatial=(2, 2023))
     branch = network.Mixed_6d.branch1x1
     with torch.no_grad():
-        out = branch.bn(branch.conv(kept["x"])).numpy()  # (2, 192, 17, 17)
-    naive = [[max(out[n, c, y, x], 0) for y in range(17) for x in range(17) for c in range(7)] for n in range(2)]
-    assert np.allclose(found["spatial"], naive, atol=1e-5) and np.ptp(naive) > 0.1
+        out = branch.bn(branch.conv(kept["x"])).relu()  # (2, 192, 17, 17)
+    cells = [out[:, :7, y, x] for y in range(17) for x in range(17)]
+    assert torch.allclose(found["spatial"], torch.cat(cells, 1), atol=1e-5) and found["spatial"].amax() > 0.1
     assert np.array_equal(found["pool"], kept["pool"].numpy())
     assert np.allclose(found["logits"], kept["pool"].numpy() @ network.fc.weight.numpy().T, atol=1e-4)
     assert not network.Mixed_6d.branch1x1._forward_hooks  # else the second batch's would be added to the first one's
@@ -1881,9 +1872,9 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
         np.savez_compressed(file, pixels, [1, 1, 1, 2, 2, 2, 3][: len(pixels)])
     flags = ["--reference", files[2], "--inception", inception, "--out", str(tmp_path / "result"), "--num", "99"]
     evaluate.main(["--samples", *files[:2], *flags, "--npz", str(tmp_path / "copies")])
-    copies = [dict(np.load(copy)) for copy in (tmp_path / "copies").iterdir()]
-    (copy,) = (copy for copy in copies if np.array_equal(copy["arr_0"], theirs))
-    assert len(copies) == 2 and copy["labels"].tolist() == [1, 1, 1, 2, 2, 2]
+    copies = [np.load(copy) for copy in (tmp_path / "copies").iterdir()]
+    labels = {copy["arr_0"].tobytes(): copy["labels"].tolist() for copy in copies}
+    assert labels == {pixels.tobytes(): [1, 1, 1, 2, 2, 2] for pixels in (theirs, theirs[::-1])}
     found, text = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "result.md").read_text()
     assert found["num"] == found["records"]["a#"]["num"] == 6  # that were scored, whatever --num says
     figures, network = found["columns"]["a#"], evaluate.load_inception(inception)
@@ -1899,10 +1890,9 @@ def test_an_npz_of_another_program_is_scored(inception, tmp_path, monkeypatch):
 
 def test_larger_pictures_are_resized_as_pil_does_it():
     """Catches: another filter than PIL's bicubic one, which moves FID."""
-    pixels = torch.randint(0, 256, (1, 3, 384, 384), dtype=torch.uint8, generator=seeded(0))
-    expected = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((256, 256), Image.BICUBIC)
-    assert np.array_equal(evaluate.shrunk(pixels)[0].permute(1, 2, 0).numpy(), np.asarray(expected))
-    assert evaluate.shrunk(pixels[..., :256, :256]).shape[-1] == 256
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 384, 384, 3), np.uint8)
+    expected = Image.fromarray(pixels[0]).resize((256, 256), Image.BICUBIC)
+    assert torch.equal(evaluate.shrunk(evaluate.as_tensor(pixels)), evaluate.as_tensor(np.array([expected])))
 
 
 @pytest.mark.slow
@@ -1987,9 +1977,9 @@ def test_genevals_folders_are_what_its_scorer_reads(tmp_path, monkeypatch, capsy
 def test_the_share_right_of_captions_is_a_mean_over_categories():
     """Catches: a category with more pictures that weighs more than another, unlike in GenEval's tables."""
     captions, right = ["a circle"] * 6 + ["two circles"] * 2, np.array([0, 1, 1, 1, 1, 1, 0, 1.0])
-    found = {name: figure.value for name, figure in evaluate.right_figures(right, captions, "t2i").items()}
+    found = values_of(evaluate.right_figures(right, captions, "t2i"))
     assert found == pytest.approx({"right: all": 2 / 3, "right: single object": 5 / 6, "right: counting": 1 / 2})
-    found = {name: figure.value for name, figure in evaluate.right_figures(right, captions, "c2i").items()}
+    found = values_of(evaluate.right_figures(right, captions, "c2i"))
     assert found == pytest.approx({"right: all": 6 / 8, "right: circle": 6 / 8})
 
 
@@ -2007,8 +1997,8 @@ def test_every_policy_is_asked_as_it_was_trained(tmp_path, monkeypatch):
 # drawing and pages, through the scripts' own main ---------------------------------------------------------------------
 
 
-def test_a_grid_says_everything():
-    """Catches: the last of eight judges cut off below each picture; rows of base and tuned that are mixed up."""
+def test_a_grid_says_everything(tmp_path):
+    """Catches: the last of eight judges cut off below each picture; rows of base and tuned that are mixed up; a lost grid."""
     said = "\n" + "  ".join(f"{name}\u00a0-0.12" for name in rewards.parse_rewards(train.EIGHT))
     for caption in ("a red circle above a blue square " * 9, "\ud800" * 10_000, "a dog"):
         lines = report.label_lines("\u2713\u00a0" + caption + said, 23)
@@ -2023,12 +2013,8 @@ def test_a_grid_says_everything():
     circle = torch.from_numpy(data.render(["a red circle"], np.random.default_rng(0)))
     assert sample.label_images("toy-c2i", circle, ["a photo of a red circle"], "x: ") == ["\u2713\u00a0x: a red circle"]
     assert sample.label_images("toy-c2i", circle, ["a photo of a blue circle"])[0][:2] == "\u2717\u00a0"
-
-
-def test_a_grid_fits_its_format(tmp_path):
-    """Catches: 16,383 pixels are all that WebP holds, and pictures are lost for a row that is wider."""
     report.save_grid(tmp_path / "a.webp", torch.rand(200, 3, 32, 64), ["a"] * 200, 200)
-    assert Image.open(tmp_path / "a.webp").width == 122 * 134
+    assert Image.open(tmp_path / "a.webp").width == 122 * 134  # WebP holds 16,383 pixels
 
 
 @pytest.mark.parametrize("K, side, by_token", [(2, 8, True), slow(8, 8, False), slow(16, 32, True)])
@@ -2046,12 +2032,11 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
     (figure,) = drawn
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip()]
     renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes, said = [text.get_window_extent(renderer) for text in texts], [text.get_text() for text in texts]
+    said = [text.get_text() for text in texts]
+    boxes = [text.get_window_extent(renderer).padded(0, -0.5) for text in texts]
     for (one, box), (other, its) in itertools.combinations(zip(said, boxes, strict=True), 2):
-        apart = box.x1 <= its.x0 or its.x1 <= box.x0 or box.y1 <= its.y0 + 1 or its.y1 <= box.y0 + 1
-        assert apart, f"{one!r} lies over {other!r}"
-    assert all(min(box.x0, box.y0) >= 0 for box in boxes)
-    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+        assert not box.fully_overlaps(its), f"{one!r} lies over {other!r}"
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
     shapes = [f"tokens (64, {T})", f"images (64, 3, {8 * side}, {8 * side})", "rewards (64,)", "advantages (64,)"]
     assert set(shapes) | {f"change (64, {T})"} <= set(said) and (f"advantages (64, {T})" in said) == by_token
     above = [float(text.split()[1]) for text in said if text.startswith("qwen-match-0 ")]
@@ -2062,23 +2047,25 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
 def test_the_best_of_n_is_the_judges_best_and_best_of_1_is_what_it_was():
     """Catches: candidates of the picture beside, or the same ones in every batch; a missing value that wins."""
     how = load_model("toy-c2i"), load_tokenizer("toy-c2i"), load_encoder("toy-c2i"), [3, 3, 7, 0]
-    red = lambda images: torch.where(images[:, 0].mean((1, 2)) > 0.3, NAN, images[:, 0].mean((1, 2)))  # noqa: E731
-    judges = dict(bright=lambda images, prompts: dict(bright=images.mean((1, 2, 3)), red=red(images)))
-    judged = judges, dict(bright=1.0, red=0.5), ["x"] * 4
-    drawn = [sample.draw(*how, seed, first=2) for seed in (5, (5, sample.CANDIDATE, 1), (5, sample.CANDIDATE, 2))]
-    for seed, (_, tokens) in zip(((5,), (5, sample.CANDIDATE, 1)), drawn, strict=False):
-        assert torch.equal(how[0].generate(torch.tensor([3]), noise=image_noise([2], 64, *seed))[0][0], tokens[0])
-    pictures = torch.stack([images for images, _ in drawn], 1)  # (4, 3, 3, H, W)
-    reds = torch.stack([red(images) for images, _ in drawn], 1)  # (4, 3)
-    assert 0 < reds.isnan().sum() < 12  # some are missing, and not all
-    reds = torch.where(reds.isnan(), reds.nanmean(1, keepdim=True).nan_to_num(0), reds)
-    chosen = (pictures.mean((2, 3, 4)) + 0.5 * reds).argmax(1).tolist()
-    assert len(set(chosen)) > 1  # not always the first, or the last
+
+    def red(images, prompts):
+        values = images[:, 0].mean((1, 2))
+        return torch.where(values < 0.21, NAN, values)
+
+    judged = dict(red=red), dict(red=-1.0), ["x"] * 4
+    seeds = 5, (5, sample.CANDIDATE, 1), (5, sample.CANDIDATE, 2)
+    drawn = [sample.draw(*how, seed, first=2) for seed in seeds]
+    tokens, _ = how[0].generate(torch.tensor([3]), noise=image_noise([2], 64, 5))
+    assert torch.equal(tokens[0], drawn[0][1][0])
+    reds = torch.stack([red(images, None) for images, _ in drawn])  # (3, 4)
+    chosen = reds.nan_to_num(9).argmin(0).tolist()
+    assert 0 < reds.isnan().sum() < 12 and len(set(chosen)) > 1
     images, tokens = sample.draw_best(3, *judged, *how, 5, first=2, batch_size=3)
     for k, best in enumerate(chosen):
-        assert torch.equal(tokens[k], drawn[best][1][k]) and (images[k] - pictures[k, best]).abs().max() < 1e-4
-    one = sample.draw_best(1, *judged, *how, 5, first=2)
-    assert all(torch.equal(a, b) for a, b in zip(one, drawn[0], strict=True))
+        assert torch.equal(tokens[k], drawn[best][1][k])
+        assert torch.allclose(images[k], drawn[best][0][k], atol=1e-4)
+    _, tokens = sample.draw_best(1, *judged, *how, 5, first=2)
+    assert torch.equal(tokens, drawn[0][1])
 
 
 @pytest.mark.parametrize("task", ["c2i", slow("t2i")])
@@ -2153,18 +2140,17 @@ def write_run(folder, flags, **metrics):
 
 def test_several_runs_are_a_line_for_each_recipe(tmp_path, monkeypatch):
     """Catches: two runs of one name as one; seeds as recipes; a run that changes its colour where it lacks a metric."""
-    drawn = []
-    monkeypatch.setattr(report, "draw_panel", lambda axes, *what: drawn.append(what))
+    drawn = {}
+    monkeypatch.setattr(report, "draw_panel", lambda axes, key, lines, band: drawn.update({key: lines}))
     same = dict(model="toy-c2i", rewards=dict(clip=1.0, realism=0.25), lr="1", seed="0")
-    runs = [write_run(tmp_path / "a/run", same, reward=[1, 1, 1], kl=[1, 1, 1])]
-    runs += [write_run(tmp_path / "b/run", same | dict(seed="1"), reward=[3, 3], kl=[3, 3], late_mean=[math.nan, 7])]
-    runs += [write_run(tmp_path / "c/run", same | dict(lr="2"), reward=[5, 5], kl=[5, 5])]
-    report.main(runs)
+    one = write_run(tmp_path / "a/run", same, reward=[1, 1, 1], kl=[1, 1, 1])
+    two = write_run(tmp_path / "b/run", same | dict(seed="1"), reward=[3, 3], kl=[3, 3], late_mean=[math.nan, 7])
+    other = write_run(tmp_path / "c/run", same | dict(lr="2"), reward=[5, 5], kl=[5, 5])
+    report.main([one, two, other])
     assert Image.open(tmp_path / "a/compare.png").width > 1000
-    lines = {key: lines for key, lines, _ in drawn}
-    assert [*lines] == ["reward", "kl", "late_mean"]
-    assert all([*own] == [f"{runs[0]} {runs[1]}", runs[2]] for own in lines.values())
-    assert [values.tolist() for values in lines["kl"][f"{runs[0]} {runs[1]}"]] == [[1, 1, 1], [3, 3]]
+    assert [*drawn] == ["reward", "kl", "late_mean"]
+    assert all([*lines] == [f"{one} {two}", other] for lines in drawn.values())
+    assert [values.tolist() for values in drawn["kl"][f"{one} {two}"]] == [[1, 1, 1], [3, 3]]
 
 
 def test_the_defaults_curves_stand_behind_the_runs_of_its_task(tmp_path, monkeypatch):
