@@ -6,7 +6,6 @@ The invariants, one per test. Each docstring names the bug that the test catches
 """
 
 import argparse
-import ast
 import asyncio
 import base64
 import copy
@@ -1170,6 +1169,7 @@ def wrong_files(tmp_path_factory):
     torch.save(state | {"norm.weight": torch.full((160,), NAN)}, folder / "nan.pt")
     torch.save({name: w.char() for name, w in state.items()}, folder / "int8.pt")
     torch.save({"model": state, "code": Path}, folder / "code.pt")
+    torch.save([torch.ones(2)], folder / "list.pt")
     zoo.save_weights(state, folder / "ours.safetensors", dict(model="toy-c2i"))
     (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4f1d\nsize 444983394\n")
     (folder / "book.txt").write_text("a red banana " * 100_000)
@@ -1197,7 +1197,9 @@ WRONG = [  # (script, flags, a part of its one sentence)
     # weights that would load in part, or run code
     (sample, ["--ckpt", "{}/shards"], "shards must first be joined"),
     (sample, ["--ckpt", "{}/cut.safetensors"], "damaged or cut"),
+    (sample, ["--vq-ckpt", "{}/cut.safetensors"], "damaged or cut"),
     (sample, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
+    (sample, ["--ckpt", "{}/list.pt"], "holds no named tensors"),
     (sample, ["--ckpt", "{}/int8.pt"], "torch.int8, whole numbers"),
     (sample, ["--ckpt", "{}/code.pt"], "which is not loaded; save its weights alone"),
     (sample, ["--ckpt", "{}/missing.pt"], "norm.weight"),
@@ -1225,7 +1227,8 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--out", "{}/run"], "holds a run"),
     (train, ["--out", "{}/run", "--resume"], "cannot be read"),
     # what is evaluated
-    (evaluate, ["--ckpt", "{}/pointer.pt"], "fetch it again"),
+    (evaluate, ["--ckpt", "{}/run/state.pt"], "fetch it again"),
+    (evaluate, ["--samples", "{}/book.txt"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/float.npz"], "is float32 (2, 8, 8, 3); an npz with pictures arr_0, uint8"),
     (evaluate, ["--samples", "{}/short.npz"], "an npz with pictures arr_0"),
     (evaluate, ["--samples", "{}/good.npz", "--inception", "{}/good.npz"], "its sha256 is"),
@@ -1248,37 +1251,6 @@ def test_what_a_user_can_do_wrong_ends_in_one_sentence(
     said = capsys.readouterr().err.strip().splitlines()[-1:] if stop.value.code == 2 else [str(stop.value.code)]
     assert stop.value.code != 0 and sentence in said[0] and "\n" not in said[0] and "Traceback" not in said[0]
     assert len(said[0]) < 1100  # whatever it quotes
-
-
-@pytest.mark.slow
-def test_no_reader_takes_rubbish_for_something(tmp_path):
-    """Catches: 200 random damages for each reader that end in a traceback, and not in one sentence or a plain result."""
-    rng = np.random.default_rng(0)
-    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
-    torch.save(tensors, tmp_path / "w.pt")
-    zoo.save_weights(tensors, tmp_path / "w.safetensors", dict(model="toy-c2i", step=3))
-    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
-    asked = argparse.Namespace(model="toy-c2i", rewards={"clip": 1})
-    readers = {
-        "w.pt": zoo.read_weights,
-        "w.safetensors": lambda path: zoo.find_policy(path) and zoo.read_weights(path),
-        "a.npz": lambda path: list(evaluate.read_npz(path, evaluate.labels_of(path, asked))),
-    }
-    for name in ("a.jsonl", "release.json", "a.txt", "a.csv"):
-        (tmp_path / name).write_text(FORMS[name])
-        readers[name] = lambda path: read_prompts("llamagen-t2i-xl-256", None, [str(path)])
-    for name, read in readers.items():
-        path = tmp_path / name
-        whole = path.read_bytes()
-        for _ in range(200):
-            damaged = bytearray(whole[: rng.integers(len(whole) + 1)] if rng.random() < 0.3 else whole)
-            for _ in range(rng.integers(1, 4) if len(damaged) else 0):
-                damaged[rng.integers(len(damaged))] = rng.integers(256)
-            path.write_bytes(damaged)
-            try:
-                read(path)
-            except (Mistake, OSError) as error:
-                assert "\n" not in str(error)
 
 
 # the toy world --------------------------------------------------------------------------------------------------------
@@ -2062,16 +2034,15 @@ def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_
     monkeypatch.setattr(report, "write_curves", lambda folder: 1 / 0)
     with monkeypatch.context() as quick:
         quick.setattr(report, "chart_of", lambda *_: "")  # half of a page's time, and another page follows
-        _, run, (first, second) = tiny_run(task, "--updates-per-batch", "2")
+        _, run, (row, _) = tiny_run(task)
     assert "curves.png is left out (ZeroDivisionError" in capsys.readouterr().out
     files = "before.png after.png before-after.png report.html policy.safetensors state.pt events* samples/*.png"
     assert all(list(run.glob(file)) for file in files.split())
     assert len({file.stat().st_mode for file in run.iterdir() if file.suffix in (".png", ".safetensors", ".pt")}) == 1
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
-    assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
-    assert first["kl"] > 0 and first["ratio"] != 1  # the second update of a batch scores a policy that has moved
+    assert row["sampler_gap"] < 1e-4
     readme = (HERE / "README.md").read_text()
-    names = [re.sub("^(clip|realism)_(mean|std|not_finite)$", r"NAME_\2", key) for key in without_seconds(run)[0]]
+    names = [re.sub("^(clip|realism)_(mean|std|not_finite)$", r"NAME_\2", key) for key in row if "seconds" not in key]
     assert [name for name in names if f"`{name}`" not in readme] == []
     sample.main(["--ckpt", str(run), "--compare", "--num", "1", "--out", f"{run}/s.png", "--npz", f"{run}/s.npz"])
     found = np.load(run / "s.npz")
@@ -2083,8 +2054,6 @@ def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_
     assert renders["right: all"] > 0.9
     if task == "c2i":
         assert 0 <= base["precision, latents"] < renders["precision, latents"] and 0 < base["recall, latents"] <= 1
-    else:
-        assert 0 <= base["recall, latents"] < 1
     total = base["reward: clip"] + 0.25 * base["reward: realism"]  # what the run was trained by
     assert base["reward: weighted sum"] == pytest.approx(total, rel=1e-6)
     assert_the_page_is_whole_safe_and_small(run)
@@ -2297,10 +2266,8 @@ def test_each_file_imports_only_from_the_floors_below_it():
     """Catches: a room that everything imports, or a circle: then no file can be read alone."""
     floors, ground = {}, {"data", "model", "tokenizer", "parallel"}
     for name in OURS:
-        top = ast.parse((HERE / f"{name}.py").read_text()).body
-        found = {node.module for node in top if isinstance(node, ast.ImportFrom)}
-        found |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-        floors[name] = found & set(OURS)
+        found = re.findall(r"^(?:from|import) (\w+)", (HERE / f"{name}.py").read_text(), re.MULTILINE)
+        floors[name] = set(found) & set(OURS)
     assert not any(floors[name] for name in ground | {"metrics"}) and floors["grpo"] == {"model"}
     assert floors["zoo"] <= ground and floors["rewards"] | floors["runs"] <= ground | {"zoo"}
     assert floors["prompts"] <= {"zoo", "data", "parallel"}
