@@ -563,7 +563,10 @@ def member(function, said, environment):
 
 
 def in_children(folder, *functions, **environment):
-    """The exit statuses of functions, each a process of one group; what they print goes to folder/said-RANK."""
+    """
+    The exit statuses of functions, each a process of one group; what they print goes to folder/said-RANK. A variable of
+    the environment that is empty is not set.
+    """
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     with socket.socket() as free:
@@ -572,7 +575,7 @@ def in_children(folder, *functions, **environment):
     names = dict(RANK="{}", WORLD_SIZE=str(len(functions)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) | environment
     processes = []
     for k, function in enumerate(functions):
-        arguments = function, folder / f"said-{k}", {name: value.format(k) for name, value in names.items()}
+        arguments = function, folder / f"said-{k}", {name: value.format(k) for name, value in names.items() if value}
         processes.append(multiprocessing.get_context("fork").Process(target=member, args=arguments))
         processes[-1].start()
     for process in processes:
@@ -693,16 +696,13 @@ def test_two_processes_train_what_one_trains_and_resume_each_other(case, tmp_pat
 def test_whoever_starts_several_processes_they_join_or_read_why(tmp_path):
     """Catches: a RANK=1 that silences a plain run; srun's processes that each do all; --device blamed for a taken port."""
 
-    def ranks(*unset):
-        for name in unset:
-            del os.environ[name]
+    def ranks():
         parallel.start(parallel.own_device("cpu"))
         parallel.largest(0)  # waits for all: the first process keeps the store through which the others join
         (tmp_path / f"rank-{parallel.rank()}").write_text(str(parallel.world()))
 
-    of_slurm = partial(ranks, "WORLD_SIZE", "RANK")
-    slurm = dict(WORLD_SIZE="", SLURM_PROCID="{}", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="{}")
-    assert in_children(tmp_path, of_slurm, of_slurm, **slurm) == [0, 0], (tmp_path / "said-1").read_text()
+    slurm = dict(WORLD_SIZE="", RANK="", SLURM_PROCID="{}", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="{}")
+    assert in_children(tmp_path, ranks, ranks, **slurm) == [0, 0], (tmp_path / "said-1").read_text()
     assert {path.name: path.read_text() for path in tmp_path.glob("rank-*")} == {"rank-0": "2", "rank-1": "2"}
     assert in_children(tmp_path, ranks, WORLD_SIZE="1", RANK="1") == [0]
     assert (tmp_path / "rank-0").read_text() == "1"
