@@ -148,8 +148,6 @@ def add_judge_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability (default): the mean "
-        "over the answers' probabilities, one forward pass; json: a parsed text, as in the paper")  # fmt: skip
     add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process); "
         "OPENAI_API_KEY holds its key if it wants one")  # fmt: skip
     add("--qwen-model", metavar="NAME", help="the server's model to ask (default: the only one it lists)")
@@ -339,29 +337,28 @@ def maniqa_judge(device, options):
 # ---------------------------------------------------------------------------------------------------------------
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
-RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
-YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
-ANSWERS = [*RATING, *YES_NO]  # each is one token of Qwen's
+# name: (what is asked, what N may be, what it means)
 QUESTIONS = {
     "qwen-match": (
         'An image generator was given the caption "{prompt}" and drew this picture. Rate the picture from 0 to 5. Ask '
         "yourself whether it shows what the caption says, whether anything is missing, and whether it is realistic, "
-        "sharp and free of artefacts. 0 is useless, 5 could not be better.", RATING),
-    "qwen-real": ("Was this picture taken or made by a person, rather than by an AI image generator?", YES_NO),
+        "sharp and free of artefacts. 0 is useless, 5 could not be better.",
+        5, "your rating, 0 to 5"),
+    "qwen-real": (
+        "Was this picture taken or made by a person, rather than by an AI image generator?",
+        1, "1 for yes and 0 for no"),
     "qwen-odd": (
         "Think of distorted bodies and objects, wrong numbers of parts, things that merge or float, smeared textures "
-        "and garbled writing. Is this picture free of all such oddities?", YES_NO),
+        "and garbled writing. Is this picture free of all such oddities?",
+        1, "1 for yes and 0 for no"),
 }  # fmt: skip
 
 
-def question_text(name, prompt, answer):
-    """The question about a picture of `prompt`, and how to answer it: with a single token, or with JSON."""
-    question, worth = QUESTIONS[name]
-    how = "Answer with one digit and nothing else." if worth is RATING else "Answer yes or no, and nothing else."
-    if answer == "json":
-        scale = "N is your rating, 0 to 5" if worth is RATING else "N is 1 for yes and 0 for no"
-        how = f'Answer with JSON and nothing else: {{"score": N}}, where {scale}.'
-    return f"{question.format(prompt=prompt)} {how}"
+def question_text(name, prompt):
+    """The question about a picture of `prompt`, and the form of the answer."""
+    question, _, meaning = QUESTIONS[name]
+    form = f'Answer with JSON and nothing else: {{"score": N}}, where N is {meaning}.'
+    return f"{question.format(prompt=prompt)} {form}"
 
 
 def read_rating(text, highest):
@@ -372,39 +369,23 @@ def read_rating(text, highest):
     return rating if 0 <= rating <= highest else math.nan
 
 
-def expected_worth(logprobs, worth):
-    """
-    Mean worth of the answers in `logprobs` {token: nats}, whose probabilities are renormalised: other first tokens (an
-    opening quote, a "The") are ignored. NaN if there is no answer.
-    """
-    mass = {token: math.exp(logprobs[token]) for token in worth if token in logprobs}
-    total = sum(mass.values())
-    return sum(p * worth[token] for token, p in mass.items()) / total if total else math.nan
-
-
-def qwen_scores(images, prompts, names, answer, ask):
+def qwen_scores(images, prompts, names, ask):
     """
     {name: (N,)} for the questions `names` about images (N, 3, H, W) in [0, 1]. `ask` maps questions (picture, text) to
-    replies: {token: nats} where `answer` is "probability", texts where it is "json", None for one that is late.
+    texts, "" for one that is late.
     """
     pixels = (images * 255).round().to(torch.uint8).cpu()  # 8 bits, as in the files that it was trained on
     scores = {}
     for name in names:
-        worth, pairs = QUESTIONS[name][1], zip(pixels, prompts, strict=True)
-        replies = ask([(picture, question_text(name, prompt, answer)) for picture, prompt in pairs])
-        if answer == "json":
-            values = [read_rating(reply or "", max(worth.values())) for reply in replies]
-        else:
-            values = [expected_worth(reply or {}, worth) for reply in replies]
-        scores[name] = torch.tensor(values, device=images.device)
+        pairs = zip(pixels, prompts, strict=True)
+        replies = ask([(picture, question_text(name, prompt)) for picture, prompt in pairs])
+        highest = QUESTIONS[name][1]
+        scores[name] = torch.tensor([read_rating(reply, highest) for reply in replies], device=images.device)
     return scores
 
 
-def ask_model(questions, model, processor, answer, batch):
-    """
-    The replies to questions (picture (3, H, W) uint8, text), `batch` at once. probability: ANSWERS at the first
-    position of the reply, from one forward pass. json: up to 64 tokens, the likeliest ones.
-    """
+def ask_model(questions, model, processor, batch):
+    """The likeliest replies, of up to 64 tokens, to questions (picture (3, H, W) uint8, text), `batch` at once."""
     replies = []
     for k in range(0, len(questions), batch):
         pictures, texts = zip(*questions[k : k + batch], strict=True)
@@ -412,14 +393,8 @@ def ask_model(questions, model, processor, answer, batch):
         chats = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=chats, images=list(pictures), padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)  # (n, P) tokens, padded on the left: replies start together
-        if answer == "json":
-            tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            replies += processor.batch_decode(tokens, skip_special_tokens=True)
-        else:
-            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (n, V)
-            ids = processor.tokenizer.convert_tokens_to_ids(ANSWERS)
-            logprobs = logits.log_softmax(-1)[:, ids].tolist()
-            replies += [dict(zip(ANSWERS, row, strict=True)) for row in logprobs]
+        tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        replies += processor.batch_decode(tokens, skip_special_tokens=True)
     return replies
 
 
@@ -448,9 +423,9 @@ def ask_server(questions, loop, **how):
     return [reply.result() for reply in replies]
 
 
-async def ask_once(picture, text, client, model, answer, timeout):
+async def ask_once(picture, text, client, model, timeout):
     """
-    The reply to one question; None if it is not there after `timeout` seconds, or refused with 429 or 5xx, or no JSON.
+    The reply to one question; "" if it is not there after `timeout` seconds, or refused with 429 or 5xx, or no JSON.
     Raises Mistake. The picture (3, H, W) travels as PNG and so arrives unchanged.
     """
     import openai
@@ -460,20 +435,15 @@ async def ask_once(picture, text, client, model, answer, timeout):
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [dict(type="image_url", image_url=dict(url=url)), dict(type="text", text=text)]
-    how = dict(max_tokens=256) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
-    how |= dict(model=model, messages=[dict(role="user", content=content)], temperature=0)
+    how = dict(model=model, messages=[dict(role="user", content=content)], temperature=0, max_tokens=256)
     try:
         reply = await asyncio.wait_for(client.chat.completions.create(**how), timeout)
     except (asyncio.TimeoutError, openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError):
-        return None  # the client raises the second and third at once if Retry-After is above two minutes
+        return ""  # the client raises the second and third at once if Retry-After is above two minutes
     except openai.APIStatusError as error:  # no repetition can mend any other
         raise Mistake(f"--qwen-server {client.base_url} refuses: {' '.join(str(error).split())[:500]}") from None
-    remedy = "OpenAI's form is needed" if answer == "json" else "if it gives no logprobs, use --qwen-answer json"
-    with zoo.reading(f"--qwen-server {client.base_url}: its answer", remedy):
-        if answer == "json":
-            return str(reply.choices[0].message.content)
-        likeliest = reply.choices[0].logprobs.content[0].top_logprobs  # an answer that is not among 20 weighs nothing
-        return {entry.token: entry.logprob for entry in likeliest}
+    with zoo.reading(f"--qwen-server {client.base_url}: its answer", "OpenAI's form is needed"):
+        return str(reply.choices[0].message.content)
 
 
 def server_asker(options):
@@ -493,22 +463,18 @@ def server_asker(options):
     # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    how = dict(model=options["qwen_model"], answer=options["qwen_answer"])
-    how["timeout"] = options["judge_timeout"] / len(options["names"])  # s, for one question about all pictures
-    return partial(ask_server, loop=loop, client=client, **how)
+    timeout = options["judge_timeout"] / len(options["names"])  # s, for one question about all pictures
+    return partial(ask_server, loop=loop, client=client, model=options["qwen_model"], timeout=timeout)
 
 
 def qwen_judge(device, options):
     """One judge for all of the questions in options["names"]. Raises Mistake."""
-    names, answer = options["names"], options["qwen_answer"]
-    if options["qwen_server"]:
-        ask = server_asker(options)
-    else:
+    if not options["qwen_server"]:
         model, processor = load_qwen(device)
-        ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=options["judge_batch"])
-    judge = partial(qwen_scores, names=names, answer=answer, ask=ask)
-    if options["qwen_server"]:
-        judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
+        ask = partial(ask_model, model=model, processor=processor, batch=options["judge_batch"])
+        return partial(qwen_scores, names=options["names"], ask=ask)
+    judge = partial(qwen_scores, names=options["names"], ask=server_asker(options))
+    judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
     return judge
 
 

@@ -384,7 +384,6 @@ LLAMAGEN = dict(
 PAPER = dict(
     learn_cfg=1.0,  # script: log-probabilities without guidance
     lr_schedule="constant",  # script, in effect
-    qwen_answer="json",  # script
 )
 BEYOND = dict(kl="exact", weigh_tokens=True, cfg_scale=1.0)  # found on the toys; not measured on LlamaGen
 BEST_TOY = BEYOND | dict(reward_norm="mean", group_size=16, learn_from=8)
