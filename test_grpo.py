@@ -2017,38 +2017,11 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys)
         places.append(column.file.split("-")[-1])
     assert places[0] == places[1] and len(set(places)) == 1 + len(flags)
     for name, seed in (("evaluation", 0), ("evaluation-2", 1)):
-        evaluate.main([*few, "--seed", str(seed)])
+        evaluate.main([*few, "--seed", str(seed), "--ckpt", str(MODELS["toy-t2i"].ckpt)])
         found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["differences"]["tuned, cfg 1"]["reward: clip"] == [0, 0]  # the same weights and random numbers
+        assert found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
         assert found["seed"] == found["records"]["base, cfg 1"]["seed"] == seed and time.time() - found["time"] < 60
-
-
-@pytest.mark.slow
-def test_genevals_folders_are_what_its_scorer_reads(tmp_path, monkeypatch, capsys, thin_toys):
-    """Catches: a line of GenEval's in another folder, so that another picture is scored; one empty line moves all."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "SHARD", 5)
-    prompts = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
-    lines = [json.dumps(dict(tag="colors", include=[dict(count=1)], prompt=prompt)) for prompt in prompts]
-    Path("lines.jsonl").write_text("\n\n".join(lines) + "\n")
-    how = load_model("toy-t2i"), load_tokenizer("toy-t2i"), load_encoder("toy-t2i")
-    images, _ = sample.draw(*how, [prompt for prompt in prompts for _ in range(4)])
-    pixels = evaluate.as_pixels(images * 2 - 1).astype(int)
-    flags = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5", "--out", "g"]
-    evaluate.main([*flags, "--ckpt", str(MODELS["toy-t2i"].ckpt), "--geneval", "lines.jsonl"])
-    assert "evaluate_images.py g-pictures/COLUMN" in capsys.readouterr().out
-    folders = list(Path("g-pictures").iterdir())
-    assert len(folders) == 2
-    for folder in folders:  # base and tuned are the same weights: so the same random numbers
-        for n, line in enumerate(lines):
-            assert json.loads((folder / f"{n:05d}/metadata.jsonl").read_text()) == json.loads(line)
-            four = [np.asarray(Image.open(folder / f"{n:05d}/samples/{k:04d}.png")) for k in range(4)]
-            assert abs(np.stack(four) - pixels[4 * n : 4 * n + 4]).max() <= 1
-    found = json.loads(Path("g.json").read_text())
-    assert found["differences"]["tuned, cfg 1"]["reward: clip"] == [0, 0]
-    assert found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
-    Path("lines.jsonl").write_text("\n".join([lines[0], json.dumps(dict(prompt="###")), lines[2]]))
-    items = evaluate.geneval_items(Path("lines.jsonl"), "llamagen-t2i-xl-256")
-    assert [json.loads(item.metadata)["prompt"] for item in items] == [prompts[k] for k in (0, 0, 0, 0, 2, 2, 2, 2)]
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
@@ -2384,6 +2357,27 @@ def test_the_readme_holds(tmp_path, monkeypatch):
                 {"train": train, "sample": sample, "evaluate": evaluate}[script].parse_args(shlex.split(flags))
             except Mistake as error:  # all that is missing is a download
                 assert "huggingface.co/" in str(error), flags
+
+
+def test_the_readmes_snippets_write_what_scorers_read(tmp_path, monkeypatch):
+    """Catches: a line of GenEval's in another folder, or DPG's four pictures in another order: others are scored."""
+    monkeypatch.chdir(tmp_path)
+    geneval, dpg = re.findall(r"```python\n# .*?(from pathlib.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), np.uint8)
+    np.savez("geneval.npz", arr_0=pixels)
+    np.savez("dpg.npz", arr_0=pixels)
+    Path("evaluation_metadata.jsonl").write_text("first\nsecond\n")
+    Path("dpg_bench/prompts").mkdir(parents=True)
+    for name in "ab":
+        Path(f"dpg_bench/prompts/{name}.txt").touch()
+    exec(geneval, {})
+    exec(dpg, {})
+    for n, line in enumerate(("first", "second")):
+        assert Path(f"geneval/{n:05d}/metadata.jsonl").read_text() == line
+        four = [np.asarray(Image.open(f"geneval/{n:05d}/samples/{k:04d}.png")) for k in range(4)]
+        assert np.array_equal(four, pixels[4 * n : 4 * n + 4])
+    a, b, c, d = pixels[4:]
+    assert np.array_equal(np.asarray(Image.open("b.png")), np.block([[[a], [b]], [[c], [d]]]))
 
 
 OURS = sorted(path.stem for path in HERE.glob("*.py"))
