@@ -149,9 +149,9 @@ def split(batch, size):
     return [type(batch)(*values) for values in zip(*columns, strict=True)]
 
 
-def take(rollout, rows):
-    """Some rows of a Rollout."""
-    return Rollout(*[values[rows] for values in rollout])
+def take(batch, rows):
+    """Some rows of a Rollout or Batch."""
+    return type(batch)(*[values[rows] for values in batch])
 
 
 def sampler_gap(logprobs, sampled_logprobs):

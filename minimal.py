@@ -98,11 +98,8 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
         if step == 0:
             with torch.no_grad():
                 after = log_policy(policy, labels, tokens, cfg).gather(-1, tokens[..., None])[..., 0]  # (N, T)
-            report.draw_step(  # of the first group
-                OUT / "step.png", captions[0], images[:G], tokens[:G],
-                {name: values[:G] for name, values in scores.items()},
-                rewards[:G], advantages[:G, 0], (after - old_logprobs)[:G], REWARD_WEIGHTS, n=B * G,
-            )  # fmt: skip
+            what = images, tokens, scores, rewards, advantages, after - old_logprobs
+            report.draw_step(OUT / "step.png", captions[0], *what, REWARD_WEIGHTS, G)  # the first group
     return policy
 
 

@@ -26,7 +26,7 @@ import data
 import parallel
 import report
 import zoo
-from grpo import Rollout, log_policy
+from grpo import Batch, Rollout, at_tokens, log_policy, take
 from model import image_noise
 from prompts import captions_of, load_encoder, read_prompts
 from rewards import (
@@ -144,6 +144,25 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
     with report.guest(name):
         report.save_grid(args.out / name, images, labels, columns, title=title)
     return images
+
+
+@torch.no_grad()
+def draw_group(args, step, policy, parts, images, captions, scores, rewards, kept):
+    """
+    Of the first, the middle and the last step, draws what the update did to the tokens of one group. parts: its
+    micro-batches; kept: the rows of images, scores and rewards that they hold.
+    """
+    if step not in (0, args.steps // 2, args.steps - 1):
+        return
+    batch = Batch(*[torch.cat(values) for values in zip(*parts, strict=True)])
+    group = take(batch, slice(args.learn_from))
+    with zoo.autocast(args.device, args.dtype):
+        after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
+    scores = {name: values[kept] for name, values in scores.items()}
+    what = images[kept], batch.tokens, scores, rewards[kept], batch.advantages, after - group.old_logprobs
+    path = args.out / f"samples/group_{step:05d}.png"
+    with report.guest(path):
+        report.draw_step(path, captions[0], *what, args.rewards, args.learn_from)
 
 
 def finish_run(args, policies, before, tokenizer, encode, judges):

@@ -47,7 +47,6 @@ import torch
 
 import data
 import parallel
-import report
 import sample
 import zoo
 from grpo import (
@@ -173,7 +172,7 @@ def train(args, run):
         metrics |= verify(args, images, captions)
         run.lap("report")
         own_scores = {name: values[rows] for name, values in scores.items()}
-        draw_group(args, step, policy, parts, images, captions, own_scores, rewards, kept)
+        sample.draw_group(args, step, policy, parts, images, captions, own_scores, rewards, kept)
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         run.end_step(step, parallel.average({"step": step} | metrics))
@@ -273,32 +272,6 @@ def verify(args, images, captions):
         return {}
     right = [data.satisfies(image, caption) for image, caption in zip(images.cpu(), captions, strict=True)]
     return dict(right=float(np.mean(right)))
-
-
-@torch.no_grad()
-def draw_group(args, step, policy, parts, images, captions, scores, rewards, kept):
-    """Of the first, the middle and the last step, draws one group: what the update did to the tokens of its images."""
-    if step not in (0, args.steps // 2, args.steps - 1):
-        return
-    K = args.learn_from
-    first = kept[:K]  # the rows of the first group
-    group = Batch(*[torch.cat(values)[:K] for values in zip(*parts, strict=True)])
-    with zoo.autocast(args.device, args.dtype):
-        after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
-    path = args.out / f"samples/group_{step:05d}.png"
-    with report.guest(path):
-        report.draw_step(
-            path,
-            captions[0],
-            images[first],
-            group.tokens,
-            {name: values[first] for name, values in scores.items()},
-            rewards[first],
-            group.advantages,
-            after - group.old_logprobs,
-            args.rewards,
-            n=len(kept),
-        )
 
 
 def learning_metrics(history, grad_norms):
