@@ -544,19 +544,17 @@ def resolve(args):
 
 def name_files(args, header):
     """Sets args.out, and args.work for shards. In a folder no table is written over: others are evaluation-2, ..."""
-    folder = args.out or Path("out")
-    if not args.out and args.ckpt and header["step"]:  # beside a policy of ours, but not in the hub's cache
-        folder = args.policies[1][0].parent
     if args.out and not args.out.is_dir():
         args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
-        args.work = args.out.with_name(f"{args.out.name}.parts")
     else:
-        args.work = folder / "evaluation.parts"
+        ours = args.ckpt and header["step"]  # a folder of ours, not of the hub's cache
+        folder = args.out or (args.policies[1][0].parent if ours else Path("out"))
         args.out = folder / "evaluation"
         number = 1
         while args.out.with_suffix(".json").exists():
             number += 1
             args.out = folder / f"evaluation-{number}"
+    args.work = args.out.parent / "evaluation.parts"
     zoo.make_folder(args.out.parent)
 
 

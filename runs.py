@@ -35,10 +35,6 @@ FREE = (
     "checkpoint_layers", "shard", "out", "save_every", "resume",
 )  # fmt: skip
 PATIENCE = 5  # steps in a row that may fail
-OUTPUTS = (  # of training alone: a new run in a folder without state.pt removes them
-    "metrics.jsonl", "events.out.tfevents.*", "before.png", "after.png", "before-after.png", "curves.png",
-    "report.html", "samples/step_*.png", "samples/group_*.png",
-)  # fmt: skip
 
 
 class Run:
@@ -85,11 +81,12 @@ class Run:
         self.content["prompts"] = hashlib.sha256(json.dumps(args.pool).encode()).hexdigest()
         if args.resume:
             self.resume()
-        elif parallel.rank() == 0:
-            for path in [path for pattern in OUTPUTS for path in self.folder.glob(pattern)]:
-                path.unlink()
-        text = json.dumps(self.settings | dict(steps=args.steps), indent=1)
-        zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(text))
+        log = "".join(
+            json.dumps(row) + "\n" for row in self.history
+        )  # what a killed run logged beyond its last save goes
+        flags = json.dumps(self.settings | dict(steps=args.steps), indent=1)
+        zoo.write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(log))
+        zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(flags))
         if self.first_step < args.steps and threading.current_thread() is threading.main_thread():
             self.catch_signals()  # Python lets only the main thread handle them
         self.seconds, self.since = {}, time.perf_counter()
@@ -213,8 +210,6 @@ class Run:
         lines = path.read_text().splitlines()[: self.first_step] if path.exists() else []
         with zoo.reading(path, "delete it and resume: the weights are whole"):
             self.history = [row for row in map(json.loads, lines) if row["step"] < self.first_step]
-        text = "".join(json.dumps(row) + "\n" for row in self.history)
-        zoo.write_whole(path, lambda new: new.write_text(text))
 
 
 def warnings(history, settings):
