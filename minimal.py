@@ -110,8 +110,7 @@ def main():
     rows = []
     for model in (load_model("toy-c2i"), policy):  # the same classes and random numbers
         tokens, _ = model.generate(labels, noise=noise)  # (8, T)
-        with torch.no_grad():
-            rows.append(to_unit(tokenizer.decode(tokens)))  # (8, 3, 64, 64)
+        rows.append(to_unit(tokenizer.decode(tokens)))  # (8, 3, 64, 64)
     captions = captions_of("toy-c2i", labels.tolist())
     report.save_grid(OUT / "before-after.png", torch.cat(rows), captions * 2, columns=8, title="before above after")
     print(f"Look at {OUT}/before-after.png and {OUT}/step.png")

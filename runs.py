@@ -3,7 +3,7 @@ A run's folder: hold it, resume, time the steps, log, save, stop.
 
     state.pt              all that --resume needs; written whole, and it alone decides whether there is a run
     policy.safetensors    the weights of the last save, for sample.py and evaluate.py
-    metrics.jsonl         a line per step; TensorBoard events beside it hold the same
+    metrics.jsonl         a line per step
     flags.json            the settings
     lock                  held while a process writes to the folder
 
@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.folder, self.state_file = args, args.out, args.out / "state.pt"
-        self.lock = self.events = None
+        self.lock = None
         self.signal, self.old_handlers = 0, {}
         self.first_step, self.history, self.said = 0, [], set()
 
@@ -66,8 +66,6 @@ class Run:
         self.release_signals()
         if self.lock:
             self.lock.release()
-        if self.events:
-            self.events.close()
 
     def begin(self, policy, optimizer):
         """Starts the run or resumes it."""
@@ -145,27 +143,11 @@ class Run:
         path = self.folder / "metrics.jsonl"
         with zoo.writing(path), open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        self.show_in_tensorboard(metrics)
         parallel.say(step_line(metrics, self.args.rewards, sum(self.seconds.values()), self.args.steps))
         for what, sentence in warnings(self.history, self.settings).items():
             if what not in self.said:
                 parallel.say(f"WARNING: {sentence}")
                 self.said.add(what)
-
-    def show_in_tensorboard(self, metrics):
-        """What fails in TensorBoard, or in a tensorflow beside it, costs the events and a line."""
-        try:
-            if self.events is None:
-                from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
-
-                self.events = SummaryWriter(self.folder, purge_step=metrics["step"])
-            if self.events:
-                for name, value in metrics.items():
-                    self.events.add_scalar(name, value, metrics["step"])
-                self.events.flush()  # so a full disk is met here, not in a thread of its own
-        except Exception as error:
-            self.events = False
-            parallel.say(f"no more TensorBoard events ({type(error).__name__}: {error}); the run goes on")
 
     def check_that_it_learns(self):
         last, images = self.history[-PATIENCE:], self.args.prompts_per_step * self.args.group_size

@@ -919,10 +919,8 @@ def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
 
 
-def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys, no_pages, thin_toys):
-    """Catches: steps lost to a terminal that was closed, to `| head`, or to a tensorflow that does not fit."""
-    gone = mock.Mock(side_effect=OSError(errno.EIO, "x"))
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", gone)
+def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, no_pages, thin_toys):
+    """Catches: steps lost to a terminal that was closed, or to `| head`."""
     read, write = os.pipe()
     os.close(read)
     monkeypatch.setattr(train, "decode", train.decode)  # put back afterwards
@@ -932,7 +930,6 @@ def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys,
         parallel.Screen(stream).flush()
     print("closed", file=parallel.Screen(stream))
     assert torch.load(tmp_path / "run/state.pt")["step"] == 2
-    assert capsys.readouterr().out.count("no more TensorBoard events") == 1
 
 
 def test_a_bug_inside_keeps_its_traceback_and_leaves_the_process_as_it_was(tiny_run, monkeypatch, no_pages, thin_toys):
@@ -2128,7 +2125,7 @@ def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_
         quick.setattr(report, "chart_of", lambda *_: "")  # half of a page's time, and another page follows
         _, run, (first, second) = tiny_run(task, "--updates-per-batch", "2")
     assert "curves.png is left out (ZeroDivisionError" in capsys.readouterr().out
-    files = "before.png after.png before-after.png report.html policy.safetensors state.pt events* samples/*.png"
+    files = "before.png after.png before-after.png report.html policy.safetensors state.pt samples/*.png"
     assert all(list(run.glob(file)) for file in files.split())
     assert len({file.stat().st_mode for file in run.iterdir() if file.suffix in (".png", ".safetensors", ".pt")}) == 1
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does

@@ -12,13 +12,9 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
                                                             (which KL's gradient is taken: see grpo.grpo_loss)
 
-The loop is the function `train`. Results go to a folder (out/TASK): report.html (a page with all of it), before.png,
-after.png, before-after.png, curves.png, metrics.jsonl (a line per step; the README explains every entry), flags.json,
-samples/ (the same prompts and seeds during training), TensorBoard events, policy.safetensors, and state.pt for
---resume.
-
-minimal.py is the same algorithm in a hundred lines; this adds flags, resuming, several processes, the official models,
-and what goes beyond the paper.
+The loop is the function `train`. Results go to a folder (out/TASK), of which report.html is a page: see runs.py. The
+README explains what is logged. minimal.py is the same algorithm in a hundred lines; this adds flags, resuming, several
+processes, the official models, and what goes beyond the paper.
 
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
 images (--learn-cfg; see grpo.py). Weights are float32; the official t2i run keeps them in bfloat16, and its c2i run
