@@ -65,7 +65,6 @@ from metrics import as_cells, as_table, compare, feature_figures, mean_of, refer
 from prompts import captions_of, fixed_prompts, load_encoder, read_prompts
 from rewards import (
     clip_image_features,
-    held_out,
     judge_images,
     judge_options,
     load_clip,
@@ -375,7 +374,7 @@ def ask_judges(pixels, prompts, judges, args):
     scores = {judge: values.cpu().double() for judge, values in scores.items()}
     found = {}
     for judge, values in scores.items():
-        label = f"{judge} (held out)" if judge in held_out(args.rewards) else judge
+        label = f"{judge} (held out)" if args.rewards[judge] == 0 else judge
         found[f"reward: {label}"] = values
     if len(scores) > 1:
         found["reward: weighted sum"] = weighted_sum(scores, args.rewards)

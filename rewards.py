@@ -52,6 +52,7 @@ TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configu
 HPS = "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt"
 MANIQA = "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt"
 QWEN, QWEN_COMMIT = "Qwen/Qwen2.5-VL-3B-Instruct", "66285546d2b821cf421d4f5eb2576359d3770cd3"
+AT_ONCE = 8  # images in a pass of MANIQA or Qwen: affects memory only
 HUB_CACHE = "HF_HOME, the folder of the hub's cache"  # which brings a judge's files to a machine without a network
 
 
@@ -76,16 +77,6 @@ def parse_rewards(text):
     if not any(weights.values()):
         raise Mistake("--rewards: all weights are 0, so nothing would be learned")
     return weights
-
-
-def rewards_text(weights):
-    """{"clip": 1.0, "realism": 0.25} -> "clip=1,realism=0.25", which parse_rewards reads as the same numbers."""
-    return ",".join(f"{name}={str(weight).removesuffix('.0')}" for name, weight in weights.items())
-
-
-def held_out(weights):
-    """The judges of weight 0: they are logged and have no say."""
-    return [name for name, weight in weights.items() if weight == 0]
 
 
 def load_judges(names, device="cpu", options=None):
@@ -153,7 +144,6 @@ def add_judge_flags(add):
     add("--qwen-model", metavar="NAME", help="the server's model to ask (default: the only one it lists)")
     add("--judge-timeout", type=float, default=300.0, help="seconds that --qwen-server may take per batch, retries "
         "included; late scores are missing (default 300)")  # fmt: skip
-    add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; affects memory only (16)")
 
 
 def judge_options(args=None, model="toy-c2i"):
@@ -161,7 +151,7 @@ def judge_options(args=None, model="toy-c2i"):
     parser = zoo.script_parser()
     add_judge_flags(parser.add_argument)
     defaults = parser.parse_args([])
-    zoo.check_range(args or defaults, judge_batch=1, judge_timeout=0)
+    zoo.check_range(args or defaults, judge_timeout=0)
     options = {name: getattr(args or defaults, name) for name in vars(defaults)}
     # The toy's CLIP knows only the toy's pictures; open_clip's models know none of them.
     own = zoo.is_toy(model) and not options["clip_pretrained"]
@@ -313,14 +303,14 @@ def even_crops(images, rows, columns):
     return torch.stack([images[..., y : y + 224, x : x + 224] for y in tops for x in lefts], 1).flatten(0, 1)
 
 
-def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
+def maniqa_values(images, prompts, network, rows=4, columns=5):
     """
     MANIQA's scores (N,), about 0 to 1, of square images (N, 3, H, H) in [0, 1]: the mean over 20 crops, as in the
     official code. Its crops are random, so two equal pictures of a group get different scores, and pyiqa's never reach
     the last 8 rows of 256.
     """
     scores = []
-    for part in images.split(batch):
+    for part in images.split(AT_ONCE):
         # Peak memory: 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
         # pyiqa enlarges 224 px to 225, which blurs. Of 225 px it takes the first 224 as they are.
         crops = F.pad(even_crops(part, rows, columns), (0, 1, 0, 1))
@@ -331,7 +321,7 @@ def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
 def maniqa_judge(device, options):
     path = zoo.find_file(MANIQA, HUB_CACHE)
     network = zoo.load_strict(maniqa_network(), zoo.read_weights(path), path).eval().requires_grad_(False).to(device)
-    return partial(maniqa_values, network=network, batch=options["judge_batch"])
+    return partial(maniqa_values, network=network)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -384,11 +374,11 @@ def qwen_scores(images, prompts, names, ask):
     return scores
 
 
-def ask_model(questions, model, processor, batch):
-    """The likeliest replies, of up to 64 tokens, to questions (picture (3, H, W) uint8, text), `batch` at once."""
+def ask_model(questions, model, processor):
+    """The likeliest replies, of up to 64 tokens, to questions (picture (3, H, W) uint8, text)."""
     replies = []
-    for k in range(0, len(questions), batch):
-        pictures, texts = zip(*questions[k : k + batch], strict=True)
+    for k in range(0, len(questions), AT_ONCE):
+        pictures, texts = zip(*questions[k : k + AT_ONCE], strict=True)
         chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])] for text in texts]
         chats = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=chats, images=list(pictures), padding=True, return_tensors="pt")
@@ -471,7 +461,7 @@ def qwen_judge(device, options):
     """One judge for all of the questions in options["names"]. Raises Mistake."""
     if not options["qwen_server"]:
         model, processor = load_qwen(device)
-        ask = partial(ask_model, model=model, processor=processor, batch=options["judge_batch"])
+        ask = partial(ask_model, model=model, processor=processor)
         return partial(qwen_scores, names=options["names"], ask=ask)
     judge = partial(qwen_scores, names=options["names"], ask=server_asker(options))
     judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout

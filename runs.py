@@ -31,7 +31,7 @@ from zoo import Mistake
 # first run, to draw the same curve.
 FREE = (
     "preset", "task", "ckpt", "base", "vq_ckpt", "text_encoder", "classes", "class_names", "prompts", "pool", "steps",
-    "qwen_server", "qwen_model", "judge_timeout", "judge_batch", "judge_options", "device", "compile", "micro_batch",
+    "qwen_server", "qwen_model", "judge_timeout", "judge_options", "device", "compile", "micro_batch",
     "checkpoint_layers", "shard", "out", "save_every", "resume",
 )  # fmt: skip
 PATIENCE = 5  # steps in a row that may fail

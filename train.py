@@ -66,12 +66,10 @@ from prompts import captions_of, load_encoder, read_prompts, wordnet_classes
 from rewards import (
     add_judge_flags,
     fill_missing,
-    held_out,
     judge_images,
     judge_options,
     load_judges,
     parse_rewards,
-    rewards_text,
     weighted_sum,
 )
 from runs import Run
@@ -324,10 +322,9 @@ def announce(args, policy, steps):
     say(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
     say(f"{B * G} images/step = {B} prompts x {G} samples, {few}in micro-batches of {here}; "
         f"{args.updates_per_batch} update(s) per batch, {steps} steps")  # fmt: skip
-    say(f"rewards {rewards_text(args.rewards)}; sampled at cfg {args.cfg_scale:g}, learned at cfg {args.learn_cfg:g}; "
+    rewards = ",".join(f"{judge}={weight:g}" for judge, weight in args.rewards.items())
+    say(f"rewards {rewards}; sampled at cfg {args.cfg_scale:g}, learned at cfg {args.learn_cfg:g}; "
         f"lr {args.lr:g}, KL {args.kl_coef:g} ({args.kl}); writing to {args.out}/")  # fmt: skip
-    for name in held_out(args.rewards):
-        say(f"held out: {name}, which is logged and has no say")
 
 
 # ---------------------------------------------------------------------------------------------------------------
