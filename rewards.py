@@ -203,7 +203,7 @@ def clip_scores(images, prompts, model, words, names, said):
     """
     distinct = list(dict.fromkeys(prompts))  # the samples of a group share a prompt
     tokens = words(distinct)  # (distinct, 77): no more of a caption is read
-    whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # goes on where a caption is cut
+    whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # has no end mark where a caption was cut
     if not said and (cut := (whole != tokens).any(1).sum().item()):
         said.append(f"{names[0]}: {cut} of {len(distinct)} captions are longer than this CLIP reads, and are cut")
         parallel.say(said[0])

@@ -193,7 +193,7 @@ def beyond_minimal(task, lr, kl_coef, ref_cfg=1.0, mean=False, weigh=False, step
 
 MINIMAL = {  # flags of train.py, arguments of minimal.train, constants of it and of train.py
     "plain": ([], {}, {}),
-    "guided": (["--cfg-scale", "2"], dict(cfg=2.0), dict(MAX_GRAD_NORM=0.2)),
+    "guided": (["--cfg-scale", "2"], dict(cfg_scale=2.0), dict(MAX_GRAD_NORM=0.2)),
     # at 0.01 a token stands so near the clip's edge that another number of threads puts it on the other side
     "twice": (["--updates-per-batch", "2", "--clip-eps", "0.05"], dict(updates=2), dict(CLIP_EPS=0.05)),
 }

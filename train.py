@@ -291,8 +291,8 @@ def build(args):
     mode: with dropout, the policy that is learned would not be the one that sampled.
     """
     policy = zoo.load_model(args.model, args.base, args.device, args.compile)
-    # With adapters the weights themselves never change, so policy and reference share them: deepcopy copies nothing
-    # that its memo holds.
+    # With adapters the weights themselves never change, so policy and reference share them: what deepcopy finds in its
+    # second argument it takes as it is.
     shared = {id(p): p for p in policy.parameters()} if args.lora_rank else {}
     ref_model = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.lora_rank:
