@@ -36,8 +36,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 @contextmanager
-def guest(what):
-    """A picture is a guest of training: one that fails costs itself and a line, not the run."""
+def optional(what):
+    """A picture that fails costs itself and a line, not the run."""
     try:
         yield
     except Exception as error:

@@ -86,13 +86,15 @@ def load_judges(names, device="cpu", options=None):
     FileNotFoundError.
     """
     options = {} if options is None else options
-    options |= judge_options() | options
-    judges = {}
+    for flag, value in judge_options().items():
+        options.setdefault(flag, value)
+    together = {}  # {factory, or pyiqa:NAME: the names that are one judge}
     for name in names:
-        factory = JUDGES.get(name, pyiqa_judge)
-        options["names"] = [other for other in names if JUDGES.get(other) is factory] or [name]
-        if options["names"][0] == name:
-            judges[name] = factory(device, options)
+        together.setdefault(JUDGES.get(name, name), []).append(name)
+    judges = {}
+    for own in together.values():
+        options["names"] = own
+        judges[own[0]] = JUDGES.get(own[0], pyiqa_judge)(device, options)
     return judges
 
 

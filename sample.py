@@ -141,7 +141,7 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
     for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
         verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
         labels[k] += "\n" + "\u00a0 ".join(verdicts)
-    with report.guest(name):
+    with report.optional(name):
         report.save_grid(args.out / name, images, labels, columns, title=title)
     return images
 
@@ -161,7 +161,7 @@ def draw_group(args, step, policy, parts, images, captions, scores, rewards, kep
     scores = {name: values[kept] for name, values in scores.items()}
     what = images[kept], batch.tokens, scores, rewards[kept], batch.advantages, after - group.old_logprobs
     path = args.out / f"samples/group_{step:05d}.png"
-    with report.guest(path):
+    with report.optional(path):
         report.draw_step(path, captions[0], *what, args.rewards, args.learn_from)
 
 
@@ -179,16 +179,16 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     captions = captions_of(args.model, prompts, args.class_names)
     labels = [label_images(args.model, before, captions, "before: ")]
     labels += [label_images(args.model, after, captions, "after: ")]
-    with report.guest("before-after.png"):
+    with report.optional("before-after.png"):
         pictures, texts = report.interleave([before, after], labels, columns)
         report.save_grid(args.out / "before-after.png", pictures, texts, columns, title=f"before above {title}")
-    with report.guest("curves.png"):
+    with report.optional("curves.png"):
         report.write_curves(args.out)
-    with report.guest("the picture token by token"), zoo.autocast(args.device, args.dtype):
+    with report.optional("the picture token by token"), zoo.autocast(args.device, args.dtype):
         how = tokenizer, *encode(prompts[-1:]), args.cfg_scale, args.temperature
         written = {name: write_picture(model, *how) for name, model in policies.items()}
         report.save_writers(args.out, captions[-1], written)
-    with report.guest("report.html"):
+    with report.optional("report.html"):
         report.write_page(args.out)
     parallel.say(
         f"Look at {args.out}/report.html, or before-after.png and curves.png; "
