@@ -39,7 +39,6 @@ if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -196,19 +195,10 @@ def file_name(name, record):
 SHARD = 256  # pictures: neither --batch-size nor the number of processes moves the limits of a shard
 
 
-def draw_columns(args, columns, judges):
-    """Draws what the folders of the policies' columns lack."""
-    tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-    encode = load_encoder(args.model, args.text_encoder, args.device, args.prompts)
-    for weights, own in itertools.groupby(columns, lambda column: column.weights):
-        model = zoo.load_model(args.model, weights, args.device, args.compile)
-        for column in own:
-            draw_column(args, column, judges, model, tokenizer, partial(encode, pad=column.record["text_pad"]))
-        del model  # before the next one: two of the large ones may not fit
-
-
-def draw_column(args, column, judges, model, tokenizer, encode):
+def draw_column(args, column, judges, tokenizer, encode):
     """Draws the shards that a policy's folder lacks. All processes draw a shard together."""
+    model = zoo.load_model(args.model, column.weights, args.device, args.compile)
+    encode = partial(encode, pad=column.record["text_pad"])
     zoo.make_folder(args.work / column.file)
     options = dict(cfg_scale=column.record["cfg"], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options |= dict(batch_size=args.batch_size, dtype=args.dtype, progress=True)
@@ -601,7 +591,11 @@ def run(args):
         looks.append(partial(ask_judges, judges=judges, args=args))
     # 2. draw what is not there yet, and score
     if args.policies:
-        draw_columns(args, [column for column in columns if column.weights], judges)
+        tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
+        encode = load_encoder(args.model, args.text_encoder, args.device, args.prompts)
+    for column in columns:
+        if column.weights:
+            draw_column(args, column, judges, tokenizer, encode)
     figures = {}
     for column in columns:
         found = score(column.name, column.shards(), looks, args)
