@@ -9,7 +9,6 @@ field's protocols, so that figures compare with other people's.
     python evaluate.py --ckpt out/llamagen-b-256 --cfg-scale 2 --num 50000 --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py --samples theirs.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py --ckpt out/llamagen-t2i-xl-256 --prompts drawbench.txt --rewards clip,hps,maniqa
-    python evaluate.py --ckpt out/llamagen-t2i-xl-256 --geneval evaluation_metadata.jsonl
 
     right         share of pictures that the verifier accepts (data.py), in all and by shape (c2i) or category (t2i)
     rewards       mean score of each judge
@@ -40,7 +39,6 @@ if __name__ == "__main__":  # before torch, whose OpenMP reads it while it loads
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -63,10 +61,9 @@ import parallel
 import zoo
 from grpo import Rollout, entropy_of, log_policy
 from metrics import as_cells, as_table, compare, feature_figures, mean_of, reference_of
-from prompts import captions_of, fixed_prompts, known_caption, load_encoder, read_prompts
+from prompts import captions_of, fixed_prompts, load_encoder, read_prompts
 from rewards import (
     clip_image_features,
-    held_out,
     judge_images,
     judge_options,
     load_clip,
@@ -136,13 +133,6 @@ def shrunk(pixels):
 # Columns: what is scored, and what decides its pictures
 
 
-class Item(NamedTuple):
-    """What a picture is asked for."""
-
-    prompt: int | str  # a label or a caption
-    metadata: str = ""  # the line of GenEval's that it belongs to
-
-
 class Column(NamedTuple):
     """Pictures with one place in the table."""
 
@@ -171,7 +161,7 @@ def columns_of(args):
             columns.append(Column(name, file, record, partial(read_folder, args.work / file), path))
     if args.toy:
         tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-        record = dict(role="renders", name="renders", policy=None, cfg=None, num=len(args.items))
+        record = dict(role="renders", name="renders", policy=None, cfg=None, num=len(args.prompts))
         columns.append(Column("renders, round trip", "renders", record, partial(renders, args, 2, tokenizer)))
     return columns
 
@@ -182,8 +172,8 @@ def record_of(args, path):
     record = {flag: getattr(args, flag) for flag in flags}
     record["content"] = zoo.content_of(args.model, path, args.vq_ckpt, args.text_encoder)
     record["policy"] = record["content"].pop("base")
-    record["num"] = len(args.items)
-    record["prompts"] = hash_of(args.items)
+    record["num"] = len(args.prompts)
+    record["prompts"] = hash_of(args.prompts)
     record["device"] = args.device.partition(":")[0]  # each process of torchrun has a GPU of its own
     return record
 
@@ -200,34 +190,23 @@ def file_name(name, record):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Shards: {arr_0: pixels (n, H, W, 3) uint8, as ADM calls them; prompts: labels or captions (n,)}; in the folder of a
-# policy also tokens (n, T), entropy (n,) in nats, and metadata (n,)
+# policy also tokens (n, T), and entropy (n,) in nats
 
 SHARD = 256  # pictures: neither --batch-size nor the number of processes moves the limits of a shard
 
 
-def draw_columns(args, columns, judges):
-    """Draws what the folders of the policies' columns lack."""
-    tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
-    prompts = [item.prompt for item in args.items]
-    encode = load_encoder(args.model, args.text_encoder, args.device, prompts)
-    for weights, own in itertools.groupby(columns, lambda column: column.weights):
-        model = zoo.load_model(args.model, weights, args.device, args.compile)
-        for column in own:
-            draw_column(args, column, judges, model, tokenizer, partial(encode, pad=column.record["text_pad"]))
-        del model  # before the next one: two of the large ones may not fit
-
-
-def draw_column(args, column, judges, model, tokenizer, encode):
+def draw_column(args, column, judges, tokenizer, encode):
     """Draws the shards that a policy's folder lacks. All processes draw a shard together."""
+    model = zoo.load_model(args.model, column.weights, args.device, args.compile)
+    encode = partial(encode, pad=column.record["text_pad"])
     zoo.make_folder(args.work / column.file)
     options = dict(cfg_scale=column.record["cfg"], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options |= dict(batch_size=args.batch_size, dtype=args.dtype, progress=True)
-    starts = range(0, len(args.items), SHARD)
+    starts = range(0, len(args.prompts), SHARD)
     for start in tqdm(starts, desc=column.name, unit="shard", disable=parallel.rank() > 0):
-        path, items = args.work / column.file / f"{start:06d}.npz", args.items[start : start + SHARD]
+        path, prompts = args.work / column.file / f"{start:06d}.npz", args.prompts[start : start + SHARD]
         if parallel.largest(int(path.exists())):  # the same answer in all processes
             continue
-        prompts = [item.prompt for item in items]
         best = args.best_of, judges, args.rewards, captions_of(args.model, prompts)
         images, tokens = draw_best(*best, model, tokenizer, encode, prompts, args.seed, first=start, **options)
         shard = dict(
@@ -235,7 +214,6 @@ def draw_column(args, column, judges, model, tokenizer, encode):
             prompts=np.array(prompts),
             tokens=tokens.numpy(),
             entropy=entropies(model, encode, prompts, tokens, args.dtype),
-            metadata=np.array([item.metadata for item in items]),
         )
         zoo.write_whole(path, partial(np.savez, **shard))
     parallel.largest(0)  # waits for the first process, which writes
@@ -262,8 +240,8 @@ def read_folder(folder):
 @torch.no_grad()
 def renders(args, seed, tokenizer=None):
     """Yields shards of renders of the prompts, from (--seed, seed, a number); with a tokenizer, through it and back."""
-    for start in range(0, len(args.items), SHARD):
-        prompts = [item.prompt for item in args.items[start : start + SHARD]]
+    for start in range(0, len(args.prompts), SHARD):
+        prompts = args.prompts[start : start + SHARD]
         captions = enumerate(captions_of(args.model, prompts), start)
         images = [data.render([caption], np.random.default_rng([args.seed, seed, k])) for k, caption in captions]
         pixels = as_pixels(torch.from_numpy(np.concatenate(images)) * 2 - 1)
@@ -329,7 +307,7 @@ def labels_of(path, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures for other programs
+# Scoring
 
 
 def join(column, path):
@@ -346,33 +324,6 @@ def join(column, path):
         key = "labels" if prompts.dtype.kind == "i" else "prompts"
         with archive.open(f"{key}.npy", "w") as file:
             np.lib.format.write_array(file, prompts)
-
-
-def geneval_items(path, model):
-    """Four Items for each line of GenEval's metadata; none for a prompt that T5's cleaning empties. Raises Mistake."""
-    with zoo.reading(path, "GenEval's evaluation_metadata.jsonl is needed"):
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        items = [Item(known_caption(model, json.loads(line)["prompt"]), line) for line in lines]
-    for item in items:
-        if not item.prompt:
-            parallel.say(f"--geneval: left out, because nothing of its prompt remains: {item.metadata}")
-    return [item for item in items if item.prompt for _ in range(4)]
-
-
-def write_geneval(folder, column):
-    """Puts pictures where GenEval's scorer looks: FOLDER/00000/samples/0000.png, with metadata.jsonl."""
-    k = 0
-    for shard in column.shards():
-        for picture, line in zip(shard["arr_0"], shard["metadata"], strict=True):
-            place = folder / f"{k // 4:05d}"
-            (place / "samples").mkdir(parents=True, exist_ok=True)
-            (place / "metadata.jsonl").write_text(f"{line}\n", encoding="utf-8")
-            Image.fromarray(picture).save(place / f"samples/{k % 4:04d}.png")
-            k += 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scoring
 
 
 @torch.no_grad()
@@ -413,7 +364,7 @@ def ask_judges(pixels, prompts, judges, args):
     scores = {judge: values.cpu().double() for judge, values in scores.items()}
     found = {}
     for judge, values in scores.items():
-        label = f"{judge} (held out)" if judge in held_out(args.rewards) else judge
+        label = f"{judge} (held out)" if args.rewards[judge] == 0 else judge
         found[f"reward: {label}"] = values
     if len(scores) > 1:
         found["reward: weighted sum"] = weighted_sum(scores, args.rewards)
@@ -508,8 +459,6 @@ def write_results(args, columns, figures):
     for found in figures.values():
         missing = [f"No {metric}: {why}." for metric, why in found.items() if isinstance(why, str)]
         parts += [line for line in missing if line not in parts]
-    if args.geneval:
-        parts.append(f"For github.com/djghosh13/geneval: evaluation/evaluate_images.py {args.out}-pictures/COLUMN")
     facts["time"] = time.time()
     facts["records"] = {column.name: column.record for column in columns}
     facts |= dict(columns={}, standard_errors={}, differences=changes)
@@ -538,8 +487,6 @@ def parse_args(argv=None):
     only = parser.add_mutually_exclusive_group().add_argument
     only("--classes", nargs="+", metavar="CLASS", help="c2i: only these, names or numbers, in turn (default: all)")
     only("--prompts", nargs="+", metavar="TEXT", help="t2i: captions or files of them, in turn (the toy has its own)")
-    only("--geneval", type=zoo.user_path, metavar="FILE", help="t2i: GenEval's evaluation_metadata.jsonl; draws four "
-         "pictures per line into the folders that its scorer reads")  # fmt: skip
     only("--samples", nargs="+", type=zoo.user_path, default=[], metavar="FILE", help="npz files whose pictures are "
          "scored in a model's place")  # fmt: skip
     add("--num", type=int, help="pictures for each column (default 1024: standard error 1.5 points; --samples: all)")
@@ -572,12 +519,12 @@ def resolve(args):
     args.rewards = args.rewards or ("" if args.samples else row.best_by)
     args.rewards = parse_rewards(args.rewards) if args.rewards else {}
     args.judge_options = judge_options(args, args.model)
-    args.policies, args.items = [], []
+    args.policies = []
     if not args.samples:
         args.cfg_scale = args.cfg_scale or [1.0, header["cfg_scale"] if header["cfg_scale"] > 1 else 2.0]
         args.temperature = header["temperature"] if args.temperature is None else args.temperature
         args.policies = policies_of(args, header)
-        args.items = items_of(args)
+        args.prompts = prompts_of(args)
     name_files(args, header)
     if args.npz:
         zoo.make_folder(args.npz)
@@ -586,19 +533,17 @@ def resolve(args):
 
 def name_files(args, header):
     """Sets args.out, and args.work for shards. In a folder no table is written over: others are evaluation-2, ..."""
-    folder = args.out or Path("out")
-    if not args.out and args.ckpt and header["step"]:  # beside a policy of ours, but not in the hub's cache
-        folder = args.policies[1][0].parent
     if args.out and not args.out.is_dir():
         args.out = args.out.with_suffix("") if args.out.suffix in (".md", ".json") else args.out
-        args.work = args.out.with_name(f"{args.out.name}.parts")
     else:
-        args.work = folder / "evaluation.parts"
+        ours = args.ckpt and header["step"]  # a folder of ours, not of the hub's cache
+        folder = args.out or (args.policies[1][0].parent if ours else Path("out"))
         args.out = folder / "evaluation"
         number = 1
         while args.out.with_suffix(".json").exists():
             number += 1
             args.out = folder / f"evaluation-{number}"
+    args.work = args.out.parent / "evaluation.parts"
     zoo.make_folder(args.out.parent)
 
 
@@ -619,15 +564,13 @@ def policies_of(args, header):
     return policies
 
 
-def items_of(args):
-    """An Item per picture. Raises Mistake, OSError."""
-    if args.geneval:
-        return geneval_items(args.geneval, args.model)[: args.num]
+def prompts_of(args):
+    """A label or caption per picture. Raises Mistake, OSError."""
     num = args.num or 1024
     pool = fixed_prompts(args.model, num)
     if args.classes or args.prompts or (args.task == "t2i" and not args.toy):
         pool = read_prompts(args.model, args.classes, args.prompts)
-    return [Item(pool[k % len(pool)]) for k in range(num)]
+    return [pool[k % len(pool)] for k in range(num)]
 
 
 def run(args):
@@ -648,7 +591,11 @@ def run(args):
         looks.append(partial(ask_judges, judges=judges, args=args))
     # 2. draw what is not there yet, and score
     if args.policies:
-        draw_columns(args, [column for column in columns if column.weights], judges)
+        tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
+        encode = load_encoder(args.model, args.text_encoder, args.device, args.prompts)
+    for column in columns:
+        if column.weights:
+            draw_column(args, column, judges, tokenizer, encode)
     figures = {}
     for column in columns:
         found = score(column.name, column.shards(), looks, args)
@@ -657,8 +604,6 @@ def run(args):
     for column in columns:
         if args.npz:
             zoo.write_whole(args.npz / f"{column.file}.npz", partial(join, column))
-        if args.geneval and column.weights and parallel.rank() == 0:
-            write_geneval(args.out.with_name(f"{args.out.name}-pictures") / column.file, column)
     text = write_results(args, columns, figures)
     parallel.largest(0)  # waits for all processes
     if parallel.rank() == 0:

@@ -14,8 +14,8 @@ Where we differ from the official code: it samples with guidance but takes log-p
 another distribution than the one that drew the images. Here the sampler and `log_policy` share `model.guide` and
 `model.policy_logprobs`. With the same cfg_scale they are one distribution, which `sampler_gap` measures.
 
-Everything is a pure function of tensors. Shapes: B prompts, G samples each, N = B*G images, prompt-major (a group is G
-consecutive rows, so grouping is a reshape), T image tokens, V codes, P conditioning positions; n of the N images are
+Nothing here keeps a state, reads or prints. Shapes: B prompts, G samples each, N = B*G images, prompt-major (a group is
+G consecutive rows, so grouping is a reshape), T image tokens, V codes, P conditioning positions; n of the N images are
 in a micro-batch.
 """
 
@@ -56,7 +56,7 @@ def group_advantages(rewards, group_size, divide=True):
     """
     if group_size < 2:
         raise ValueError("a group needs two images or more: their rewards are compared with each other")
-    groups = rewards.reshape(-1, group_size) * 1.0  # rewards may be whole numbers or bools
+    groups = rewards.reshape(-1, group_size) * 1.0  # (B, G); rewards may be whole numbers or bools
     groups = groups - groups[:, :1]  # makes equal rewards exactly 0; the rounding of their mean would not
     centred = groups - groups.mean(1, keepdim=True)
     # 1e-4 not 1e-8: nearly equal rewards would otherwise be blown up into noise
@@ -149,9 +149,9 @@ def split(batch, size):
     return [type(batch)(*values) for values in zip(*columns, strict=True)]
 
 
-def take(rollout, rows):
-    """Some rows of a Rollout."""
-    return Rollout(*[values[rows] for values in rollout])
+def take(batch, rows):
+    """Some rows of a Rollout or Batch."""
+    return type(batch)(*[values[rows] for values in batch])
 
 
 def sampler_gap(logprobs, sampled_logprobs):
@@ -176,7 +176,8 @@ def extremes(advantages, group_size, keep):
     Here advantages compare with all of the group, so those that are kept need not sum to 0.
     """
     groups = advantages.view(-1, group_size)
-    rank = groups.argsort(dim=1, stable=True).argsort(dim=1)  # (B, G), 0 is the lowest
+    order = groups.argsort(dim=1, stable=True)  # (B, G)
+    rank = order.argsort(dim=1)  # (B, G), 0 is the lowest
     lowest = keep // 2
     highest = keep - lowest
     kept = (rank < lowest) | (rank >= group_size - highest)

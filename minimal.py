@@ -35,16 +35,16 @@ REWARD_WEIGHTS = {"clip": 1.0, "realism": 0.25}  # clip: does it show the class?
 OUT = Path("out/minimal")
 
 
-def log_policy(model, labels, tokens, cfg):
+def log_policy(model, labels, tokens, cfg_scale):
     """log pi (N, T, V), nats: the distribution over the codes at each token; one pass, with guidance two."""
     logits = model(labels, tokens)  # (N, T, V): logits[:, t] predicts tokens[:, t] from the class and the tokens before
-    if cfg > 1:  # guidance: away from what the model would write without a class
+    if cfg_scale > 1:  # guidance: away from what the model would write without a class
         without = model(model.cls_embedding.null(labels), tokens)  # (N, T, V)
-        logits = without + cfg * (logits - without)
+        logits = without + cfg_scale * (logits - without)
     return logits.log_softmax(-1)
 
 
-def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
+def train(steps=60, B=8, G=8, cfg_scale=1.0, updates=1):
     """Trains the toy's base on its classes, prints a line per step, and returns the policy."""
     policy, ref_model = load_model("toy-c2i"), load_model("toy-c2i")  # the reference stays as it is
     tokenizer, judges = load_tokenizer("toy-c2i"), load_judges(REWARD_WEIGHTS)
@@ -55,7 +55,7 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
         classes = np.random.default_rng([SEED, step]).choice(40, B, replace=False)
         labels = torch.from_numpy(classes).repeat_interleave(G)  # (N,)
         noise = image_noise(range(B * G), T, SEED, step)  # (N, T) in [0, 1): picks each token from its distribution
-        tokens, _ = policy.generate(labels, cfg_scale=cfg, noise=noise)  # (N, T), without gradient
+        tokens, _ = policy.generate(labels, cfg_scale=cfg_scale, noise=noise)  # (N, T), without gradient
 
         # 2. judge
         captions = captions_of("toy-c2i", labels.tolist())  # N times "a photo of a red ring"
@@ -74,18 +74,18 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
         decay = 1 - step / steps
         optimizer.param_groups[0]["lr"] = LR * warm_up * decay
         with torch.no_grad():
-            ref_logp = log_policy(ref_model, labels, tokens, cfg)  # (N, T, V)
+            ref_logp = log_policy(ref_model, labels, tokens, cfg_scale)  # (N, T, V)
             ref_logprobs = ref_logp.gather(-1, tokens[..., None])[..., 0]  # (N, T)
         for update in range(updates):
-            logp = log_policy(policy, labels, tokens, cfg)  # (N, T, V)
+            logp = log_policy(policy, labels, tokens, cfg_scale)  # (N, T, V)
             logprobs = logp.gather(-1, tokens[..., None])[..., 0]  # (N, T): log pi of the tokens drawn
             if update == 0:
-                old_logprobs = logprobs.detach()  # (N, T): constants, of the policy that drew the tokens
-            ratio = (logprobs - old_logprobs).exp()  # (N, T): 1 in the first update, with the gradient of logprobs
+                old_logprobs = logprobs.detach()  # (N, T): constants, of the policy before its first update
+            ratio = (logprobs - old_logprobs).exp()  # (N, T): 1 in each step's first update, but with a gradient
             clipped = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)  # (N, T)
             gain = torch.minimum(ratio * advantages, clipped * advantages)  # (N, T)
             d = ref_logprobs - logprobs  # (N, T)
-            kl = d.exp() - d - 1  # (N, T): "k3", estimates KL(policy || reference), is never negative and at first 0
+            kl = d.exp() - d - 1  # (N, T): "k3" estimates KL(policy || reference); never negative, 0 in step 0
             loss = (KL_COEF * kl - gain).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -97,12 +97,9 @@ def train(steps=60, B=8, G=8, cfg=1.0, updates=1):
         print(f"step {step:3d}  reward {rewards.mean():.3f}  right {right:4.0%}  kl {kl.mean():.4f}", flush=True)
         if step == 0:
             with torch.no_grad():
-                after = log_policy(policy, labels, tokens, cfg).gather(-1, tokens[..., None])[..., 0]  # (N, T)
-            report.draw_step(  # of the first group
-                OUT / "step.png", captions[0], images[:G], tokens[:G],
-                {name: values[:G] for name, values in scores.items()},
-                rewards[:G], advantages[:G, 0], (after - old_logprobs)[:G], REWARD_WEIGHTS, n=B * G,
-            )  # fmt: skip
+                after = log_policy(policy, labels, tokens, cfg_scale).gather(-1, tokens[..., None])[..., 0]  # (N, T)
+            what = images, tokens, scores, rewards, advantages, after - old_logprobs
+            report.draw_step(OUT / "step.png", captions[0], *what, REWARD_WEIGHTS, G)  # the first group
     return policy
 
 
@@ -113,8 +110,7 @@ def main():
     rows = []
     for model in (load_model("toy-c2i"), policy):  # the same classes and random numbers
         tokens, _ = model.generate(labels, noise=noise)  # (8, T)
-        with torch.no_grad():
-            rows.append(to_unit(tokenizer.decode(tokens)))  # (8, 3, 64, 64)
+        rows.append(to_unit(tokenizer.decode(tokens)))  # (8, 3, 64, 64)
     captions = captions_of("toy-c2i", labels.tolist())
     report.save_grid(OUT / "before-after.png", torch.cat(rows), captions * 2, columns=8, title="before above after")
     print(f"Look at {OUT}/before-after.png and {OUT}/step.png")

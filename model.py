@@ -112,6 +112,7 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
         (q, k), v = rotate(qkv[:2], rope), qkv[2]  # each (B, H, S, D)
         if cache is not None:
+            # writes the new ones, and returns those of all positions, (B, H, keys, D) each
             k, v = cache.index_copy_(3, place, torch.stack((k, v)).to(cache.dtype))
         # A single new query stands last and may see all keys, so it needs no causal mask.
         with torch.autocast(x.device.type, enabled=False):  # in the cache's precision, which may be the higher one

@@ -39,10 +39,9 @@ from tqdm import trange
 
 import data
 import zoo
-from evaluate import right_figures
 from model import Transformer
-from prompts import TextEncoder, captions_of, fixed_prompts, load_encoder
-from rewards import clip_image_features, judge_images, load_judges, realism_network, realism_values
+from prompts import TextEncoder, captions_of, load_encoder
+from rewards import clip_image_features, realism_network
 from sample import draw
 from tokenizer import VQModel, to_unit
 from zoo import Mistake
@@ -270,9 +269,11 @@ def train_base(args, seed, name, steps=6000, batch=32, lr=2e-3):
             figures[f"held-out loss after {step + 1} steps, nats per token"] = round(nats, 4)
         # the realism judge's negatives: pictures of a base that has hardly begun, and of the finished one
         if step + 1 in (steps // 10, steps):
-            with torch.no_grad():
-                prompts = sample_prompts(name, args.eval_images, rng)
-                fakes.append(draw(model, tokenizer, encode, prompts, seed=step)[1])
+            prompts = sample_prompts(name, args.eval_images, rng)
+            images, tokens = draw(model, tokenizer, encode, prompts, seed=step)
+            fakes.append(tokens)
+    right = [data.satisfies(*pair) for pair in zip(images, captions_of(name, prompts), strict=True)]
+    figures["right, cfg 1"] = dict(all=round(float(np.mean(right)), 3))
     np.savez(args.out / f"{name}-fakes.npz", tokens=torch.cat(fakes).numpy().astype(np.uint16))
     path = args.out / f"{name}.safetensors"
     save_half(model, path)
@@ -399,50 +400,6 @@ def train_realism(args, seed, steps=1000, batch=48, lr=1e-3):
     return path, dict(accuracy=round(float(np.mean(fit.shown[-50:])), 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. What came of it
-
-
-def measure(args):
-    """
-    Adds the figures that need bases and judges, of the weights as shipped: the share of a base's samples that are
-    right, and each judge's AUC, the chance that it puts a right one above a wrong one.
-    """
-    from scipy.stats import mannwhitneyu
-
-    path = args.out / "toy-realism.safetensors"
-    network = zoo.load_strict(realism_network(), zoo.read_weights(path), path).eval()
-    realism = partial(realism_values, network=network)
-    clip = load_judges(["clip"], "cpu", dict(clip_model=f"local-dir:{args.out / 'toy-clip'}"))["clip"]
-    tokenizer = toy_tokenizer(args)
-    for name in ("toy-c2i", "toy-c2i-small", "toy-t2i"):
-        model = zoo.load_model(name, args.out / f"{name}.safetensors")
-        encode, prompts = load_encoder(name, args.out / "toy-t5"), fixed_prompts(name, args.eval_images)
-        captions, found = captions_of(name, prompts), dict(images=len(prompts))
-        for cfg in (2.0, 1.0):  # the judges then rank what is drawn without guidance, as in training
-            images, _ = draw(model, tokenizer, encode, prompts, cfg_scale=cfg)
-            right = [data.satisfies(image, caption) for image, caption in zip(images, captions, strict=True)]
-            shares = right_figures(np.array(right, float), captions, zoo.MODELS[name].config.task)
-            parts = {kind.removeprefix("right: "): round(share.value, 3) for kind, share in shares.items()}
-            found[f"right, cfg {cfg:g}"] = parts
-        add_figures(args, name, found)
-        right = np.array(right)
-        if right.all() or not right.any():  # --quick: nothing to rank
-            continue
-        for judge, values in judge_images({"toy-clip": clip, "toy-realism": realism}, images, captions)[0].items():
-            above = mannwhitneyu(values[right], values[~right]).statistic / (right.sum() * (~right).sum())
-            add_figures(args, judge, {f"AUC, right above wrong samples of {name}": round(float(above), 3)})
-
-
-def add_figures(args, name, figures):
-    """Adds `figures` to those of the report NAME.json."""
-    path = args.out / f"{name}.json"
-    facts = json.loads(path.read_text())
-    facts["figures"] |= figures
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"{path}: {json.dumps(figures)}")
-
-
 STAGES = {  # name: (what trains it, seed)
     "vq": (train_vq, 1),
     "t5": (train_t5, 6),
@@ -457,8 +414,7 @@ STAGES = {  # name: (what trains it, seed)
 def parse_args(argv=None):
     parser = zoo.script_parser(__doc__)
     add = parser.add_argument
-    add("--stages", nargs="+", choices=[*STAGES, "measure"], default=[*STAGES, "measure"], help="what to make, in this "
-        "order (default: all)")  # fmt: skip
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to make, in this order (default: all)")
     add("--out", type=zoo.user_path, default=zoo.WEIGHTS, help="folder to write to (default: weights/)")
     add("--quick", action="store_true", help="five steps per stage and few images: a check that it runs; needs --out")
     args = parser.parse_args(argv)
@@ -471,9 +427,6 @@ def parse_args(argv=None):
 def run(args):
     zoo.make_folder(args.out)
     for name in args.stages:
-        if name == "measure":
-            measure(args)
-            continue
         train, seed = STAGES[name]
         start = time.time()
         torch.manual_seed(seed)

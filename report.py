@@ -36,8 +36,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 @contextmanager
-def guest(what):
-    """A picture is a guest of training: one that fails costs itself and a line, not the run."""
+def optional(what):
+    """A picture that fails costs itself and a line, not the run."""
     try:
         yield
     except Exception as error:
@@ -163,29 +163,31 @@ CORNER = 8  # words of a side that are shown: more would be too small to read
 SMALL = dict(color="grey", fontsize=7)
 
 
-def draw_step(path, caption, images, tokens, scores, rewards, advantages, change, weights, n):
+def draw_step(path, caption, images, tokens, scores, rewards, advantages, change, weights, K):
     """
-    Draws what a step did with one group of K pictures: a row per tensor, a column per picture, from the lowest reward
-    to the highest. Takes tensors or arrays. Writes a .png; raises OSError.
+    Draws what a step did with its first group of K pictures: a row per tensor, a column per picture, from the lowest
+    reward to the highest. Takes tensors or arrays of all n pictures of the step. Writes a .png; raises OSError.
 
-    images      (K, 3, H, W) in [0, 1]       tokens   (K, T)
-    scores      {judge: (K,)}                weights  {judge: weight}
-    rewards     (K,)                         n        pictures of the whole step, for the shapes beside the rows
-    advantages  (K,), or (K, T) with token weights
-    change      (K, T) nats, of each token's log-probability in the update
+    images      (n, 3, H, W) in [0, 1]       tokens   (n, T)
+    scores      {judge: (n,)}                weights  {judge: weight}
+    rewards     (n,)                         caption  of the first group
+    advantages  (n,) or (n, 1), or (n, T) with token weights
+    change      (n, T) nats, of each token's log-probability in the update; the first K are enough
     """
-    order = np.argsort(as_array(rewards))
-    arrays = [as_array(values)[order] for values in (images, tokens, rewards, advantages, change)]
-    scores = {judge: as_array(values)[order] for judge, values in scores.items()}
+    n = len(images)
+    order = np.argsort(as_array(rewards)[:K])
+    arrays = [as_array(values)[:K][order] for values in (images, tokens, rewards, advantages, change)]
+    scores = {judge: as_array(values)[:K][order] for judge, values in scores.items()}
     save_figure(Path(path), step_figure, caption, *arrays, scores, weights, n)
 
 
 def step_figure(caption, images, tokens, rewards, advantages, change, scores, weights, n):
     """The figure of draw_step, from arrays in the order in which they are drawn."""
     K, T = change.shape
-    shared_out = advantages.ndim == 2
+    advantages = advantages.reshape(K, -1)  # (K, 1) or (K, T)
+    shared_out = advantages.shape[1] > 1
     # the weights of an image's tokens have mean 1, so the mean is the advantage that they share out
-    of_image = advantages.mean(1) if shared_out else advantages  # (K,)
+    of_image = advantages.mean(1)  # (K,)
     said = 0.14 * len(scores)  # inches: a line for each judge
     heights = [UNIT, UNIT + 0.2 + said, 0.5 + said, 0.9, UNIT]
     if shared_out:

@@ -52,6 +52,7 @@ TOY_CLIP = f"local-dir:{zoo.WEIGHTS / 'toy-clip'}"  # an open_clip name: configu
 HPS = "hf:xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt"
 MANIQA = "hf:chaofengc/IQA-PyTorch-Weights@0df2df423c65f6a64209309695f3845727431027/ckpt_koniq10k.pt"
 QWEN, QWEN_COMMIT = "Qwen/Qwen2.5-VL-3B-Instruct", "66285546d2b821cf421d4f5eb2576359d3770cd3"
+AT_ONCE = 8  # images in a pass of MANIQA or Qwen: affects memory only
 HUB_CACHE = "HF_HOME, the folder of the hub's cache"  # which brings a judge's files to a machine without a network
 
 
@@ -78,16 +79,6 @@ def parse_rewards(text):
     return weights
 
 
-def rewards_text(weights):
-    """{"clip": 1.0, "realism": 0.25} -> "clip=1,realism=0.25", which parse_rewards reads as the same numbers."""
-    return ",".join(f"{name}={str(weight).removesuffix('.0')}" for name, weight in weights.items())
-
-
-def held_out(weights):
-    """The judges of weight 0: they are logged and have no say."""
-    return [name for name, weight in weights.items() if weight == 0]
-
-
 def load_judges(names, device="cpu", options=None):
     """
     {name: judge}. Names of one factory share a model and a forward pass: they are one judge, under the first of them.
@@ -95,13 +86,15 @@ def load_judges(names, device="cpu", options=None):
     FileNotFoundError.
     """
     options = {} if options is None else options
-    options |= judge_options() | options
-    judges = {}
+    for flag, value in judge_options().items():
+        options.setdefault(flag, value)
+    together = {}  # {factory, or pyiqa:NAME: the names that are one judge}
     for name in names:
-        factory = JUDGES.get(name, pyiqa_judge)
-        options["names"] = [other for other in names if JUDGES.get(other) is factory] or [name]
-        if options["names"][0] == name:
-            judges[name] = factory(device, options)
+        together.setdefault(JUDGES.get(name, name), []).append(name)
+    judges = {}
+    for own in together.values():
+        options["names"] = own
+        judges[own[0]] = JUDGES.get(own[0], pyiqa_judge)(device, options)
     return judges
 
 
@@ -148,14 +141,11 @@ def add_judge_flags(add):
     """The flags that train.py, sample.py and evaluate.py share: whose weights judge, and how."""
     add("--clip-model", help="clip: a model of open_clip (default: the toy's CLIP for a toy, else ViT-B-32-quickgelu)")
     add("--clip-pretrained", metavar="TAG", help="clip: a tag of that model or a file (default openai, the paper's)")
-    add("--qwen-answer", choices=("probability", "json"), default="probability", help="probability (default): the mean "
-        "over the answers' probabilities, one forward pass; json: a parsed text, as in the paper")  # fmt: skip
     add("--qwen-server", metavar="URL", help="OpenAI-compatible server to ask (default: a Qwen in this process); "
         "OPENAI_API_KEY holds its key if it wants one")  # fmt: skip
     add("--qwen-model", metavar="NAME", help="the server's model to ask (default: the only one it lists)")
     add("--judge-timeout", type=float, default=300.0, help="seconds that --qwen-server may take per batch, retries "
         "included; late scores are missing (default 300)")  # fmt: skip
-    add("--judge-batch", type=int, default=16, help="images per pass of maniqa and qwen; affects memory only (16)")
 
 
 def judge_options(args=None, model="toy-c2i"):
@@ -163,7 +153,7 @@ def judge_options(args=None, model="toy-c2i"):
     parser = zoo.script_parser()
     add_judge_flags(parser.add_argument)
     defaults = parser.parse_args([])
-    zoo.check_range(args or defaults, judge_batch=1, judge_timeout=0)
+    zoo.check_range(args or defaults, judge_timeout=0)
     options = {name: getattr(args or defaults, name) for name in vars(defaults)}
     # The toy's CLIP knows only the toy's pictures; open_clip's models know none of them.
     own = zoo.is_toy(model) and not options["clip_pretrained"]
@@ -215,7 +205,7 @@ def clip_scores(images, prompts, model, words, names, said):
     """
     distinct = list(dict.fromkeys(prompts))  # the samples of a group share a prompt
     tokens = words(distinct)  # (distinct, 77): no more of a caption is read
-    whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # goes on where a caption is cut
+    whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # has no end mark where a caption was cut
     if not said and (cut := (whole != tokens).any(1).sum().item()):
         said.append(f"{names[0]}: {cut} of {len(distinct)} captions are longer than this CLIP reads, and are cut")
         parallel.say(said[0])
@@ -315,14 +305,14 @@ def even_crops(images, rows, columns):
     return torch.stack([images[..., y : y + 224, x : x + 224] for y in tops for x in lefts], 1).flatten(0, 1)
 
 
-def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
+def maniqa_values(images, prompts, network, rows=4, columns=5):
     """
     MANIQA's scores (N,), about 0 to 1, of square images (N, 3, H, H) in [0, 1]: the mean over 20 crops, as in the
     official code. Its crops are random, so two equal pictures of a group get different scores, and pyiqa's never reach
     the last 8 rows of 256.
     """
     scores = []
-    for part in images.split(batch):
+    for part in images.split(AT_ONCE):
         # Peak memory: 20 crops x 785 tokens x 768 floats for each of the 12 layers, 0.6 GB per image.
         # pyiqa enlarges 224 px to 225, which blurs. Of 225 px it takes the first 224 as they are.
         crops = F.pad(even_crops(part, rows, columns), (0, 1, 0, 1))
@@ -333,35 +323,34 @@ def maniqa_values(images, prompts, network, batch, rows=4, columns=5):
 def maniqa_judge(device, options):
     path = zoo.find_file(MANIQA, HUB_CACHE)
     network = zoo.load_strict(maniqa_network(), zoo.read_weights(path), path).eval().requires_grad_(False).to(device)
-    return partial(maniqa_values, network=network, batch=options["judge_batch"])
+    return partial(maniqa_values, network=network)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
-RATING = {str(k): k for k in range(6)}  # answer token -> what it is worth
-YES_NO = {"yes": 1, "Yes": 1, "no": 0, "No": 0}
-ANSWERS = [*RATING, *YES_NO]  # each is one token of Qwen's
+# name: (what is asked, what N may be, what it means)
 QUESTIONS = {
     "qwen-match": (
         'An image generator was given the caption "{prompt}" and drew this picture. Rate the picture from 0 to 5. Ask '
         "yourself whether it shows what the caption says, whether anything is missing, and whether it is realistic, "
-        "sharp and free of artefacts. 0 is useless, 5 could not be better.", RATING),
-    "qwen-real": ("Was this picture taken or made by a person, rather than by an AI image generator?", YES_NO),
+        "sharp and free of artefacts. 0 is useless, 5 could not be better.",
+        5, "your rating, 0 to 5"),
+    "qwen-real": (
+        "Was this picture taken or made by a person, rather than by an AI image generator?",
+        1, "1 for yes and 0 for no"),
     "qwen-odd": (
         "Think of distorted bodies and objects, wrong numbers of parts, things that merge or float, smeared textures "
-        "and garbled writing. Is this picture free of all such oddities?", YES_NO),
+        "and garbled writing. Is this picture free of all such oddities?",
+        1, "1 for yes and 0 for no"),
 }  # fmt: skip
 
 
-def question_text(name, prompt, answer):
-    """The question about a picture of `prompt`, and how to answer it: with a single token, or with JSON."""
-    question, worth = QUESTIONS[name]
-    how = "Answer with one digit and nothing else." if worth is RATING else "Answer yes or no, and nothing else."
-    if answer == "json":
-        scale = "N is your rating, 0 to 5" if worth is RATING else "N is 1 for yes and 0 for no"
-        how = f'Answer with JSON and nothing else: {{"score": N}}, where {scale}.'
-    return f"{question.format(prompt=prompt)} {how}"
+def question_text(name, prompt):
+    """The question about a picture of `prompt`, and the form of the answer."""
+    question, _, meaning = QUESTIONS[name]
+    form = f'Answer with JSON and nothing else: {{"score": N}}, where N is {meaning}.'
+    return f"{question.format(prompt=prompt)} {form}"
 
 
 def read_rating(text, highest):
@@ -372,54 +361,32 @@ def read_rating(text, highest):
     return rating if 0 <= rating <= highest else math.nan
 
 
-def expected_worth(logprobs, worth):
-    """
-    Mean worth of the answers in `logprobs` {token: nats}, whose probabilities are renormalised: other first tokens (an
-    opening quote, a "The") are ignored. NaN if there is no answer.
-    """
-    mass = {token: math.exp(logprobs[token]) for token in worth if token in logprobs}
-    total = sum(mass.values())
-    return sum(p * worth[token] for token, p in mass.items()) / total if total else math.nan
-
-
-def qwen_scores(images, prompts, names, answer, ask):
+def qwen_scores(images, prompts, names, ask):
     """
     {name: (N,)} for the questions `names` about images (N, 3, H, W) in [0, 1]. `ask` maps questions (picture, text) to
-    replies: {token: nats} where `answer` is "probability", texts where it is "json", None for one that is late.
+    texts, "" for one that is late.
     """
     pixels = (images * 255).round().to(torch.uint8).cpu()  # 8 bits, as in the files that it was trained on
     scores = {}
     for name in names:
-        worth, pairs = QUESTIONS[name][1], zip(pixels, prompts, strict=True)
-        replies = ask([(picture, question_text(name, prompt, answer)) for picture, prompt in pairs])
-        if answer == "json":
-            values = [read_rating(reply or "", max(worth.values())) for reply in replies]
-        else:
-            values = [expected_worth(reply or {}, worth) for reply in replies]
-        scores[name] = torch.tensor(values, device=images.device)
+        pairs = zip(pixels, prompts, strict=True)
+        replies = ask([(picture, question_text(name, prompt)) for picture, prompt in pairs])
+        highest = QUESTIONS[name][1]
+        scores[name] = torch.tensor([read_rating(reply, highest) for reply in replies], device=images.device)
     return scores
 
 
-def ask_model(questions, model, processor, answer, batch):
-    """
-    The replies to questions (picture (3, H, W) uint8, text), `batch` at once. probability: ANSWERS at the first
-    position of the reply, from one forward pass. json: up to 64 tokens, the likeliest ones.
-    """
+def ask_model(questions, model, processor):
+    """The likeliest replies, of up to 64 tokens, to questions (picture (3, H, W) uint8, text)."""
     replies = []
-    for k in range(0, len(questions), batch):
-        pictures, texts = zip(*questions[k : k + batch], strict=True)
+    for k in range(0, len(questions), AT_ONCE):
+        pictures, texts = zip(*questions[k : k + AT_ONCE], strict=True)
         chats = [[dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])] for text in texts]
         chats = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=chats, images=list(pictures), padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)  # (n, P) tokens, padded on the left: replies start together
-        if answer == "json":
-            tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            replies += processor.batch_decode(tokens, skip_special_tokens=True)
-        else:
-            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (n, V)
-            ids = processor.tokenizer.convert_tokens_to_ids(ANSWERS)
-            logprobs = logits.log_softmax(-1)[:, ids].tolist()
-            replies += [dict(zip(ANSWERS, row, strict=True)) for row in logprobs]
+        tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        replies += processor.batch_decode(tokens, skip_special_tokens=True)
     return replies
 
 
@@ -448,9 +415,9 @@ def ask_server(questions, loop, **how):
     return [reply.result() for reply in replies]
 
 
-async def ask_once(picture, text, client, model, answer, timeout):
+async def ask_once(picture, text, client, model, timeout):
     """
-    The reply to one question; None if it is not there after `timeout` seconds, or refused with 429 or 5xx, or no JSON.
+    The reply to one question; "" if it is not there after `timeout` seconds, or refused with 429 or 5xx, or no JSON.
     Raises Mistake. The picture (3, H, W) travels as PNG and so arrives unchanged.
     """
     import openai
@@ -460,20 +427,15 @@ async def ask_once(picture, text, client, model, answer, timeout):
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [dict(type="image_url", image_url=dict(url=url)), dict(type="text", text=text)]
-    how = dict(max_tokens=256) if answer == "json" else dict(max_tokens=1, logprobs=True, top_logprobs=20)
-    how |= dict(model=model, messages=[dict(role="user", content=content)], temperature=0)
+    how = dict(model=model, messages=[dict(role="user", content=content)], temperature=0, max_tokens=256)
     try:
         reply = await asyncio.wait_for(client.chat.completions.create(**how), timeout)
     except (asyncio.TimeoutError, openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError):
-        return None  # the client raises the second and third at once if Retry-After is above two minutes
+        return ""  # the client raises the second and third at once if Retry-After is above two minutes
     except openai.APIStatusError as error:  # no repetition can mend any other
         raise Mistake(f"--qwen-server {client.base_url} refuses: {' '.join(str(error).split())[:500]}") from None
-    remedy = "OpenAI's form is needed" if answer == "json" else "if it gives no logprobs, use --qwen-answer json"
-    with zoo.reading(f"--qwen-server {client.base_url}: its answer", remedy):
-        if answer == "json":
-            return str(reply.choices[0].message.content)
-        likeliest = reply.choices[0].logprobs.content[0].top_logprobs  # an answer that is not among 20 weighs nothing
-        return {entry.token: entry.logprob for entry in likeliest}
+    with zoo.reading(f"--qwen-server {client.base_url}: its answer", "OpenAI's form is needed"):
+        return str(reply.choices[0].message.content)
 
 
 def server_asker(options):
@@ -493,22 +455,18 @@ def server_asker(options):
     # An event loop in a thread of its own: a notebook's thread has one already. A daemon never delays the exit.
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    how = dict(model=options["qwen_model"], answer=options["qwen_answer"])
-    how["timeout"] = options["judge_timeout"] / len(options["names"])  # s, for one question about all pictures
-    return partial(ask_server, loop=loop, client=client, **how)
+    timeout = options["judge_timeout"] / len(options["names"])  # s, for one question about all pictures
+    return partial(ask_server, loop=loop, client=client, model=options["qwen_model"], timeout=timeout)
 
 
 def qwen_judge(device, options):
     """One judge for all of the questions in options["names"]. Raises Mistake."""
-    names, answer = options["names"], options["qwen_answer"]
-    if options["qwen_server"]:
-        ask = server_asker(options)
-    else:
+    if not options["qwen_server"]:
         model, processor = load_qwen(device)
-        ask = partial(ask_model, model=model, processor=processor, answer=answer, batch=options["judge_batch"])
-    judge = partial(qwen_scores, names=names, answer=answer, ask=ask)
-    if options["qwen_server"]:
-        judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
+        ask = partial(ask_model, model=model, processor=processor)
+        return partial(qwen_scores, names=options["names"], ask=ask)
+    judge = partial(qwen_scores, names=options["names"], ask=server_asker(options))
+    judge(torch.zeros(1, 3, 64, 64), ["nothing"])  # a server that refuses does so now, not after a rollout
     return judge
 
 

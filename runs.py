@@ -3,7 +3,7 @@ A run's folder: hold it, resume, time the steps, log, save, stop.
 
     state.pt              all that --resume needs; written whole, and it alone decides whether there is a run
     policy.safetensors    the weights of the last save, for sample.py and evaluate.py
-    metrics.jsonl         a line per step; TensorBoard events beside it hold the same
+    metrics.jsonl         a line per step
     flags.json            the settings
     lock                  held while a process writes to the folder
 
@@ -31,14 +31,10 @@ from zoo import Mistake
 # first run, to draw the same curve.
 FREE = (
     "preset", "task", "ckpt", "base", "vq_ckpt", "text_encoder", "classes", "class_names", "prompts", "pool", "steps",
-    "qwen_server", "qwen_model", "judge_timeout", "judge_batch", "judge_options", "device", "compile", "micro_batch",
+    "qwen_server", "qwen_model", "judge_timeout", "judge_options", "device", "compile", "micro_batch",
     "checkpoint_layers", "shard", "out", "save_every", "resume",
 )  # fmt: skip
 PATIENCE = 5  # steps in a row that may fail
-OUTPUTS = (  # of training alone: a new run in a folder without state.pt removes them
-    "metrics.jsonl", "events.out.tfevents.*", "before.png", "after.png", "before-after.png", "curves.png",
-    "report.html", "samples/step_*.png", "samples/group_*.png",
-)  # fmt: skip
 
 
 class Run:
@@ -49,7 +45,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.folder, self.state_file = args, args.out, args.out / "state.pt"
-        self.lock = self.events = None
+        self.lock = None
         self.signal, self.old_handlers = 0, {}
         self.first_step, self.history, self.said = 0, [], set()
 
@@ -70,8 +66,6 @@ class Run:
         self.release_signals()
         if self.lock:
             self.lock.release()
-        if self.events:
-            self.events.close()
 
     def begin(self, policy, optimizer):
         """Starts the run or resumes it."""
@@ -85,11 +79,12 @@ class Run:
         self.content["prompts"] = hashlib.sha256(json.dumps(args.pool).encode()).hexdigest()
         if args.resume:
             self.resume()
-        elif parallel.rank() == 0:
-            for path in [path for pattern in OUTPUTS for path in self.folder.glob(pattern)]:
-                path.unlink()
-        text = json.dumps(self.settings | dict(steps=args.steps), indent=1)
-        zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(text))
+        log = "".join(
+            json.dumps(row) + "\n" for row in self.history
+        )  # what a killed run logged beyond its last save goes
+        flags = json.dumps(self.settings | dict(steps=args.steps), indent=1)
+        zoo.write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(log))
+        zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(flags))
         if self.first_step < args.steps and threading.current_thread() is threading.main_thread():
             self.catch_signals()  # Python lets only the main thread handle them
         self.seconds, self.since = {}, time.perf_counter()
@@ -148,27 +143,11 @@ class Run:
         path = self.folder / "metrics.jsonl"
         with zoo.writing(path), open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        self.show_in_tensorboard(metrics)
         parallel.say(step_line(metrics, self.args.rewards, sum(self.seconds.values()), self.args.steps))
         for what, sentence in warnings(self.history, self.settings).items():
             if what not in self.said:
                 parallel.say(f"WARNING: {sentence}")
                 self.said.add(what)
-
-    def show_in_tensorboard(self, metrics):
-        """What fails in TensorBoard, or in a tensorflow beside it, costs the events and a line."""
-        try:
-            if self.events is None:
-                from torch.utils.tensorboard import SummaryWriter  # here, because its import takes seconds
-
-                self.events = SummaryWriter(self.folder, purge_step=metrics["step"])
-            if self.events:
-                for name, value in metrics.items():
-                    self.events.add_scalar(name, value, metrics["step"])
-                self.events.flush()  # so a full disk is met here, not in a thread of its own
-        except Exception as error:
-            self.events = False
-            parallel.say(f"no more TensorBoard events ({type(error).__name__}: {error}); the run goes on")
 
     def check_that_it_learns(self):
         last, images = self.history[-PATIENCE:], self.args.prompts_per_step * self.args.group_size
@@ -213,8 +192,6 @@ class Run:
         lines = path.read_text().splitlines()[: self.first_step] if path.exists() else []
         with zoo.reading(path, "delete it and resume: the weights are whole"):
             self.history = [row for row in map(json.loads, lines) if row["step"] < self.first_step]
-        text = "".join(json.dumps(row) + "\n" for row in self.history)
-        zoo.write_whole(path, lambda new: new.write_text(text))
 
 
 def warnings(history, settings):

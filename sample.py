@@ -26,7 +26,7 @@ import data
 import parallel
 import report
 import zoo
-from grpo import Rollout, log_policy
+from grpo import Batch, Rollout, at_tokens, log_policy, take
 from model import image_noise
 from prompts import captions_of, load_encoder, read_prompts
 from rewards import (
@@ -141,9 +141,28 @@ def draw_grid(args, policy, tokenizer, encode, judges, name, title):
     for k in range(len(labels)):  # spaces that do not break: a score stays beside its judge's name
         verdicts = [f"{judge.removeprefix('pyiqa:')}\u00a0{values[k]:.2f}" for judge, values in scores.items()]
         labels[k] += "\n" + "\u00a0 ".join(verdicts)
-    with report.guest(name):
+    with report.optional(name):
         report.save_grid(args.out / name, images, labels, columns, title=title)
     return images
+
+
+@torch.no_grad()
+def draw_group(args, step, policy, parts, images, captions, scores, rewards, kept):
+    """
+    Of the first, the middle and the last step, draws what the update did to the tokens of one group. parts: its
+    micro-batches; kept: the rows of images, scores and rewards that they hold.
+    """
+    if step not in (0, args.steps // 2, args.steps - 1):
+        return
+    batch = Batch(*[torch.cat(values) for values in zip(*parts, strict=True)])
+    group = take(batch, slice(args.learn_from))
+    with zoo.autocast(args.device, args.dtype):
+        after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
+    scores = {name: values[kept] for name, values in scores.items()}
+    what = images[kept], batch.tokens, scores, rewards[kept], batch.advantages, after - group.old_logprobs
+    path = args.out / f"samples/group_{step:05d}.png"
+    with report.optional(path):
+        report.draw_step(path, captions[0], *what, args.rewards, args.learn_from)
 
 
 def finish_run(args, policies, before, tokenizer, encode, judges):
@@ -160,16 +179,16 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     captions = captions_of(args.model, prompts, args.class_names)
     labels = [label_images(args.model, before, captions, "before: ")]
     labels += [label_images(args.model, after, captions, "after: ")]
-    with report.guest("before-after.png"):
+    with report.optional("before-after.png"):
         pictures, texts = report.interleave([before, after], labels, columns)
         report.save_grid(args.out / "before-after.png", pictures, texts, columns, title=f"before above {title}")
-    with report.guest("curves.png"):
+    with report.optional("curves.png"):
         report.write_curves(args.out)
-    with report.guest("the picture token by token"), zoo.autocast(args.device, args.dtype):
+    with report.optional("the picture token by token"), zoo.autocast(args.device, args.dtype):
         how = tokenizer, *encode(prompts[-1:]), args.cfg_scale, args.temperature
         written = {name: write_picture(model, *how) for name, model in policies.items()}
         report.save_writers(args.out, captions[-1], written)
-    with report.guest("report.html"):
+    with report.optional("report.html"):
         report.write_page(args.out)
     parallel.say(
         f"Look at {args.out}/report.html, or before-after.png and curves.png; "

@@ -168,7 +168,7 @@ def beyond_minimal(steps, B, G, K):
 
 MINIMAL = {  # flags of train.py, arguments of minimal.train, constants of it and of train.py
     "plain": ([], {}, {}),
-    "guided": (["--cfg-scale", "2"], dict(cfg=2.0), dict(MAX_GRAD_NORM=0.2)),
+    "guided": (["--cfg-scale", "2"], dict(cfg_scale=2.0), dict(MAX_GRAD_NORM=0.2)),
     # at 0.01 a token stands so near the clip's edge that another number of threads puts it on the other side
     "twice": (["--updates-per-batch", "2", "--clip-eps", "0.05"], dict(updates=2), dict(CLIP_EPS=0.05)),
 }
@@ -814,10 +814,8 @@ def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
 
 
-def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys, short_runs):
-    """Catches: steps lost to a terminal that was closed, to `| head`, or to a tensorflow that does not fit."""
-    gone = mock.Mock(side_effect=OSError(errno.EIO, "x"))
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", gone)
+def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, short_runs):
+    """Catches: steps lost to a terminal that was closed, or to `| head`."""
     read, write = os.pipe()
     os.close(read)
     monkeypatch.setattr(train, "decode", train.decode)  # put back afterwards
@@ -827,7 +825,6 @@ def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys,
         parallel.Screen(stream).flush()
     print("closed", file=parallel.Screen(stream))
     assert torch.load(tmp_path / "run/state.pt")["step"] == 2
-    assert capsys.readouterr().out.count("no more TensorBoard events") == 1
 
 
 def test_a_bug_inside_keeps_its_traceback_and_leaves_the_process_as_it_was(tiny_run, monkeypatch, short_runs):
@@ -851,20 +848,16 @@ def test_a_bug_inside_keeps_its_traceback_and_leaves_the_process_as_it_was(tiny_
     assert len(tiny_run(*flags, "--resume")[2]) == 1  # it was saved
 
 
-def test_a_new_run_removes_what_an_unsaved_one_wrote_and_nothing_else(tiny_run, short_runs):
-    """Catches: the curve of two runs as one, pictures of another run on the page, a table of evaluate.py that is lost."""
-    _, folder, _ = tiny_run("c2i", "--steps", "1")
+def test_a_new_run_begins_its_own_curve_and_spares_a_table(tiny_run, short_runs):
+    """Catches: the curve of two runs as one; a table of evaluate.py whose policy is written over."""
+    _, folder, _ = tiny_run("c2i")
     (folder / "state.pt").unlink()
-    (folder / "samples/step_00050.png").write_text("of the first run")
-    (folder / "notes.txt").write_text("of the user")
-    before = set(folder.glob("events*"))
     assert len(tiny_run("c2i")[2]) == 2
-    assert not before & set(folder.glob("events*")) and not (folder / "samples/step_00050.png").exists()
     (folder / "state.pt").unlink()
     (folder / "evaluation.json").write_text("{}")
     with pytest.raises(SystemExit, match="holds a table"):
         tiny_run("c2i")
-    assert len(read_metrics(folder)) == 2 and (folder / "notes.txt").exists()
+    assert len(read_metrics(folder)) == 2
 
 
 FULL = {"state.pt": (torch, "save", 10**5), "metrics.jsonl": (runs.Run, "log", 999)}
@@ -905,7 +898,7 @@ def test_one_run_holds_a_folder_and_a_file_system_without_locks_is_no_obstacle(t
 PRESETS = {  # the first two are the release's
     "--preset paper-c2i": dict(
         model="llamagen-xl-384", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, kl_coef=0.1, cfg_scale=2,
-        learn_cfg=1, lr_schedule="constant", adam_beta2=0.999, qwen_answer="json",
+        learn_cfg=1, lr_schedule="constant", adam_beta2=0.999,
     ),
     "--preset paper-t2i --prompts cat --kl-coef 0.5": dict(
         model="llamagen-t2i-xl-256", kl_coef=0.5, cfg_scale=4, text_pad="right",
@@ -1355,12 +1348,10 @@ def test_a_judge_of_ones_own_returns_what_can_be_meant():
             judged(form)
 
 
-def test_weights_are_parsed_once_and_written_as_they_were():
-    """Catches: a space after a comma that loses the judge held out; a weight that is rounded on its way to a file."""
+def test_weights_are_parsed_once():
+    """Catches: a space after a comma that loses the judge held out; a weight that is rounded."""
     weights = rewards.parse_rewards("clip = 1, realism=0 ,hps,pyiqa:piqe=0.30000000000000004")
     assert weights == {"clip": 1, "realism": 0, "hps": 1, "pyiqa:piqe": 0.1 + 0.2}
-    assert rewards.held_out(weights) == ["realism"] and rewards.parse_rewards(rewards.rewards_text(weights)) == weights
-    assert rewards.rewards_text(weights).startswith("clip=1,realism=0,hps=1,")
     for text, said in {"clip,clip": "twice", "clip=a": "number", "clip=0": "nothing", "hps=nan": "finite"}.items():
         with pytest.raises(Mistake, match=said):
             rewards.parse_rewards(text)
@@ -1384,14 +1375,14 @@ TINY_CLIP = dict(vision_cfg=dict(image_size=32, layers=2, width=32, head_width=1
 
 
 def save_tiny_qwen(folder):
-    """Qwen2.5-VL with two layers of 32, and a byte-level tokenizer in which the answers are single tokens."""
+    """Qwen2.5-VL with two layers of 32, and a tokenizer whose tokens are bytes."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = [
         f"<|{name}|>" for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     ]
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "yes", "Yes", "no", "No"]
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     roles = dict(pad_token=special[0], eos_token=special[1], additional_special_tokens=special)
@@ -1410,7 +1401,7 @@ def save_tiny_qwen(folder):
         text_config=sizes | text | dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=pad),
         vision_config=sizes | dict(depth=2, num_heads=4, out_hidden_size=32, fullatt_block_indexes=[1]),
         image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
@@ -1557,22 +1548,27 @@ def test_maniqa_sees_every_pixel(side):
     assert len(crops) == (4 if side == 225 else 20) and crops.unique().numel() == side * side
 
 
-def test_qwen_in_a_batch_is_qwen_alone(tiny_judges):
-    """Catches: padding on the right; answers' tokens, or pairs of picture and question, in another order."""
-    names = ["qwen-match", "qwen-real", "qwen-odd"]
-    judges = rewards.load_judges(names, options=dict(judge_batch=3))
-    assert list(judges) == ["qwen-match"]
-    together, _ = rewards.judge_images(judges, *some_images())
-    for name in names:
-        alone, pairs = rewards.load_judges([name]), zip(*some_images(), strict=True)
-        found = [rewards.judge_images(alone, image[None], [prompt])[0][name] for image, prompt in pairs]
-        assert torch.allclose(together[name], torch.cat(found), atol=1e-4) and together[name].std() > 1e-3
+def test_qwen_in_a_batch_is_qwen_alone(tiny_judges, monkeypatch):
+    """Catches: padding on the right; replies in another order; pictures that the model does not see."""
+    monkeypatch.setattr(rewards, "AT_ONCE", 3)
+    (judge,) = rewards.load_judges(["qwen-match", "qwen-real"]).values()
+    images, prompts = some_images()
+    pixels = (images * 255).round().to(torch.uint8)
+    questions = [(picture, rewards.question_text("qwen-match", x)) for picture, x in zip(pixels, prompts, strict=True)]
+    ask = judge.keywords["ask"]
+    replies = ask(questions)
+    assert replies == [ask([question])[0] for question in questions] and len(set(replies)) > 2
 
 
 def test_qwen_that_writes_nonsense_is_missing_and_not_zero(tiny_judges):
-    """Catches: the release's worst reward for an unreadable answer; a first token that is no answer, such as a quote."""
-    judges = rewards.load_judges(["qwen-real"], options=dict(qwen_answer="json"))
+    """Catches: the release's worst reward for an unreadable answer; a 4 for a yes; a score of what it thought first."""
+    judges = rewards.load_judges(["qwen-real"])
     assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
+    scores = rewards.qwen_scores(
+        *some_images(2), ["qwen-odd", "qwen-match"], lambda _: ['{"score": 1}', '{"score": 4}']
+    )
+    assert scores["qwen-odd"].tolist() == pytest.approx([1, NAN], nan_ok=True)
+    assert scores["qwen-match"].tolist() == [1, 4]
     readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
     readable |= {"<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}": 4}
     readable |= {'First {"score": 1}. **Score:** 4': 4, '{"score": 3, "max_score": 5}': 3}
@@ -1580,10 +1576,6 @@ def test_qwen_that_writes_nonsense_is_missing_and_not_zero(tiny_judges):
     nonsense = ["", "4", "I would say 4", '{"score": 6}', '{"score": -1}', '{"score": "high"}', '{"score": 50}']
     nonsense += ["<think>A score: 0 would mean"]  # cut off by max_tokens
     assert all(math.isnan(rewards.read_rating(text, 5)) for text in nonsense)
-    logprobs = {"5": math.log(0.5), "0": math.log(0.25), "The": math.log(0.25)}
-    assert rewards.expected_worth(logprobs, rewards.RATING) == pytest.approx(5 * 0.5 / 0.75)
-    assert rewards.expected_worth({"Yes": -1.0, "yes": -1.0, "no": -1.0}, rewards.YES_NO) == pytest.approx(2 / 3)
-    assert math.isnan(rewards.expected_worth({"The": 0.0}, rewards.YES_NO))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -1617,9 +1609,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             assert not pixels[:, :4, 1:].any() and (pixels[:, 4:, 2] == 200).all()
         assert question["model"] in Server.models and self.headers["Authorization"] == "Bearer secret"
         message = dict(content=f'{{"score": {level // 51}}}' if level < 255 else "I do not know.")
-        top = [dict(token=token, logprob=math.log(0.5)) for token in (str(level // 51), "The")]
-        choice = dict(message=message, logprobs=dict(content=[dict(top_logprobs=top)]))
-        self.reply(dict(choices=[choice]))
+        self.reply(dict(choices=[dict(message=message)]))
 
     def log_message(self, *_):
         pass
@@ -1646,13 +1636,13 @@ def redness(judges):
 
 def test_a_server_may_answer_for_qwen(server_url):
     """Catches: JPEG, which smears the levels; answers in another order; one lost request that ends a run of days."""
-    for path, answer, last in (("", "probability", 5), ("/v1", "json", NAN)):
-        options = dict(qwen_server=server_url + path, qwen_answer=answer)
+    for path in ("", "/v1"):
+        options = dict(qwen_server=server_url + path)
         judges = rewards.load_judges(["qwen-match"], options=options)
         assert options["qwen_model"] == "tiny"  # which the run remembers
         Server.refusal = [(503, "busy"), (429, "slow down")]
         start = time.monotonic()
-        assert redness(judges) == pytest.approx([3, 0, last, 1], nan_ok=True)
+        assert redness(judges) == pytest.approx([3, 0, NAN, 1], nan_ok=True)
         assert time.monotonic() - start > 0.9  # waited as Retry-After says
 
     async def in_a_notebook():
@@ -1663,7 +1653,7 @@ def test_a_server_may_answer_for_qwen(server_url):
 
 def test_a_server_is_bounded_and_its_reasons_are_told(server_url):
     """Catches: a step that hangs with its server; a refusal that is repeated in silence; the first of several models."""
-    options = dict(qwen_server=server_url, qwen_answer="json", judge_timeout=1)
+    options = dict(qwen_server=server_url, judge_timeout=1)
     judges, start = rewards.load_judges(["qwen-match"], options=options), time.monotonic()
     Server.delay = 5
     assert redness(judges) == pytest.approx([3, NAN, NAN, 1], nan_ok=True)  # late, and the one that cannot be read
@@ -1861,7 +1851,7 @@ def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeyp
     for call, module in ((5, sample), (2, evaluate)):  # amid drawing, and scoring
         shutil.rmtree("out")
         assert in_children(tmp_path, partial(killed, call, module)) == [-signal.SIGKILL]
-        assert list(Path("out").glob("table.parts/*/000000.npz"))
+        assert list(Path("out").glob("evaluation.parts/*/000000.npz"))
         evaluate.main([*flags, "--batch-size", "5"])
         again, same = found()
         assert all(again[name] == pytest.approx(columns[name], abs=1e-3) for name in again | columns)
@@ -1883,38 +1873,11 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys)
         places.append(column.file.split("-")[-1])
     assert places[0] == places[1] and len(set(places)) == 1 + len(flags)
     for name, seed in (("evaluation", 0), ("evaluation-2", 1)):
-        evaluate.main([*few, "--seed", str(seed)])
+        evaluate.main([*few, "--seed", str(seed), "--ckpt", str(MODELS["toy-t2i"].ckpt)])
         found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["differences"]["tuned, cfg 1"]["reward: clip"] == [0, 0]  # the same weights and random numbers
+        assert found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
         assert found["seed"] == found["records"]["base, cfg 1"]["seed"] == seed and time.time() - found["time"] < 60
-
-
-@pytest.mark.slow
-def test_genevals_folders_are_what_its_scorer_reads(tmp_path, monkeypatch, capsys, thin_toys):
-    """Catches: a line of GenEval's in another folder, so that another picture is scored; one empty line moves all."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "SHARD", 5)
-    prompts = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
-    lines = [json.dumps(dict(tag="colors", include=[dict(count=1)], prompt=prompt)) for prompt in prompts]
-    Path("lines.jsonl").write_text("\n\n".join(lines) + "\n")
-    how = load_model("toy-t2i"), load_tokenizer("toy-t2i"), load_encoder("toy-t2i")
-    images, _ = sample.draw(*how, [prompt for prompt in prompts for _ in range(4)])
-    pixels = evaluate.as_pixels(images * 2 - 1).astype(int)
-    flags = ["--task", "t2i", "--cfg-scale", "1", "--rewards", "clip", "--batch-size", "5", "--out", "g"]
-    evaluate.main([*flags, "--ckpt", str(MODELS["toy-t2i"].ckpt), "--geneval", "lines.jsonl"])
-    assert "evaluate_images.py g-pictures/COLUMN" in capsys.readouterr().out
-    folders = list(Path("g-pictures").iterdir())
-    assert len(folders) == 2
-    for folder in folders:  # base and tuned are the same weights: so the same random numbers
-        for n, line in enumerate(lines):
-            assert json.loads((folder / f"{n:05d}/metadata.jsonl").read_text()) == json.loads(line)
-            four = [np.asarray(Image.open(folder / f"{n:05d}/samples/{k:04d}.png")) for k in range(4)]
-            assert abs(np.stack(four) - pixels[4 * n : 4 * n + 4]).max() <= 1
-    found = json.loads(Path("g.json").read_text())
-    assert found["differences"]["tuned, cfg 1"]["reward: clip"] == [0, 0]
-    assert found["standard_errors"]["base, cfg 1"]["reward: clip"] > 0
-    Path("lines.jsonl").write_text("\n".join([lines[0], json.dumps(dict(prompt="###")), lines[2]]))
-    items = evaluate.geneval_items(Path("lines.jsonl"), "llamagen-t2i-xl-256")
-    assert [json.loads(item.metadata)["prompt"] for item in items] == [prompts[k] for k in (0, 0, 0, 0, 2, 2, 2, 2)]
 
 
 def test_the_share_right_of_captions_is_a_mean_over_categories():
@@ -1966,12 +1929,12 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
     drawn, savefig, T = [], matplotlib.figure.Figure.savefig, side**2
     keep = lambda figure, *a, **b: drawn.append(figure) or savefig(figure, *a, **b)  # noqa: E731
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    advantages, images, tokens = torch.randn(K), torch.rand(K, 3, 8 * side, 8 * side), torch.randint(16384, (K, T))
-    scores = {f"qwen-match-{k}": torch.rand(K) for k in range(8)}
-    what = images, tokens, scores, advantages, advantages[:, None] * torch.rand(K, T) if by_token else advantages
+    advantages, images, tokens = torch.randn(64), torch.rand(64, 3, 8 * side, 8 * side), torch.randint(16384, (64, T))
+    scores = {f"qwen-match-{k}": torch.rand(64) for k in range(8)}
+    what = images, tokens, scores, advantages, advantages[:, None] * torch.rand(64, T if by_token else 1)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 40}):
         caption = 'one says "$5" and the other "$7" \ud800 ' * 9
-        report.draw_step(tmp_path / "a.png", caption, *what, torch.randn(K, T), dict.fromkeys(scores, 0.25), 64)
+        report.draw_step(tmp_path / "a.png", caption, *what, torch.randn(K, T), dict.fromkeys(scores, 0.25), K)
     (figure,) = drawn
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip()]
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -1983,7 +1946,7 @@ def test_a_step_is_drawn_without_overlaps_and_says_its_shapes(K, side, by_token,
     shapes = [f"tokens (64, {T})", f"images (64, 3, {8 * side}, {8 * side})", "rewards (64,)", "advantages (64,)"]
     assert set(shapes) | {f"change (64, {T})"} <= set(said) and (f"advantages (64, {T})" in said) == by_token
     above = [float(text.split()[1]) for text in said if text.startswith("qwen-match-0 ")]
-    assert above == pytest.approx(scores["qwen-match-0"][advantages.argsort()].tolist(), abs=0.006)
+    assert above == pytest.approx(scores["qwen-match-0"][:K][advantages[:K].argsort()].tolist(), abs=0.006)
 
 
 @pytest.mark.slow
@@ -2022,7 +1985,7 @@ def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_
         quick.setattr(report, "chart_of", lambda *_: "")  # half of a page's time, and another page follows
         _, run, (row, _) = tiny_run(task)
     assert "curves.png is left out (ZeroDivisionError" in capsys.readouterr().out
-    files = "before.png after.png before-after.png report.html policy.safetensors state.pt events* samples/*.png"
+    files = "before.png after.png before-after.png report.html policy.safetensors state.pt samples/*.png"
     assert all(list(run.glob(file)) for file in files.split())
     assert len({file.stat().st_mode for file in run.iterdir() if file.suffix in (".png", ".safetensors", ".pt")}) == 1
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
@@ -2241,6 +2204,27 @@ def test_the_readme_holds(tmp_path, monkeypatch):
                 {"train": train, "sample": sample, "evaluate": evaluate}[script].parse_args(shlex.split(flags))
             except Mistake as error:  # all that is missing is a download
                 assert "huggingface.co/" in str(error), flags
+
+
+def test_the_readmes_snippets_write_what_scorers_read(tmp_path, monkeypatch):
+    """Catches: a line of GenEval's in another folder, or DPG's four pictures in another order: others are scored."""
+    monkeypatch.chdir(tmp_path)
+    geneval, dpg = re.findall(r"```python\n# .*?(from pathlib.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), np.uint8)
+    np.savez("geneval.npz", arr_0=pixels)
+    np.savez("dpg.npz", arr_0=pixels)
+    Path("evaluation_metadata.jsonl").write_text("first\nsecond\n")
+    Path("dpg_bench/prompts").mkdir(parents=True)
+    for name in "ab":
+        Path(f"dpg_bench/prompts/{name}.txt").touch()
+    exec(geneval, {})
+    exec(dpg, {})
+    for n, line in enumerate(("first", "second")):
+        assert Path(f"geneval/{n:05d}/metadata.jsonl").read_text() == line
+        four = [np.asarray(Image.open(f"geneval/{n:05d}/samples/{k:04d}.png")) for k in range(4)]
+        assert np.array_equal(four, pixels[4 * n : 4 * n + 4])
+    a, b, c, d = pixels[4:]
+    assert np.array_equal(np.asarray(Image.open("b.png")), np.block([[[a], [b]], [[c], [d]]]))
 
 
 OURS = sorted(path.stem for path in HERE.glob("*.py"))

@@ -12,13 +12,9 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
                                                             (which KL's gradient is taken: see grpo.grpo_loss)
 
-The loop is the function `train`. Results go to a folder (out/TASK): report.html (a page with all of it), before.png,
-after.png, before-after.png, curves.png, metrics.jsonl (a line per step; the README explains every entry), flags.json,
-samples/ (the same prompts and seeds during training), TensorBoard events, policy.safetensors, and state.pt for
---resume.
-
-minimal.py is the same algorithm in a hundred lines; this adds flags, resuming, several processes, the official models,
-and what goes beyond the paper.
+The loop is the function `train`. Results go to a folder (out/TASK), of which report.html is a page: see runs.py. The
+README explains what is logged. minimal.py is the same algorithm in a hundred lines; this adds flags, resuming, several
+processes, the official models, and what goes beyond the paper.
 
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
 images (--learn-cfg; see grpo.py). Weights are float32; the official t2i run keeps them in bfloat16, and its c2i run
@@ -47,7 +43,6 @@ import torch
 
 import data
 import parallel
-import report
 import sample
 import zoo
 from grpo import (
@@ -71,12 +66,10 @@ from prompts import captions_of, load_encoder, read_prompts, wordnet_classes
 from rewards import (
     add_judge_flags,
     fill_missing,
-    held_out,
     judge_images,
     judge_options,
     load_judges,
     parse_rewards,
-    rewards_text,
     weighted_sum,
 )
 from runs import Run
@@ -173,7 +166,7 @@ def train(args, run):
         metrics |= verify(args, images, captions)
         run.lap("report")
         own_scores = {name: values[rows] for name, values in scores.items()}
-        draw_group(args, step, policy, parts, images, captions, own_scores, rewards, kept)
+        sample.draw_group(args, step, policy, parts, images, captions, own_scores, rewards, kept)
         if (step + 1) % SAMPLE_EVERY == 0:
             draw_grid(f"samples/step_{step + 1:05d}.png", f"after {step + 1} steps")
         run.end_step(step, parallel.average({"step": step} | metrics))
@@ -275,32 +268,6 @@ def verify(args, images, captions):
     return dict(right=float(np.mean(right)))
 
 
-@torch.no_grad()
-def draw_group(args, step, policy, parts, images, captions, scores, rewards, kept):
-    """Of the first, the middle and the last step, draws one group: what the update did to the tokens of its images."""
-    if step not in (0, args.steps // 2, args.steps - 1):
-        return
-    K = args.learn_from
-    first = kept[:K]  # the rows of the first group
-    group = Batch(*[torch.cat(values)[:K] for values in zip(*parts, strict=True)])
-    with zoo.autocast(args.device, args.dtype):
-        after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
-    path = args.out / f"samples/group_{step:05d}.png"
-    with report.guest(path):
-        report.draw_step(
-            path,
-            captions[0],
-            images[first],
-            group.tokens,
-            {name: values[first] for name, values in scores.items()},
-            rewards[first],
-            group.advantages,
-            after - group.old_logprobs,
-            args.rewards,
-            n=len(kept),
-        )
-
-
 def learning_metrics(history, grad_norms):
     """
     {name: number} of a step's updates. history: (fraction of the images that are learned from, {name: mean}) of each
@@ -324,8 +291,8 @@ def build(args):
     mode: with dropout, the policy that is learned would not be the one that sampled.
     """
     policy = zoo.load_model(args.model, args.base, args.device, args.compile)
-    # With adapters the weights themselves never change, so policy and reference share them: deepcopy copies nothing
-    # that its memo holds.
+    # With adapters the weights themselves never change, so policy and reference share them: what deepcopy finds in its
+    # second argument it takes as it is.
     shared = {id(p): p for p in policy.parameters()} if args.lora_rank else {}
     ref_model = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.lora_rank:
@@ -355,10 +322,9 @@ def announce(args, policy, steps):
     say(f"{args.model}: {millions:.1f}M parameters, {T} tokens per image, on {args.device}")
     say(f"{B * G} images/step = {B} prompts x {G} samples, {few}in micro-batches of {here}; "
         f"{args.updates_per_batch} update(s) per batch, {steps} steps")  # fmt: skip
-    say(f"rewards {rewards_text(args.rewards)}; sampled at cfg {args.cfg_scale:g}, learned at cfg {args.learn_cfg:g}; "
+    rewards = ",".join(f"{judge}={weight:g}" for judge, weight in args.rewards.items())
+    say(f"rewards {rewards}; sampled at cfg {args.cfg_scale:g}, learned at cfg {args.learn_cfg:g}; "
         f"lr {args.lr:g}, KL {args.kl_coef:g} ({args.kl}); writing to {args.out}/")  # fmt: skip
-    for name in held_out(args.rewards):
-        say(f"held out: {name}, which is logged and has no say")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -384,7 +350,6 @@ LLAMAGEN = dict(
 PAPER = dict(
     learn_cfg=1.0,  # script: log-probabilities without guidance
     lr_schedule="constant",  # script, in effect
-    qwen_answer="json",  # script
 )
 BEYOND = dict(kl="exact", weigh_tokens=True, cfg_scale=1.0)  # found on the toys; not measured on LlamaGen
 BEST_TOY = BEYOND | dict(reward_norm="mean", group_size=16, learn_from=8)
