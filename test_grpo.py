@@ -247,6 +247,8 @@ def test_the_rate_rises_for_a_tenth_of_the_run_and_falls_to_0():
     rates = [train.set_lr(args, optimizer, step) for step in range(20)]
     assert rates == pytest.approx([0.5, 0.95] + [1 - step / 20 for step in range(2, 20)])
     assert optimizer.param_groups[0]["lr"] == rates[-1]
+    args.lr_schedule = "constant"  # the paper's
+    assert train.set_lr(args, optimizer, 0) == train.set_lr(args, optimizer, 19) == 1
 
 
 def flat(model):
@@ -647,6 +649,14 @@ def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
     assert reference.layers[0].attention.wqkv.weight is policy.layers[0].attention.wqkv.weight
 
 
+def test_the_flags_reach_the_models(thin_toys):
+    """Catches: --lora-rank that learns all weights or copies them, --checkpoint-layers that saves no memory."""
+    args = train.parse_args(["--lora-rank", "2", "--checkpoint-layers", "--rewards", "clip"])
+    policy, ref_model, *_, optimizer = train.build(args)
+    assert {min(p.shape) for p in optimizer.param_groups[0]["params"]} == {2} and policy.checkpoint_layers
+    assert ref_model.layers[0].attention.wo.weight is policy.layers[0].attention.wo.weight
+
+
 # runs: killed, stopped, resumed, on several processes ----------------------------------------------------------------
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -899,6 +909,17 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_five_end_the_run(
     policy, base = load_model("toy-c2i", tmp_path / "run").state_dict(), load_model("toy-c2i").state_dict()
     assert len(read_metrics(tmp_path / "run")) == 5 and all(w.isfinite().all() for w in policy.values())
     assert updates == 2 or all(torch.equal(w, base[name]) for name, w in policy.items())
+
+
+def test_a_steps_figures_are_of_all_its_images():
+    """Catches: a prompt twice while another is left out, an extreme on one side only, a short micro-batch that counts as a full one."""
+    args = train.parse_args(["--classes", *"0123", "--prompts-per-step", "4", "--group-size", "4", "--rewards", "clip"])
+    assert all(sorted(train.pick_prompts(args, step)[0]) == [0, 1, 2, 3] for step in range(5))
+    _, _, logged = train.compare(args, {"clip": torch.tensor([0.0, 1, 1, 1, 2, 2, 2, 2])}, slice(8))
+    expected = dict(reward=11 / 8, reward_std=0.744, advantage_std=0.655, advantage_max=1.5, equal_groups=0.5)
+    assert logged == pytest.approx(expected, rel=1e-3)
+    history = [(0.75, dict(kl=torch.tensor(1.0), gap=torch.tensor(3.0))), (0.25, dict(kl=torch.tensor(5.0)))]
+    assert train.learning_metrics(history, list(torch.tensor([2.0, 1]))) == dict(grad_norm=2, kl=2, gap=3)
 
 
 def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, no_pages, thin_toys):
@@ -2192,7 +2213,7 @@ def test_train_sample_evaluate_and_report_run(task, tiny_run, monkeypatch, thin_
     grids = {path.name for path in run.glob("samples/*.png")}
     assert grids == {"group_00000.png", "group_00001.png", "step_00002.png"}
     parts = {f"seconds_{part}" for part in ("sample", "decode", "judge", "learn", "report")}
-    assert {"right", *parts} <= set(read_metrics(run)[0])
+    assert {"right", "clip_seconds", *parts} <= set(read_metrics(run)[0])
     assert len({file.stat().st_mode for file in run.iterdir() if file.suffix in (".png", ".safetensors", ".pt")}) == 1
     assert zoo.find_policy(run)[2]["text_pad"] == "left"  # our default, whatever the release does
     assert (first["step"], second["step"]) == (0, 1) and first["sampler_gap"] < 1e-4
