@@ -650,9 +650,10 @@ def test_adapters_learn_beside_weights_that_the_reference_shares(config, dtype):
 
 
 def test_the_flags_reach_the_models(thin_toys):
-    """Catches: --lora-rank that learns all weights or copies them, --checkpoint-layers that saves no memory."""
-    args = train.parse_args(["--lora-rank", "2", "--checkpoint-layers", "--rewards", "clip"])
-    policy, ref_model, *_, optimizer = train.build(args)
+    """Catches: --lora-rank that learns all weights or copies them, --checkpoint-layers or --text-pad without effect."""
+    flags = "--task t2i --text-pad right --lora-rank 2 --checkpoint-layers --rewards clip"
+    policy, ref_model, _, encode, _, optimizer = train.build(train.parse_args(flags.split()))
+    assert encode(["circle"])[1][0].tolist() == [True] * 2 + [False] * 10
     assert {min(p.shape) for p in optimizer.param_groups[0]["params"]} == {2} and policy.checkpoint_layers
     assert ref_model.layers[0].attention.wo.weight is policy.layers[0].attention.wo.weight
 
