@@ -193,8 +193,6 @@ def decoupled_advantages(scores, weights, group_size):
     Returns advantages (N,), unitless.
     """
     total = sum(weights[judge] * group_advantages(values, group_size) for judge, values in scores.items())
-    if not total.any():  # all rewards of all groups are equal
-        return total
     return (total - total.mean()) / (total.std() + 1e-4)
 
 

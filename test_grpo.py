@@ -63,7 +63,7 @@ import train
 import zoo
 from grpo import at_tokens, entropy_of, group_advantages, grpo_loss, log_policy, sample_groups, sampler_gap
 from model import ModelConfig, Transformer, adapters, image_noise, keep_likeliest, merged, rounded, sample_row
-from prompts import clean_caption, find_class, load_encoder, read_prompts
+from prompts import captions_of, clean_caption, find_class, load_encoder, read_prompts
 from tokenizer import VQConfig, VQModel, to_uint8, to_unit
 from zoo import MODELS, Mistake, load_model, load_tokenizer
 
@@ -126,36 +126,40 @@ def read_metrics(folder):
 # the algorithm: minimal.py, and what goes beyond it, written a second time ---------------------------------------------------------------------------------
 
 
-def beyond_minimal(steps, B, G, K):
-    """What --preset best-t2i adds to minimal.py, without grpo.py and micro-batches: the policy after `steps`."""
-    policy, ref_model, encode = load_model("toy-t2i"), load_model("toy-t2i"), load_encoder("toy-t2i")
-    tokenizer, judges = load_tokenizer("toy-t2i"), rewards.load_judges(["clip", "realism"])
+def beyond_minimal(task, lr, kl_coef, ref_cfg=1.0, mean=False, weigh=False, steps=2, B=2, G=4, K=2):
+    """What train.py adds to minimal.py, without grpo.py and micro-batches, on the toy: the policy after `steps`."""
+    name = f"toy-{task}"
+    policy, ref_model, tokenizer, encode = load_model(name), load_model(name), load_tokenizer(name), load_encoder(name)
+    judges = rewards.load_judges(["clip", "realism"])
     learned = [p for n, p in policy.named_parameters() if n != "cls_embedding.uncond_embedding"]
     optimizer = torch.optim.AdamW(learned, betas=(0.9, 0.95), weight_decay=0)
     for step in range(steps):
         # sample, judge and compare
-        prompts = data.sample_captions(B, np.random.default_rng([0, step]))
+        rng = np.random.default_rng([0, step])
+        prompts = rng.choice(40, B, replace=False).tolist() if task == "c2i" else data.sample_captions(B, rng)
         prompts = [prompt for prompt in prompts for _ in range(G)]
+        captions = captions_of(name, prompts)
         cond, mask = encode(prompts)
         tokens, _ = policy.generate(cond, mask, noise=image_noise(range(B * G), 64, 0, step))
         with torch.no_grad():
             images = (tokenizer.decode(tokens) / 2 + 0.5).clamp(0, 1)
-            reward = judges["clip"](images, prompts) + 0.25 * judges["realism"](images, prompts)
-        A = (reward.view(B, G) - reward.view(B, G).mean(1, keepdim=True)).flatten()
+            reward = judges["clip"](images, captions) + 0.25 * judges["realism"](images, captions)
+        groups = reward.view(B, G)
+        A = (groups - groups.mean(1, keepdim=True)) / (1 if mean else groups.std(1, keepdim=True) + 1e-4)
         # of each group the K // 2 worst and the others best; each token's share of the advantage
         kept = []
         for group in range(0, B * G, G):
             order = sorted(range(group, group + G), key=lambda k: reward[k])
             kept += sorted(order[: K // 2] + order[G - K + K // 2 :])
-        cond, mask, tokens, A = cond[kept], mask[kept], tokens[kept], A[kept, None]
+        cond, mask, tokens, A = cond[kept], mask[kept], tokens[kept], A.flatten()[kept, None]
         at_tokens = partial(torch.gather, dim=-1, index=tokens[..., None])
         with torch.no_grad():
             logits, without = ref_model(cond, tokens, mask), ref_model(ref_model.cls_embedding.null(cond), tokens, mask)
-            ref, plain = (without + 3.0 * (logits - without)).log_softmax(-1), logits.log_softmax(-1)
+            ref, plain = (without + ref_cfg * (logits - without)).log_softmax(-1), logits.log_softmax(-1)
             moved = (at_tokens(ref) - at_tokens(plain))[..., 0].abs().clamp(max=2)
-        A = A * moved / moved.mean(1, keepdim=True)
+        A = A * (moved / moved.mean(1, keepdim=True) if weigh else 1)
         # learn
-        optimizer.param_groups[0]["lr"] = 6e-4 * (steps - step) / steps
+        optimizer.param_groups[0]["lr"] = lr * (steps - step) / steps
         for update in range(2):
             logp = policy(cond, tokens, mask).log_softmax(-1)
             if update == 0:
@@ -163,7 +167,7 @@ def beyond_minimal(steps, B, G, K):
             kl = (logp.exp() * (logp - ref)).sum(-1)
             gain = at_tokens(logp - old)[..., 0].exp() * A
             optimizer.zero_grad()
-            (0.25 * kl - gain).mean().backward()
+            (kl_coef * kl - gain).mean().backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
     return policy
@@ -174,6 +178,11 @@ MINIMAL = {  # flags of train.py, arguments of minimal.train, constants of it an
     "guided": (["--cfg-scale", "2"], dict(cfg_scale=2.0), dict(MAX_GRAD_NORM=0.2)),
     # at 0.01 a token stands so near the clip's edge that another number of threads puts it on the other side
     "twice": (["--updates-per-batch", "2", "--clip-eps", "0.05"], dict(updates=2), dict(CLIP_EPS=0.05)),
+}
+BEYOND = {
+    "t2i": dict(lr=6e-4, kl_coef=0.1),
+    "best-c2i": dict(lr=5e-4, kl_coef=0.28, ref_cfg=2.0, mean=True, weigh=True),
+    "best-t2i": dict(lr=6e-4, kl_coef=0.25, ref_cfg=3.0, mean=True, weigh=True),
 }
 
 
@@ -198,12 +207,14 @@ def test_a_run_of_train_py_ends_in_the_weights_of_minimal_py(case, tmp_path, mon
     assert case != "twice" or log[0]["clip_frac"] > 0  # and the ratio
 
 
-def test_what_goes_beyond_the_paper_is_its_second_writing(tmp_path, short_runs, smooth_adam):
-    """Catches: images kept of the wrong group, a reference of other guidance or another micro-batch, token weights that are lost."""
-    flags = ["--preset", "best-t2i", "--updates-per-batch", "2", "--clip-eps", "9"]  # nothing is clipped
+@pytest.mark.parametrize("case", [slow("t2i"), slow("best-c2i"), "best-t2i"])
+def test_what_goes_beyond_the_paper_is_its_second_writing(case, tmp_path, short_runs, smooth_adam):
+    """Catches: images kept of the wrong group, a reference of other guidance or of another micro-batch."""
+    flags = ["--preset", case] if case.startswith("best-") else ["--task", case]
+    flags += ["--updates-per-batch", "2", "--clip-eps", "9"]  # nothing is clipped
     few = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--learn-from", "2", "--micro-batch", "3"]
     train.main([*flags, *few, "--out", str(tmp_path)])
-    assert_ends_in(beyond_minimal(2, 2, 4, 2), tmp_path, "t2i")
+    assert_ends_in(beyond_minimal(case[-3:], **BEYOND[case]), tmp_path, case[-3:])
 
 
 def test_the_rate_rises_for_a_tenth_of_the_run_and_falls_to_0():
