@@ -225,10 +225,10 @@ class Transformer(nn.Module):
         """
         return self.cls_embedding(cond).float()
 
-    def head(self, hidden):
+    def head(self, states):
         """Normed states (..., C) -> logits (..., V), float32 even under bfloat16 autocast: softmax needs the digits."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.output(hidden)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.output(states)
 
     def forward(self, cond, tokens, cond_mask=None):
         """
@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         nats, float32, that the distribution they were drawn from gave them.
 
         cfg_scale     above 1 guides every token (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale
-        cfg_interval  k >= 0 guides only token 0 and the next k + 1; -1 guides all
+        cfg_interval  k >= 0 guides only token 0 and the next k + 1, as LlamaGen counts; -1 guides all
         temperature   0 takes the likeliest token (log-probabilities are then those of temperature 1)
         top_k, top_p  keep the k likeliest, then the likeliest that together reach p; 0 and 1.0 keep all
         noise         (N, T) numbers in [0, 1), one per token, from `image_noise`; None draws fresh ones
@@ -318,13 +318,13 @@ def image_noise(images, num_tokens, *seed):
     return torch.from_numpy(np.stack(rows))
 
 
-def guide(hidden, cfg_scale):
+def guide(states, cfg_scale):
     """
     Guidance (arXiv 2207.12598): uncond + (cond - uncond) * cfg_scale, of normed states (2N, ..., C), conditional half
     first, -> (N, ..., C). LlamaGen mixes logits. The head is linear, so mixing states gives the same and saves one of
     the two head products.
     """
-    cond, uncond = hidden.chunk(2)
+    cond, uncond = states.chunk(2)
     return uncond + (cond - uncond) * cfg_scale
 
 

@@ -198,17 +198,17 @@ def step_of(cosines):
     return torch.where(cosines.isfinite(), values[which], torch.nan)  # NaN would fall into the best step
 
 
-def clip_scores(images, prompts, model, words, names, said):
+def clip_scores(images, prompts, model, words, names, warned):
     """
-    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step. `said`:
-    empty until a line has said that captions are cut.
+    Cosine of each image with its prompt, (N,) in [-1, 1], or {name: (N,)} where `names` also ask for its step.
+    `warned`: empty until a line has said that captions are cut.
     """
     distinct = list(dict.fromkeys(prompts))  # the samples of a group share a prompt
     tokens = words(distinct)  # (distinct, 77): no more of a caption is read
     whole = words(distinct, 8 * tokens.shape[1])[:, : tokens.shape[1]]  # has no end mark where a caption was cut
-    if not said and (cut := (whole != tokens).any(1).sum().item()):
-        said.append(f"{names[0]}: {cut} of {len(distinct)} captions are longer than this CLIP reads, and are cut")
-        parallel.say(said[0])
+    if not warned and (cut := (whole != tokens).any(1).sum().item()):
+        warned.append(f"{names[0]}: {cut} of {len(distinct)} captions are longer than this CLIP reads, and are cut")
+        parallel.say(warned[0])
     texts = model.encode_text(tokens.to(images.device), normalize=True)  # (distinct, E)
     which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=images.device)
     cosines = (clip_image_features(model, images) * texts[which]).sum(-1)
@@ -219,7 +219,7 @@ def clip_scores(images, prompts, model, words, names, said):
 
 def clip_judge(device, options):
     model, words = load_clip(options["clip_model"], options["clip_pretrained"], device)
-    return partial(clip_scores, model=model, words=words, names=options["names"], said=[])
+    return partial(clip_scores, model=model, words=words, names=options["names"], warned=[])
 
 
 def hps_judge(device, options):

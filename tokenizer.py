@@ -46,9 +46,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):  # (B, c_in, h, w) -> (B, c_out, h, w)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.nin_shortcut(x) + y
 
 
 class AttnBlock(nn.Module):
@@ -60,10 +60,10 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):  # (B, C, h, w)
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # each (B, hw, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # scale C^-0.5
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # each (B, hw, C)
+        y = F.scaled_dot_product_attention(q, k, v)  # scale C^-0.5
+        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
 
 class Resample(nn.Module):
