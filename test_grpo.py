@@ -936,35 +936,49 @@ def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, no_pages, 
 def test_only_five_failures_in_a_row_end_a_run():
     """Catches: failures that are counted over a whole run, so that a run of days ends at its fifth lost step."""
     args = SimpleNamespace(prompts_per_step=2, group_size=2, rewards={"clip": 1.0})
-    lost, fine = (dict(grad_norm=1.0, clip_not_finite=n) for n in (4, 3))
-    run = SimpleNamespace(args=args, history=[*[lost] * 4, fine, *[lost] * 4], folder="out")
-    runs.Run.check_that_it_learns(run)
-    run.history.append(lost)
-    with pytest.raises(Mistake, match="clip was not finite 5 steps in a row"):
+    fine = dict(grad_norm=1.0, clip_not_finite=3)
+    for failure, said in ((dict(clip_not_finite=4), "score of clip"), (dict(grad_norm=INF), "gradient")):
+        lost = fine | failure
+        run = SimpleNamespace(args=args, history=[*[lost] * 4, fine, *[lost] * 4], folder="out")
         runs.Run.check_that_it_learns(run)
+        run.history.append(lost)
+        with pytest.raises(Mistake, match=f"{said} was not finite 5 steps in a row"):
+            runs.Run.check_that_it_learns(run)
 
 
 def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     """Catches: a warning that never comes, or comes in a healthy run."""
     rng, settings = np.random.default_rng(0), dict(dtype="float32", rewards={"clip": 1.0, "realism": 0.0})
-    healthy = dict(grad_norm=0.3, equal_groups=0.1, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2)
+    healthy = dict(
+        grad_norm=0.3, equal_groups=0.1, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2, realism_std=0.1
+    )
 
     def said(after=25, steps=50, **changes):
         history = []
         for step in range(steps):
-            noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "realism_std")}
+            noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "clip_mean")}
             history.append(healthy | noise | (changes if step >= after else {}))
         return set(runs.warnings(history, settings))
 
-    assert said() == said(right=0.2) == set()
+    assert said() == said(right=0.2) == said(reward=0.9, clip_mean=0.2) == set()
+    assert said(after=45, equal_groups=1, clip_std=0.0) == said(after=0, steps=9, equal_groups=1) == set()
     hacked = dict(reward=0.9, right=0.2)
     ailing = {
-        "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=0.2),
+        "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=15e-4),
         "clip": dict(clip_std=0.0), "right": hacked, "realism_mean": dict(reward=0.9, realism_mean=0.2),
     }  # fmt: skip
     assert all(said(**changes) == {what} for what, changes in ailing.items())
-    assert said(steps=45, entropy=0.9) == {"entropy"}
+    assert said(grad_norm=0.0, equal_groups=1) == {"equal"}  # which explains it
+    assert said(steps=45, entropy=0.9) == said(after=20, steps=21, entropy=0.9) == {"entropy"}
+    assert said(steps=46, entropy=0.9) == set()  # it has not fallen since
     assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
+    for errors, found in ((3.5, {"right"}), (2.5, set())):  # of the difference of two means of 20 steps
+        rising = [99, -99] * 5 + [(-1) ** step + 0.3244 * errors * (step >= 20) for step in range(40)]
+        assert set(runs.warnings([healthy | dict(reward=r, right=-r) for r in rising], settings)) == found
+    settings["dtype"] = "bfloat16"
+    assert said(sampler_gap=0.09) == set() and said(sampler_gap=0.15) == {"gap"}
+    del healthy["clip_std"]
+    assert said() == {"clip"}  # missing
 
 
 def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, capsys, no_pages, thin_toys):
