@@ -341,8 +341,8 @@ def test_a_token_that_guidance_leaves_alone_gets_little_of_the_push():
 
 def test_a_missing_score_counts_as_its_groups_mean():
     """Catches: a missing score set to 0, which would win its group under a metric that is never positive."""
-    scores = torch.tensor([-3.0, NAN, -1, -2, INF, NAN, NAN, NAN])
-    assert rewards.fill_missing(scores, 4).tolist() == [-3, -2, -1, -2, 0, 0, 0, 0]
+    scores = torch.tensor([-3.0, NAN, -1, -2, INF, NAN, NAN, NAN, NAN, 5, NAN, NAN])
+    assert rewards.fill_missing(scores, 4).tolist() == [-3, -2, -1, -2, 0, 0, 0, 0, 5, 5, 5, 5]
     total = rewards.weighted_sum({"a": torch.tensor([1.0, 2]), "b": torch.tensor([3.0, -1])}, {"a": 2.0, "b": 0.5})
     assert total.tolist() == [3.5, 3.5]
 
@@ -973,7 +973,7 @@ def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     assert said(steps=46, entropy=0.9) == set()  # it has not fallen since
     assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
     for errors, found in ((3.5, {"right"}), (2.5, set())):  # of the difference of two means of 20 steps
-        rising = [99, -99] * 5 + [(-1) ** step + 0.3244 * errors * (step >= 20) for step in range(40)]
+        rising = [99, -99] * 15 + [(-1) ** step + 0.3244 * errors * (step >= 20) for step in range(40)]
         assert set(runs.warnings([healthy | dict(reward=r, right=-r) for r in rising], settings)) == found
     settings["dtype"] = "bfloat16"
     assert said(sampler_gap=0.09) == set() and said(sampler_gap=0.15) == {"gap"}
@@ -1082,8 +1082,12 @@ def test_presets_are_the_releases_and_the_command_line_wins():
     assert (args.model, args.kl_coef, args.cfg_scale, args.text_pad) == ("llamagen-t2i-xl-256", 0.5, 4, "right")
     best = train.parse_args(["--preset", "best-llamagen-c2i"])  # what it does not change is our own recipe
     assert (best.cfg_scale, best.ref_cfg, best.kl_coef, best.learn_cfg, best.kl) == (1, 2, 0.1, 1, "exact")
-    clips = [train.parse_args(more).judge_options["clip_model"] for more in ([], ["--model", "llamagen-xl-384"])]
-    assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
+    flags = [], ["--model", "llamagen-xl-384"], ["--clip-pretrained", "a.pt"], ["--clip-model", "RN50"]
+    found = [
+        [train.parse_args(more).judge_options[f"clip_{name}"] for name in ("model", "pretrained")] for more in flags
+    ]
+    assert found[:2] == [[rewards.TOY_CLIP, None], ["ViT-B-32-quickgelu", "openai"]]  # OpenAI's knows no toy caption
+    assert found[2:] == [["ViT-B-32-quickgelu", "a.pt"], ["RN50", "openai"]]
 
 
 # files and prompts ----------------------------------------------------------------------------------------------------
@@ -1363,6 +1367,8 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--device", "meta"], "--device meta cannot be read"),
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
     (train, ["--stepz", "3"], "unrecognized"),
+    (train, ["--judge-batch", "0"], "--judge-batch must be finite and at least 1"),
+    (train, ["--judge-timeout", "-1"], "--judge-timeout must be finite and at least 0"),
     (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "its name ends in .npz"),
     (sample, ["--npz", "{}/good.npz"], "choose another name for --npz"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
@@ -1505,10 +1511,15 @@ def test_the_toy_judges_rank_right_above_wrong():
     noise, _ = rewards.judge_images(judges, torch.rand(100, 3, 64, 64), captions)
     assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "realism"}
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
+    with pytest.raises(Mistake, match="64 px"):
+        judges["realism"](torch.zeros(1, 3, 32, 32), ["x"])
 
 
 JUDGED = dict(
-    array=lambda v: v.numpy(), column=lambda v: v[:, None].double(), named=lambda v: {"mine": v, "other": [1] * 4}
+    array=lambda v: v.numpy(),
+    graph=lambda v: v.requires_grad_(),
+    column=lambda v: v[:, None].double(),
+    named=lambda v: {"mine": v, "other": [1] * 4},
 )
 NOT_JUDGED = dict(short=lambda v: v[:-1], words=lambda v: ["good"] * 4, none=lambda v: None,
                   complex=lambda v: v * 1j, square=lambda v: v + v[:, None], others=lambda v: {"other": v})  # fmt: skip
@@ -1532,6 +1543,7 @@ def test_a_judge_of_ones_own_returns_what_can_be_meant(name):
         return
     values = rewards.judge_images({"mine": vandal}, images, prompts)[0]["mine"]
     assert values.dtype == torch.float32 and values.shape == (4,) and torch.allclose(values, expected)
+    assert not values.requires_grad
     assert torch.equal(images.mean((1, 2, 3)), expected) and prompts == ["a", "b", "c", "d"]
 
 
@@ -1660,12 +1672,20 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, cap
     assert isinstance(gelu, open_clip.transformer.QuickGELU) == (judge == "clip")
     for part in (model.visual, model.token_embedding):
         part.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    start = time.perf_counter()
     scores, seconds = rewards.judge_images(judges, *some_images())
+    assert sum(seconds.values()) < time.perf_counter() - start
     assert sorted(seen) == [3, 4] and set(scores) == set(seconds) == {judge, f"{judge}-step"}
     assert torch.equal(scores[f"{judge}-step"], rewards.step_of(scores[judge])) and scores[judge].unique().numel() == 4
     alone, pairs = rewards.load_judges([judge], options=options), zip(*some_images(), strict=True)
     found = [rewards.judge_images(alone, image[None], [prompt])[0][judge] for image, prompt in pairs]
     assert torch.allclose(torch.cat(found), scores[judge], atol=1e-5)
+    look = dict(mean=model.visual.image_mean, std=model.visual.image_std)
+    transform, pixels = open_clip.image_transform(32, is_train=False, **look), (some_images()[0] * 255).byte()
+    theirs = torch.stack([transform(Image.fromarray(one.permute(1, 2, 0).numpy())) for one in pixels])
+    read = judges[f"{judge}-step"].keywords["words"](some_images()[1])
+    cosines = model.encode_image(theirs, normalize=True) * model.encode_text(read, normalize=True)
+    assert torch.allclose(scores[judge], cosines.sum(-1), atol=0.01)  # up to rounding
     edges = rewards.step_of(torch.tensor([-0.1, 0.0, 0.29, 0.3, 0.59, 0.6, NAN])).tolist()
     assert edges == pytest.approx([-1, 0.5, 0.5, 1, 1, 1.5, NAN], nan_ok=True)  # NaN would fall into the best step
     assert capsys.readouterr().out == ""
@@ -1722,6 +1742,15 @@ def test_no_library_unpickles_for_a_judge(tmp_path, monkeypatch):
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
+def test_pyiqas_metrics_are_turned_so_that_more_is_better():
+    """Catches: a policy that learns to blur, because a metric counts faults."""
+    images, prompts = some_images(2)
+    for name, sign in (("pyiqa:piqe", -1), ("pyiqa:entropy", 1)):
+        judges = rewards.load_judges([name])
+        expected = [sign * judges[name].keywords["metric"](image[None]).item() for image in images]
+        assert rewards.judge_images(judges, images, prompts)[0][name].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_maniqa_in_a_batch_is_the_mean_of_its_crops_alone(tiny_judges):
     """Catches: random crops, which tell equal pictures apart; a reshape that is wrong by one axis and mixes crops."""
@@ -1745,6 +1774,8 @@ def test_maniqa_sees_every_pixel(side):
     places = torch.arange(side * side).view(1, 1, side, side).float()
     crops = rewards.even_crops(places, 4, 5)
     assert len(crops) == (4 if side == 225 else 20) and crops.unique().numel() == side * side
+    for small in (64, 224):
+        assert rewards.even_crops(places[..., :small, :small], 4, 5).shape == (1, 1, 224, 224)
 
 
 def test_qwen_in_a_batch_is_qwen_alone(tiny_judges):
@@ -1763,7 +1794,7 @@ def test_qwen_that_writes_nonsense_is_missing_and_not_zero(tiny_judges):
     """Catches: the release's worst reward for an unreadable answer; a first token that is no answer, such as a quote."""
     judges = rewards.load_judges(["qwen-real"], options=dict(qwen_answer="json"))
     assert rewards.judge_images(judges, *some_images(2))[0]["qwen-real"].isnan().all()  # the tiny model babbles
-    readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
+    readable = {'{"score": 5}': 5, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
     readable |= {"<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}": 4}
     readable |= {'First {"score": 1}. **Score:** 4': 4, '{"score": 3, "max_score": 5}': 3}
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
