@@ -1981,6 +1981,7 @@ def test_several_runs_are_compared_with_their_base():
     assert metrics.compare(seeds, base, paired=False)["x"] == pytest.approx((1.5, error(u, v)))
     assert metrics.compare([seeds[0], dict(x="too few")]) == {}
     assert metrics.compare([dict(x=metrics.Figure(2, np.zeros(1)))])["x"] == (2, None)
+    assert metrics.Figure(2, np.array([1.0, -1])).error == pytest.approx(1)
 
 
 def test_a_figure_of_too_few_pictures_is_a_reason_and_a_table_shows_its_error():
@@ -1992,9 +1993,14 @@ def test_a_figure_of_too_few_pictures_is_a_reason_and_a_table_shows_its_error():
     assert metrics.frechet(x[:6], small) == sentence + "references"
     for reference in (whole, metrics.reference_of(x[:5], metrics.gaussian(x[:6]))):
         assert metrics.frechet(x[:6], reference).value == pytest.approx(0, abs=1e-6)
-    assert [isinstance(metrics.neighbours(x[:n], metrics.reference_of(x))[0], str) for n in (47, 48)] == [True, False]
-    cells = metrics.as_cells({"right: all": (0.5, 0.0123), "x": (1.23456, 0.0123), "y": (2.0, None)}, "+")
-    assert cells == {"right: all": "+50.0% ± 1.2", "x": "+1.235 ± 0.012", "y": "+2.000"}
+    thrice = np.tile(x, 3)  # of rank 5
+    assert metrics.frechet_distance(thrice, *metrics.gaussian(thrice)).value == pytest.approx(0, abs=1e-5)
+    found = [metrics.neighbours(x[:n], metrics.reference_of(x))[0] for n in (47, 48)]
+    assert [type(precision) for precision in found] == [str, metrics.Figure]
+    cells = metrics.as_cells(
+        {"right: all": (0.5, 0.0123), "x": (1.2345, 0.123), "y": (123.4, 12.3), "z": (2.0, None)}, "+"
+    )
+    assert cells == {"right: all": "+50.0% ± 1.2", "x": "+1.23 ± 0.12", "y": "+123 ± 12", "z": "+2.000"}
     assert (
         metrics.as_table(dict(a=dict(m="1"), b=dict(n="2"))) == "| | a | b |\n|---|---|---|\n| m | 1 |  |\n| n |  | 2 |"
     )
