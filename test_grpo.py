@@ -1511,6 +1511,8 @@ def test_the_toy_judges_rank_right_above_wrong():
     noise, _ = rewards.judge_images(judges, torch.rand(100, 3, 64, 64), captions)
     assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "realism"}
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
+    network = judges["realism"].keywords["network"]  # which reads [-1, 1]
+    assert torch.allclose(right["realism"], network(images * 2 - 1)[:, 0].sigmoid(), atol=1e-5)
     with pytest.raises(Mistake, match="64 px"):
         judges["realism"](torch.zeros(1, 3, 32, 32), ["x"])
 
