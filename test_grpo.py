@@ -891,6 +891,10 @@ def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, no_pages, t
     # somebody has deleted the log, and the step that was logged since then was not saved
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 2}\n')
     assert run(there, 3, "--resume") == [2]
+    with pytest.raises(SystemExit, match="has done 3 steps already"):
+        run(there, 2, "--resume")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    assert run(there, 4, "--resume") == [3]
 
 
 @pytest.mark.parametrize("updates", [1, 2])
