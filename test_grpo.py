@@ -800,6 +800,10 @@ def test_a_run_is_resumed_by_content_not_by_path(tiny_run, tmp_path, short_runs)
     # somebody has deleted the log, and the step that was logged since then was not saved
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 2}\n')
     assert run(there, 3, "--resume") == [2]
+    with pytest.raises(SystemExit, match="has done 3 steps already"):
+        run(there, 2, "--resume")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    assert run(there, 4, "--resume") == [3]
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -831,46 +835,60 @@ def test_a_steps_figures_are_of_all_its_images():
 
 def test_missing_scores_are_said_to_be_missing(tiny_run, monkeypatch, short_runs):
     """Catches: a missing score set to 0, which wins its group where scores are negative, or logged as a mean of 0."""
-    for name, values in (("silent", [NAN] * 8), ("loud", [-3.0, NAN, -1, -2, INF, NAN, NAN, NAN])):
+    for name, values in (("silent", [NAN] * 8), ("loud", [-3.0, NAN, -1, -2, INF, NAN, 5, NAN])):
         monkeypatch.setitem(rewards.JUDGES, name, lambda *_, values=values: lambda *_: torch.tensor(values))
     _, _, (row,) = tiny_run("c2i", "--steps", "1", "--group-size", "4", "--rewards", "silent=2,loud")
-    expected = dict(silent_not_finite=8, loud_not_finite=5, loud_mean=-2, loud_std=0.816497)
-    expected |= dict(reward=-1, equal_groups=0.5)  # of -3, its group's mean -2, -1, -2, and 0 four times
+    expected = dict(silent_not_finite=8, loud_not_finite=4, loud_mean=-0.25, loud_std=3.11247)
+    expected |= dict(reward=1.5, equal_groups=0.5)  # of -3, its group's mean -2, -1, -2, and 5 four times
     assert "silent_mean" not in row and {name: row[name] for name in expected} == expected
 
 
 def test_only_five_failures_in_a_row_end_a_run():
     """Catches: failures that are counted over a whole run, so that a run of days ends at its fifth lost step."""
     args = SimpleNamespace(prompts_per_step=2, group_size=2, rewards={"clip": 1.0})
-    lost, fine = (dict(grad_norm=1.0, clip_not_finite=n) for n in (4, 3))
-    run = SimpleNamespace(args=args, history=[*[lost] * 4, fine, *[lost] * 4], folder="out")
-    runs.Run.check_that_it_learns(run)
-    run.history.append(lost)
-    with pytest.raises(Mistake, match="clip was not finite 5 steps in a row"):
+    fine = dict(grad_norm=1.0, clip_not_finite=3)
+    for failure, said in ((dict(clip_not_finite=4), "score of clip"), (dict(grad_norm=INF), "gradient")):
+        lost = fine | failure
+        run = SimpleNamespace(args=args, history=[*[lost] * 4, fine, *[lost] * 4], folder="out")
         runs.Run.check_that_it_learns(run)
+        run.history.append(lost)
+        with pytest.raises(Mistake, match=f"{said} was not finite 5 steps in a row"):
+            runs.Run.check_that_it_learns(run)
 
 
 def test_a_run_says_what_ails_it_and_a_healthy_one_says_nothing():
     """Catches: a warning that never comes, or comes in a healthy run."""
     rng, settings = np.random.default_rng(0), dict(dtype="float32", rewards={"clip": 1.0, "realism": 0.0})
-    healthy = dict(grad_norm=0.3, equal_groups=0.1, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2)
+    healthy = dict(
+        grad_norm=0.3, equal_groups=0.1, sampler_gap=1e-5, entropy=2.0, kl=0.1, clip_std=0.2, realism_std=0.1
+    )
 
     def said(after=25, steps=50, **changes):
         history = []
         for step in range(steps):
-            noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "realism_std")}
+            noise = {name: 0.5 + 0.05 * rng.random() for name in ("reward", "right", "realism_mean", "clip_mean")}
             history.append(healthy | noise | (changes if step >= after else {}))
         return set(runs.warnings(history, settings))
 
-    assert said() == said(right=0.2) == set()
+    assert said() == said(right=0.2) == said(reward=0.9, clip_mean=0.2) == set()
+    assert said(after=45, equal_groups=1, clip_std=0.0) == said(after=0, steps=9, equal_groups=1) == set()
     hacked = dict(reward=0.9, right=0.2)
     ailing = {
-        "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=0.2),
+        "gradient": dict(grad_norm=0.0), "equal": dict(equal_groups=1), "kl": dict(kl=1.2), "gap": dict(sampler_gap=15e-4),
         "clip": dict(clip_std=0.0), "right": hacked, "realism_mean": dict(reward=0.9, realism_mean=0.2),
     }  # fmt: skip
     assert all(said(**changes) == {what} for what, changes in ailing.items())
-    assert said(steps=45, entropy=0.9) == {"entropy"}
+    assert said(grad_norm=0.0, equal_groups=1) == {"equal"}  # which explains it
+    assert said(steps=45, entropy=0.9) == said(after=20, steps=21, entropy=0.9) == {"entropy"}
+    assert said(steps=46, entropy=0.9) == set()  # it has not fallen since
     assert said(after=10, steps=20, **hacked) == {"right"}  # a run may be hacked within twenty steps
+    for errors, found in ((3.5, {"right"}), (2.5, set())):  # of the difference of two means of 20 steps
+        rising = [99, -99] * 15 + [(-1) ** step + 0.3244 * errors * (step >= 20) for step in range(40)]
+        assert set(runs.warnings([healthy | dict(reward=r, right=-r) for r in rising], settings)) == found
+    settings["dtype"] = "bfloat16"
+    assert said(sampler_gap=0.09) == set() and said(sampler_gap=0.15) == {"gap"}
+    del healthy["clip_std"]
+    assert said() == {"clip"}  # missing
 
 
 def test_what_is_shown_never_ends_a_run(tiny_run, tmp_path, monkeypatch, short_runs):
@@ -976,8 +994,11 @@ def test_presets_are_the_releases_and_the_command_line_wins():
     args = train.parse_args(["--preset", "paper-c2i"])
     assert args.rewards["clip"] == 5 and args.rewards["qwen-odd"] == 0.25 and len(args.rewards) == 8
     assert args.judge_options["clip_pretrained"] == "openai" and args.class_names[1] == "goldfish, Carassius auratus"
-    clips = [train.parse_args(more).judge_options["clip_model"] for more in ([], ["--model", "llamagen-xl-384"])]
-    assert clips == [rewards.TOY_CLIP, "ViT-B-32-quickgelu"]  # OpenAI's knows no toy caption
+    flags = [], ["--model", "llamagen-xl-384"], ["--clip-pretrained", "a.pt"], ["--clip-model", "RN50"]
+    options = [train.parse_args(more).judge_options for more in flags]
+    clips = [(each["clip_model"], each["clip_pretrained"]) for each in options]
+    assert clips[:2] == [(rewards.TOY_CLIP, None), ("ViT-B-32-quickgelu", "openai")]  # OpenAI's knows no toy caption
+    assert clips[2:] == [("ViT-B-32-quickgelu", "a.pt"), ("RN50", "openai")]
 
 
 # files and prompts ----------------------------------------------------------------------------------------------------
@@ -1255,6 +1276,7 @@ WRONG = [  # (script, flags, a part of its one sentence)
     (train, ["--device", "meta"], "--device meta cannot be read"),
     (train, ["--group-size", "1"], "--group-size must be finite and at least 2"),
     (train, ["--stepz", "3"], "unrecognized"),
+    (train, ["--judge-timeout", "-1"], "--judge-timeout must be finite and at least 0"),
     (sample, ["--out", "{}/a.png", "--npz", "{}/b/../a.png"], "its name ends in .npz"),
     (sample, ["--npz", "{}/good.npz"], "choose another name for --npz"),
     (train, ["--rewards", "clop=1"], "no judge is called 'clop'"),
@@ -1369,10 +1391,15 @@ def test_the_toy_judges_rank_right_above_wrong():
     noise, _ = rewards.judge_images(judges, torch.rand(100, 3, 64, 64), captions)
     assert (right["clip"] > wrong["clip"]).float().mean() > 0.9 and set(seconds) == {"clip", "realism"}
     assert right["realism"][:40].mean() > noise["realism"].mean() + 0.2  # it knows single objects only
+    network = judges["realism"].keywords["network"]  # which reads [-1, 1]
+    assert torch.allclose(right["realism"], network(images * 2 - 1)[:, 0].sigmoid(), atol=1e-5)
+    with pytest.raises(Mistake, match="64 px"):
+        judges["realism"](torch.zeros(1, 3, 32, 32), ["x"])
 
 
 JUDGED = (
     lambda values: values.numpy(),
+    lambda values: values.requires_grad_(),
     lambda values: values[:, None].double(),
     lambda values: {"mine": values, "other": [1] * 4},
 )
@@ -1401,6 +1428,7 @@ def test_a_judge_of_ones_own_returns_what_can_be_meant():
     for form in JUDGED:
         values = judged(form)
         assert values.dtype == torch.float32 and values.shape == (4,) and torch.allclose(values, expected)
+        assert not values.requires_grad
     assert torch.equal(images.mean((1, 2, 3)), expected) and prompts == ["a", "b", "c", "d"]
     for form in NOT_JUDGED:
         with pytest.raises(Mistake, match="judge 'mine' returned"):
@@ -1525,12 +1553,20 @@ def test_clip_and_hps_run_once_and_read_each_prompt_once(judge, tiny_judges, cap
     assert isinstance(gelu, open_clip.transformer.QuickGELU) == (judge == "clip")
     for part in (model.visual, model.token_embedding):
         part.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    start = time.perf_counter()
     scores, seconds = rewards.judge_images(judges, *some_images())
+    assert sum(seconds.values()) < time.perf_counter() - start
     assert sorted(seen) == [3, 4] and set(scores) == set(seconds) == {judge, f"{judge}-step"}
     assert torch.equal(scores[f"{judge}-step"], rewards.step_of(scores[judge])) and scores[judge].unique().numel() == 4
     alone, pairs = rewards.load_judges([judge], options=options), zip(*some_images(), strict=True)
     found = [rewards.judge_images(alone, image[None], [prompt])[0][judge] for image, prompt in pairs]
     assert torch.allclose(torch.cat(found), scores[judge], atol=1e-5)
+    look = dict(mean=model.visual.image_mean, std=model.visual.image_std)
+    transform, pixels = open_clip.image_transform(32, is_train=False, **look), (some_images()[0] * 255).byte()
+    theirs = torch.stack([transform(Image.fromarray(one.permute(1, 2, 0).numpy())) for one in pixels])
+    read = judges[f"{judge}-step"].keywords["words"](some_images()[1])
+    cosines = model.encode_image(theirs, normalize=True) * model.encode_text(read, normalize=True)
+    assert torch.allclose(scores[judge], cosines.sum(-1), atol=0.01)  # up to rounding
     edges = rewards.step_of(torch.tensor([-0.1, 0.0, 0.29, 0.3, 0.59, 0.6, NAN])).tolist()
     assert edges == pytest.approx([-1, 0.5, 0.5, 1, 1, 1.5, NAN], nan_ok=True)  # NaN would fall into the best step
     assert capsys.readouterr().out == ""
@@ -1582,6 +1618,15 @@ def test_no_library_unpickles_for_a_judge(tmp_path, monkeypatch):
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
+def test_pyiqas_metrics_are_turned_so_that_more_is_better():
+    """Catches: a policy that learns to blur, because a metric counts faults."""
+    images, prompts = some_images(2)
+    for name, sign in (("pyiqa:piqe", -1), ("pyiqa:entropy", 1)):
+        judges = rewards.load_judges([name])
+        expected = [sign * judges[name].keywords["metric"](image[None]).item() for image in images]
+        assert rewards.judge_images(judges, images, prompts)[0][name].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_maniqa_in_a_batch_is_the_mean_of_its_crops_alone(tiny_judges):
     """Catches: random crops, which tell equal pictures apart; a reshape that is wrong by one axis and mixes crops."""
@@ -1605,6 +1650,8 @@ def test_maniqa_sees_every_pixel(side):
     places = torch.arange(side * side).view(1, 1, side, side).float()
     crops = rewards.even_crops(places, 4, 5)
     assert len(crops) == (4 if side == 225 else 20) and crops.unique().numel() == side * side
+    for small in (64, 224):
+        assert rewards.even_crops(places[..., :small, :small], 4, 5).shape == (1, 1, 224, 224)
 
 
 def test_qwen_in_a_batch_is_qwen_alone(tiny_judges, monkeypatch):
@@ -1628,7 +1675,7 @@ def test_qwen_that_writes_nonsense_is_missing_and_not_zero(tiny_judges):
     )
     assert scores["qwen-odd"].tolist() == pytest.approx([1, NAN], nan_ok=True)
     assert scores["qwen-match"].tolist() == [1, 4]
-    readable = {'{"score": 4}': 4, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
+    readable = {'{"score": 5}': 5, 'Sure!\n```json\n{"score": "2.5"}\n``` is it.': 2.5, "{'Score': 0}": 0}
     readable |= {"<think>Is it bad? A score: 0 would mean useless.</think> {'score': 4}": 4}
     readable |= {'First {"score": 1}. **Score:** 4': 4, '{"score": 3, "max_score": 5}': 3}
     assert {text: rewards.read_rating(text, 5) for text in readable} == readable
@@ -1757,6 +1804,7 @@ def test_figures_are_those_of_torch_fidelity():
         expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **options)
         found = [figure.value for figure in metrics.precision_recall(a, b, k, rows)]
         assert found == pytest.approx([expected["precision"], expected["recall"]], abs=1e-6)
+    assert [figure.value for figure in metrics.precision_recall(a, b)] == found  # k = 3, the paper's
 
 
 def test_standard_errors_are_those_of_a_bootstrap():
@@ -1779,10 +1827,49 @@ def test_standard_errors_are_those_of_a_bootstrap():
         assert error == pytest.approx((drawn[:, 1] - drawn[:, 0]).std(), rel=0.25), name
         unpaired = metrics.compare([{name: measure(b)}], {name: measure(a)}, paired=False)[name]
         assert unpaired[1] > 1.5 * error, name
+    whole = metrics.frechet_distance(a, mu, cov)
+    without = np.array([metrics.frechet_distance(np.delete(a, k, 0), mu, cov).value for k in range(20)])
+    jackknife, rounding = (len(a) - 1) * (whole.value - without), 0.05 * whole.influence.std()
+    assert jackknife == pytest.approx(whole.influence[:20], abs=rounding)
     groups = np.repeat(["x", "y"], [10, 40])  # a mean over categories: binomial errors, each of half the weight
     right = (np.arange(50) % 5 < 2).astype(float)
     figure = metrics.mean_of(right, groups)
     assert (figure.value, figure.error) == pytest.approx((0.4, (0.24 / 10 + 0.24 / 40) ** 0.5 / 2), rel=0.02)
+
+
+def test_several_runs_are_compared_with_their_base():
+    """Catches: three seeds whose spread is left out of the error, or counted without being divided; a reason taken for a figure."""
+    u, v = np.array([1.0, -1, 2, -2]), np.array([3.0, 1, -1, -3])
+    seeds, base = [dict(x=metrics.Figure(value, u)) for value in (1.0, 3.0)], dict(x=metrics.Figure(0.5, v))
+    error = lambda *figures: math.sqrt(1 + sum(np.var(w, ddof=1) / 4 for w in figures))  # noqa: E731, 1: (1 + 1) / 2
+    assert metrics.compare(seeds)["x"] == pytest.approx((2, error(u)))
+    assert metrics.compare(seeds, base)["x"] == pytest.approx((1.5, error(u - v)))
+    assert metrics.compare(seeds, base, paired=False)["x"] == pytest.approx((1.5, error(u, v)))
+    assert metrics.compare([seeds[0], dict(x="too few")]) == {}
+    assert metrics.compare([dict(x=metrics.Figure(2, np.zeros(1)))])["x"] == (2, None)
+    assert metrics.Figure(2, np.array([1.0, -1])).error == pytest.approx(1)
+
+
+def test_a_figure_of_too_few_pictures_is_a_reason_and_a_table_shows_its_error():
+    """Catches: a covariance of fewer pictures than features; an error of other digits than its value."""
+    x = np.random.default_rng(0).standard_normal((48, 5))
+    small, whole = metrics.reference_of(x[:5]), metrics.reference_of(x[:6])
+    sentence = "6 are needed, one more than features (5), there are 5 "
+    assert metrics.frechet(x[:5], whole) == sentence + "pictures"
+    assert metrics.frechet(x[:6], small) == sentence + "references"
+    for reference in (whole, metrics.reference_of(x[:5], metrics.gaussian(x[:6]))):
+        assert metrics.frechet(x[:6], reference).value == pytest.approx(0, abs=1e-6)
+    thrice = np.tile(x, 3)  # of rank 5
+    assert metrics.frechet_distance(thrice, *metrics.gaussian(thrice)).value == pytest.approx(0, abs=1e-5)
+    found = [metrics.neighbours(x[:n], metrics.reference_of(x))[0] for n in (47, 48)]
+    assert [type(precision) for precision in found] == [str, metrics.Figure]
+    cells = metrics.as_cells(
+        {"right: all": (0.5, 0.0123), "x": (1.2345, 0.123), "y": (123.4, 12.3), "z": (2.0, None)}, "+"
+    )
+    assert cells == {"right: all": "+50.0% ± 1.2", "x": "+1.23 ± 0.12", "y": "+123 ± 12", "z": "+2.000"}
+    assert (
+        metrics.as_table(dict(a=dict(m="1"), b=dict(n="2"))) == "| | a | b |\n|---|---|---|\n| m | 1 |  |\n| n |  | 2 |"
+    )
 
 
 def test_the_distance_in_class_is_over_pairs_of_one_class():
@@ -1812,7 +1899,7 @@ def test_judges_means_leave_out_what_is_missing():
     found = {"reward: read": np.array([1, NAN, 3, INF, 8]), "reward: silent": np.full(5, NAN)}
     figures = evaluate.figures_of(found, {}, "toy-c2i")
     assert values_of(figures) == pytest.approx({"reward: read": 4, "missing: read": 0.4, "missing: silent": 1})
-    assert figures["reward: read"].error == pytest.approx(np.std([1, 3, 8], ddof=1) / 3**0.5, rel=0.2)
+    assert figures["reward: read"].influence == pytest.approx([-5, 0, -5 / 3, 0, 20 / 3])
 
 
 @pytest.fixture(scope="module")
