@@ -423,20 +423,18 @@ def tables_of(columns, figures, paired):
     last = {column.name: as_cells(values[column.name]) for column in columns if column.record["role"] == "renders"}
     for cfg in dict.fromkeys(column.record["cfg"] for column in columns if column.name not in last):
         base, *others = [c for c in columns if c.record["cfg"] == cfg and c.name not in last]
-        shown = {column.name: column.record["role"] for column in others}
-        for name in shown:
-            changes[name] = compare([figures[name]], figures[base.name], paired)
+        shown = {column.name: (column.record["role"], [column]) for column in others}
         if len(others) > 1 and paired:  # policies, not files of others: their mean stands for them
             role = f"mean of {len(others)}"
-            name = f"{role}, cfg {cfg:g}"
-            several = [figures[column.name] for column in others]
-            values[name] = compare(several)
-            changes[name] = compare(several, figures[base.name])
-            shown = {name: role}
-        cells = {name: as_cells(values[name]) for name in (base.name, *shown)}
-        for name, role in shown.items():
-            cells[f"{role} minus {base.record['role']}"] = as_cells(changes[name], "+")
-        tables.append(as_table(cells | last))
+            shown = {f"{role}, cfg {cfg:g}": (role, others)}
+        cells, differences = {base.name: as_cells(values[base.name])}, {}
+        for name, (role, own) in shown.items():
+            found = [figures[column.name] for column in own]
+            values[name] = compare(found)
+            changes[name] = compare(found, figures[base.name], paired)
+            cells[name] = as_cells(values[name])
+            differences[f"{role} minus {base.record['role']}"] = as_cells(changes[name], "+")
+        tables.append(as_table(cells | differences | last))
         last = {}
     return values, changes, tables
 
