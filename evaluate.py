@@ -158,7 +158,7 @@ def columns_of(args):
             record = record | dict(cfg=cfg)
             name = f"{policy['role']}, cfg {cfg:g}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
             file = file_name(name, record)
-            columns.append(Column(name, file, record, partial(read_folder, args.work / file), path))
+            columns.append(Column(name, file, record, partial(read_folder, args.work / file, record["num"]), path))
     if args.toy:
         tokenizer = zoo.load_tokenizer(args.model, args.vq_ckpt, args.device)
         record = dict(role="renders", name="renders", policy=None, cfg=None, num=len(args.prompts))
@@ -230,10 +230,11 @@ def entropies(model, encode, prompts, tokens, dtype):
     return parallel.gather(torch.cat(found), len(prompts)).numpy()
 
 
-def read_folder(folder):
-    """Yields the shards of a policy. Raises Mistake."""
-    for path in sorted(folder.glob("*.npz")):
-        with zoo.reading(path, "delete it, and it is drawn again"), np.load(path) as shard:
+def read_folder(folder, n):
+    """Yields the shards of a policy's n pictures. Raises Mistake."""
+    for start in range(0, n, SHARD):
+        path = folder / f"{start:06d}.npz"
+        with zoo.reading(path, "delete it if it is there, and give the same command again"), np.load(path) as shard:
             yield dict(shard)
 
 
@@ -541,7 +542,7 @@ def name_files(args, header):
         while args.out.with_suffix(".json").exists():
             number += 1
             args.out = folder / f"evaluation-{number}"
-    args.work = args.out.parent / "evaluation.parts"
+    args.work = args.out.with_name(f"{args.out.name}.parts")
     zoo.make_folder(args.out.parent)
 
 

@@ -1997,7 +1997,7 @@ def test_an_evaluation_that_was_stopped_ends_in_the_same_table(tmp_path, monkeyp
     for call, module in ((5, sample), (2, evaluate)):  # amid drawing, and scoring
         shutil.rmtree("out")
         assert in_children(tmp_path, partial(killed, call, module)) == [-signal.SIGKILL]
-        assert list(Path("out").glob("evaluation.parts/*/000000.npz"))
+        assert list(Path("out").glob("table.parts/*/000000.npz"))
         evaluate.main([*flags, "--batch-size", "5"])
         again, same = found()
         assert all(again[name] == pytest.approx(columns[name], abs=1e-3) for name in again | columns)
@@ -2018,6 +2018,8 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys)
         (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *more.split()]))
         places.append(column.file.split("-")[-1])
     assert places[0] == places[1] and len(set(places)) == 1 + len(flags)
+    with pytest.raises(Mistake, match="000000.npz cannot be read"):  # another process has removed it
+        next(evaluate.read_folder(tmp_path, 1))
     for name, seed in (("evaluation", 0), ("evaluation-2", 1)):
         evaluate.main([*few, "--seed", str(seed), "--ckpt", str(MODELS["toy-t2i"].ckpt)])
         found = json.loads((tmp_path / f"{name}.json").read_text())
