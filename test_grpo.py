@@ -2018,7 +2018,7 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another(tmp_path, thin_toys)
         (column, _) = evaluate.columns_of(evaluate.parse_args([*few, *more.split()]))
         places.append(column.file.split("-")[-1])
     assert places[0] == places[1] and len(set(places)) == 1 + len(flags)
-    with pytest.raises(Mistake, match="000000.npz cannot be read"):  # another process has removed it
+    with pytest.raises(Mistake, match=r"000000\.npz cannot be read"):  # another process has removed it
         next(evaluate.read_folder(tmp_path, 1))
     for name, seed in (("evaluation", 0), ("evaluation-2", 1)):
         evaluate.main([*few, "--seed", str(seed), "--ckpt", str(MODELS["toy-t2i"].ckpt)])
