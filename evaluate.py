@@ -307,10 +307,6 @@ def labels_of(path, args):
     return labels
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scoring
-
-
 def join(column, path):
     """Writes a column as one npz in ADM's form, unpacked, at most 256 px wide, with its labels or prompts."""
     n, side, prompts = column.record["num"], min(SIDE, next(column.shards())["arr_0"].shape[1]), []
@@ -325,6 +321,10 @@ def join(column, path):
         key = "labels" if prompts.dtype.kind == "i" else "prompts"
         with archive.open(f"{key}.npy", "w") as file:
             np.lib.format.write_array(file, prompts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scoring
 
 
 @torch.no_grad()

@@ -98,8 +98,10 @@ def train(steps=60, B=8, G=8, cfg_scale=1.0, updates=1):
         if step == 0:
             with torch.no_grad():
                 after = log_policy(policy, labels, tokens, cfg_scale).gather(-1, tokens[..., None])[..., 0]  # (N, T)
-            what = images, tokens, scores, rewards, advantages, after - old_logprobs
-            report.draw_step(OUT / "step.png", captions[0], *what, REWARD_WEIGHTS, G)  # the first group
+            change = after - old_logprobs  # (N, T) nats: what the update did to each token
+            report.draw_step(
+                OUT / "step.png", captions[0], images, tokens, scores, rewards, advantages, change, REWARD_WEIGHTS, G
+            )
     return policy
 
 

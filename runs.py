@@ -79,9 +79,8 @@ class Run:
         self.content["prompts"] = hashlib.sha256(json.dumps(args.pool).encode()).hexdigest()
         if args.resume:
             self.resume()
-        log = "".join(
-            json.dumps(row) + "\n" for row in self.history
-        )  # what a killed run logged beyond its last save goes
+        # what a killed run logged beyond its last save goes
+        log = "".join(json.dumps(row) + "\n" for row in self.history)
         flags = json.dumps(self.settings | dict(steps=args.steps), indent=1)
         zoo.write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(log))
         zoo.write_whole(self.folder / "flags.json", lambda path: path.write_text(flags))

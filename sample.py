@@ -158,11 +158,20 @@ def draw_group(args, step, policy, parts, images, captions, scores, rewards, kep
     group = take(batch, slice(args.learn_from))
     with zoo.autocast(args.device, args.dtype):
         after = at_tokens(log_policy(policy, group, args.learn_cfg, args.temperature), group.tokens)  # (K, T)
-    scores = {name: values[kept] for name, values in scores.items()}
-    what = images[kept], batch.tokens, scores, rewards[kept], batch.advantages, after - group.old_logprobs
     path = args.out / f"samples/group_{step:05d}.png"
     with report.optional(path):
-        report.draw_step(path, captions[0], *what, args.rewards, args.learn_from)
+        report.draw_step(
+            path,
+            captions[0],
+            images[kept],
+            batch.tokens,
+            {name: values[kept] for name, values in scores.items()},
+            rewards[kept],
+            batch.advantages,
+            after - group.old_logprobs,
+            args.rewards,
+            args.learn_from,
+        )
 
 
 def finish_run(args, policies, before, tokenizer, encode, judges):
