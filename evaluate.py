@@ -207,8 +207,10 @@ def draw_column(args, column, judges, tokenizer, encode):
         path, prompts = args.work / column.file / f"{start:06d}.npz", args.prompts[start : start + SHARD]
         if parallel.largest(int(path.exists())):  # the same answer in all processes
             continue
-        best = args.best_of, judges, args.rewards, captions_of(args.model, prompts)
-        images, tokens = draw_best(*best, model, tokenizer, encode, prompts, args.seed, first=start, **options)
+        captions = captions_of(args.model, prompts)
+        images, tokens = draw_best(
+            args.best_of, judges, args.rewards, captions, model, tokenizer, encode, prompts, args.seed, start, **options
+        )
         shard = dict(
             arr_0=as_pixels(images * 2 - 1),
             prompts=np.array(prompts),

@@ -57,11 +57,10 @@ def train(steps=60, B=8, G=8, cfg_scale=1.0, updates=1):
         noise = image_noise(range(B * G), T, SEED, step)  # (N, T) in [0, 1): picks each token from its distribution
         tokens, _ = policy.generate(labels, cfg_scale=cfg_scale, noise=noise)  # (N, T), without gradient
 
-        # 2. judge
+        # 2. judge: only the scores are needed, no gradient of tokenizer or judges
         captions = captions_of("toy-c2i", labels.tolist())  # N times "a photo of a red ring"
-        with torch.no_grad():
-            images = to_unit(tokenizer.decode(tokens))  # (N, 3, 64, 64) in [0, 1]
-            scores = {name: judge(images, captions) for name, judge in judges.items()}  # (N,) each
+        images = to_unit(tokenizer.decode(tokens))  # (N, 3, 64, 64) in [0, 1]
+        scores = {name: judge(images, captions) for name, judge in judges.items()}  # (N,) each
         rewards = sum(REWARD_WEIGHTS[name] * scores[name] for name in scores)  # (N,)
 
         # 3. compare inside each group: no value network
@@ -106,7 +105,8 @@ def train(steps=60, B=8, G=8, cfg_scale=1.0, updates=1):
 
 
 def main():
-    policy, tokenizer = train(), load_tokenizer("toy-c2i")
+    policy = train()
+    tokenizer = load_tokenizer("toy-c2i")
     labels = torch.arange(8) * 6 % 40  # (8,): all shapes and most colours
     noise = image_noise(range(8), 64, 1234)  # (8, T)
     rows = []

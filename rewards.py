@@ -329,7 +329,7 @@ def maniqa_judge(device, options):
 # ---------------------------------------------------------------------------------------------------------------
 # Three questions to Qwen2.5-VL (arXiv 2502.13923). The wording is ours; what is asked is the paper's.
 
-# name: (what is asked, what N may be, what it means)
+# name: (the question, the highest N of its answer, what N means)
 QUESTIONS = {
     "qwen-match": (
         'An image generator was given the caption "{prompt}" and drew this picture. Rate the picture from 0 to 5. Ask '

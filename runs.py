@@ -6,6 +6,8 @@ A run's folder: hold it, resume, time the steps, log, save, stop.
     metrics.jsonl         a line per step
     flags.json            the settings
     lock                  held while a process writes to the folder
+    report.html           a page with all of it; beside it before.png, after.png, before-after.png and curves.png
+    samples/              pictures of the same prompts and seeds during training, and of one group
 
 A killed run continues as if it had never stopped: (seed, step) is all of the random state, and a step that was not
 saved is done again with the same numbers.

@@ -179,11 +179,10 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     After training: after.png, before-after.png, curves.png and the page. policies: {"base": model, "tuned": model};
     before: the pictures of before.png, or None where the run was resumed.
     """
-    means = tokenizer, encode, judges
     if before is None:
-        before = draw_grid(args, policies["base"], *means, "before.png", "before: the base model")
+        before = draw_grid(args, policies["base"], tokenizer, encode, judges, "before.png", "before: the base model")
     title = f"after {args.steps} steps of GRPO"
-    after = draw_grid(args, policies["tuned"], *means, "after.png", title)
+    after = draw_grid(args, policies["tuned"], tokenizer, encode, judges, "after.png", title)
     prompts, columns = shown_prompts(args)
     captions = captions_of(args.model, prompts, args.class_names)
     labels = [label_images(args.model, before, captions, "before: ")]
@@ -194,8 +193,10 @@ def finish_run(args, policies, before, tokenizer, encode, judges):
     with report.optional("curves.png"):
         report.write_curves(args.out)
     with report.optional("the picture token by token"), zoo.autocast(args.device, args.dtype):
-        how = tokenizer, *encode(prompts[-1:]), args.cfg_scale, args.temperature
-        written = {name: write_picture(model, *how) for name, model in policies.items()}
+        cond, cond_mask = encode(prompts[-1:])
+        written = {}
+        for name, model in policies.items():
+            written[name] = write_picture(model, tokenizer, cond, cond_mask, args.cfg_scale, args.temperature)
         report.save_writers(args.out, captions[-1], written)
     with report.optional("report.html"):
         report.write_page(args.out)
@@ -356,9 +357,11 @@ def run(args):
     images, labels, seconds = [], [], 0
     for prefix, path, pad in args.policies:
         model = zoo.load_model(args.model, path, args.device, args.compile)
-        what = judges, args.rewards, captions, model, tokenizer, partial(encode, pad=pad), args.prompts
+        padded = partial(encode, pad=pad)
         began = time.perf_counter()
-        own_images, tokens = draw_best(args.best_of, *what, **options)
+        own_images, tokens = draw_best(
+            args.best_of, judges, args.rewards, captions, model, tokenizer, padded, args.prompts, **options
+        )
         seconds += time.perf_counter() - began
         images.append(own_images)
         labels.append(label_images(args.model, own_images, captions, prefix))

@@ -12,9 +12,9 @@ AR-GRPO (arXiv 2508.06924): reinforcement learning for an autoregressive image m
     max_pi  E[ reward(image) ] - beta KL(pi || pi_ref)      image = decode(tokens), tokens ~ pi(. | class or caption)
                                                             (which KL's gradient is taken: see grpo.grpo_loss)
 
-The loop is the function `train`. Results go to a folder (out/TASK), of which report.html is a page: see runs.py. The
-README explains what is logged. minimal.py is the same algorithm in a hundred lines; this adds flags, resuming, several
-processes, the official models, and what goes beyond the paper.
+The loop is the function `train`. Results go to a folder (out/TASK); its report.html shows them, and runs.py lists the
+files. The README explains what is logged. minimal.py is the same algorithm in a hundred lines; this adds flags,
+resuming, several processes, the official models, and what goes beyond the paper.
 
 Differences from the official code: the log-probabilities that are trained are those of the distribution that drew the
 images (--learn-cfg; see grpo.py). Weights are float32; the official t2i run keeps them in bfloat16, and its c2i run
@@ -291,8 +291,8 @@ def build(args):
     mode: with dropout, the policy that is learned would not be the one that sampled.
     """
     policy = zoo.load_model(args.model, args.base, args.device, args.compile)
-    # With adapters the weights themselves never change, so policy and reference share them: what deepcopy finds in its
-    # second argument it takes as it is.
+    # With adapters the weights themselves never change, so policy and reference share them: deepcopy does not copy what
+    # its second argument holds.
     shared = {id(p): p for p in policy.parameters()} if args.lora_rank else {}
     ref_model = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.lora_rank:
