@@ -2376,7 +2376,7 @@ def test_the_readmes_snippets_write_what_scorers_read(tmp_path, monkeypatch):
         four = [np.asarray(Image.open(f"geneval/{n:05d}/samples/{k:04d}.png")) for k in range(4)]
         assert np.array_equal(four, pixels[4 * n : 4 * n + 4])
     a, b, c, d = pixels[4:]
-    assert np.array_equal(np.asarray(Image.open("b.png")), np.block([[[a], [b]], [[c], [d]]]))
+    assert np.array_equal(np.asarray(Image.open("dpg/b.png")), np.block([[[a], [b]], [[c], [d]]]))
 
 
 OURS = sorted(path.stem for path in HERE.glob("*.py"))
